@@ -1,0 +1,56 @@
+# Each target sets up what it needs by itself: the system libraries, `.venv` with everything pinned, and the compiled
+# kernels. The first run downloads for some minutes; later ones start at once.
+#   make PYTHON=python3.12 test     another interpreter (3.11 or newer)
+#   make serve ARGS="--port 9000"   options for the command
+
+PYTHON ?= python3.11
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+KERNELS := $(wildcard pointnet2_ext/csrc/*)
+PACKAGES := serve workers posekit pointnet2_ext
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup system demo serve test lint check bench clean
+
+help: ## Show the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '  make %-7s %s\n' "$$name" "$$text"; done
+
+setup: $(READY) ## Prepare .venv and the system libraries, nothing else
+
+demo: $(READY) ## Start a server, estimate a pose in a synthetic scene, compare it with the truth
+	@$(BIN)/pem demo $(ARGS)
+
+serve: $(READY) ## Run the server on http://127.0.0.1:8003 (Ctrl-C drains and stops it)
+	@$(BIN)/pem serve $(ARGS)
+
+test: $(READY) $(VENV)/.test-programs ## Run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## Check formatting, style and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+check: lint test ## Everything CI runs: lint, then test
+
+bench: $(READY) ## Run every benchmark (minutes)
+	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+
+clean: ## Remove .venv, build outputs and caches; data/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
+	rm -f pointnet2_ext/_kernels_*.so
+	find $(PACKAGES) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+system:
+	@sh scripts/system_packages.sh runtime "$(PYTHON)"
+
+$(READY): constraints.txt pyproject.toml setup.py scripts/setup.sh $(KERNELS) | system
+	@sh scripts/setup.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(VENV)/.test-programs: scripts/system_packages.sh $(READY)
+	@sh scripts/system_packages.sh test "$(PYTHON)"
+	@touch $@

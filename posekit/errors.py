@@ -1,0 +1,49 @@
+"""Everything that can go wrong in posekit, as one small tree; `serve/errors.py` gives each its HTTP status.
+
+PoseError
+  BadData             the bytes do not parse: a broken PNG, a mesh file that is no mesh
+  TooLarge            a small file that decodes to something over its limit
+  InvalidInput        it parses, and is wrong all the same: sizes that differ, a mesh without faces
+    UnitsImplausible  lengths that only make sense with another unit
+  StoreError          an object's folder on disk cannot be read or written
+    StoreFull         no room left on the disk that holds the objects
+"""
+
+from __future__ import annotations
+
+
+class PoseError(Exception):
+    """Base of all errors that posekit raises on purpose.
+
+    `detail` is a sentence for the client: what is wrong and, where it helps, what to do.
+    `field` is the request field at fault (`"rgb_image"`, `"detections.masks[3]"`), or None.
+    """
+
+    def __init__(self, detail: str, field: str | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.field = field
+
+
+class BadData(PoseError):
+    """The bytes do not parse."""
+
+
+class TooLarge(PoseError):
+    """The decoded size would pass a limit; raised before anything is decoded."""
+
+
+class InvalidInput(PoseError):
+    """Well-formed but wrong."""
+
+
+class UnitsImplausible(InvalidInput):
+    """Depth, mask and model fit each other only after one change of unit; the detail says which."""
+
+
+class StoreError(PoseError):
+    """An object's folder on disk cannot be read or written."""
+
+
+class StoreFull(StoreError):
+    """No room left on the disk that holds the objects."""

@@ -1,0 +1,150 @@
+"""Everything the geometric engine computes from the CAD alone; the same mesh always gives the same arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.spatial import ConvexHull, QhullError, cKDTree
+from scipy.spatial.distance import pdist
+
+from posekit.engine import Float64, Mesh, Progress, Symmetries, UInt8
+from posekit.geometric import symmetry
+from posekit.geometry import rotation_looking_from, view_directions
+
+SAMPLES = 8192
+VIEWS = 240
+VIEW_SAMPLES = 256
+FIELD_CELLS = 56**3
+FIELD_MARGIN = 0.12  # of the diameter, on every side
+
+
+def build(
+    mesh: Mesh, declared: Symmetries | None, progress: Progress
+) -> tuple[float, Symmetries, dict[str, npt.NDArray[Any]]]:
+    """Diameter in metres, symmetries in the object frame, and the arrays that `model.prepare` reads."""
+    vertices = mesh.vertices_m[np.unique(mesh.faces)].astype(np.float64)
+    centre = (vertices.min(axis=0) + vertices.max(axis=0)) / 2
+    diameter = max(diameter_of(vertices), 1e-6)
+    points, normals, colours, spacing = sample_surface(mesh, SAMPLES)
+    points = points - centre
+    progress(0.1)
+    tree = cKDTree(points)
+    nearest, origin, cell = nearest_grid(points, tree, diameter)
+    progress(0.4)
+    directions, seen, seen_centre = visible_samples(points, spacing)
+    progress(0.7)
+
+    def nearest_of(queries: Float64) -> symmetry.Indices:
+        x, y, z = ((queries - origin) / cell).astype(np.int64).clip(0, np.array(nearest.shape) - 1).T
+        return np.asarray(nearest[x, y, z], dtype=np.intp)
+
+    surface = symmetry.Surface(
+        points=points,
+        normals=normals,
+        colours=colours,
+        tree=tree,
+        nearest=nearest_of,
+        diameter=diameter,
+        spacing=spacing,
+    )
+    found = symmetry.find(surface)
+    symmetries = declared if declared is not None else symmetry.moved(found.symmetries, centre)
+    progress(1.0)
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "points_m": points.astype(np.float32),
+        "normals": normals.astype(np.float32),
+        "centre_m": centre.astype(np.float32),
+        "spacing_m": np.array([spacing], dtype=np.float32),
+        "field_nearest": nearest,
+        "field_origin_m": origin.astype(np.float32),
+        "field_cell_m": np.array([cell], dtype=np.float32),
+        "view_directions": directions.astype(np.float32),
+        "view_samples": seen,
+        "view_centres_m": seen_centre.astype(np.float32),
+        "twins": found.twins.astype(np.float32),
+    }
+    if colours is not None:
+        arrays["colours"] = colours
+    return diameter, symmetries, arrays
+
+
+def diameter_of(vertices: Float64) -> float:
+    """Largest distance between two vertices; of very fine hulls, of an even selection of them."""
+    try:
+        corners = vertices[ConvexHull(vertices).vertices]
+    except QhullError:  # flat: a sheet has no hull in space
+        corners = vertices
+    if len(corners) > 2000:
+        corners = corners[:: len(corners) // 2000 + 1]
+    return float(pdist(corners).max()) if len(corners) > 1 else 0.0
+
+
+def sample_surface(mesh: Mesh, count: int) -> tuple[Float64, Float64, UInt8 | None, float]:
+    """`count` points spread by area: positions (S, 3) in metres, face normals (S, 3), colours (S, 3), their spacing.
+
+    No randomness: faces are taken at even steps of the summed area, places in them from a low-discrepancy sequence.
+    """
+    corners = mesh.vertices_m[mesh.faces].astype(np.float64)  # (F, 3, 3)
+    cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    area = np.linalg.norm(cross, axis=1) / 2
+    if not area.sum() > 0:
+        area = np.ones(len(area))
+    summed = np.cumsum(area)
+    face = np.searchsorted(summed, (np.arange(count) + 0.5) * (summed[-1] / count)).clip(max=len(area) - 1)
+    steps = np.arange(1, count + 1)[:, None] * np.array([0.7548776662466927, 0.5698402909980532])
+    a, b = (steps % 1.0).T
+    beyond = a + b > 1
+    a, b = np.where(beyond, 1 - a, a), np.where(beyond, 1 - b, b)
+    weight = np.stack((1 - a - b, a, b), axis=1)[:, :, None]
+    points = (corners[face] * weight).sum(axis=1)
+    normals = cross[face] / np.maximum(np.linalg.norm(cross[face], axis=1, keepdims=True), 1e-30)
+    colours = None
+    if mesh.vertex_colors is not None:
+        colours = np.rint((mesh.vertex_colors[mesh.faces[face]] * weight).sum(axis=1)).astype(np.uint8)
+    return points, normals, colours, float(np.sqrt(summed[-1] / count))
+
+
+def nearest_grid(points: Float64, tree: cKDTree, diameter: float) -> tuple[npt.NDArray[np.int32], Float64, float]:
+    """Index of the nearest sample for each cell of a grid of cubes: (X, Y, Z), its corner and its cell in metres."""
+    low = points.min(axis=0) - FIELD_MARGIN * diameter
+    size = points.max(axis=0) + FIELD_MARGIN * diameter - low
+    cell = float(np.cbrt(np.prod(size) / FIELD_CELLS))
+    counts = np.ceil(size / cell).astype(int)
+    axes = [low[i] + (np.arange(counts[i]) + 0.5) * cell for i in range(3)]
+    middles = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    _, index = tree.query(middles)
+    return index.reshape(counts).astype(np.int32), low, cell
+
+
+def visible_samples(points: Float64, spacing: float) -> tuple[Float64, npt.NDArray[np.int32], Float64]:
+    """What is seen from each of VIEWS directions: directions (V, 3), samples (V, M), their mean position (V, 3).
+
+    Samples are splatted into an orthographic depth map; each pixel answers with the sample in front, so that the
+    samples of a view are even over the picture, as a camera's pixels are.
+    """
+    directions = view_directions(VIEWS)
+    R_views = rotation_looking_from(directions).numpy()
+    pixel = 1.5 * spacing
+    seen = np.empty((VIEWS, VIEW_SAMPLES), dtype=np.int32)
+    centres = np.empty((VIEWS, 3))
+    for view, R in enumerate(R_views):
+        local = points @ R.T
+        column, row = (np.floor((local[:, :2] - local[:, :2].min(axis=0)) / pixel).astype(int) + 1).T
+        width, height = column.max() + 2, row.max() + 2
+        flat = row * width + column
+        order = np.lexsort((local[:, 2], flat))
+        first = order[np.flatnonzero(np.diff(flat[order], prepend=-1))]  # the front sample of each occupied pixel
+        front = np.full((height, width), np.inf)
+        front[row[first], column[first]] = local[first, 2]
+        near = front.copy()  # a pixel that no front sample fell into lets the back shine through: look around it
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                np.minimum(near, np.roll(front, (dy, dx), axis=(0, 1)), out=near)
+        shown = first[local[first, 2] <= near[row[first], column[first]] + 3 * pixel]
+        seen[view] = shown[(np.arange(VIEW_SAMPLES) * len(shown)) // VIEW_SAMPLES]
+        centres[view] = points[shown].mean(axis=0)
+    # Neighbouring entries are neighbouring pixels; a fixed shuffle makes every prefix cover the whole view.
+    shuffle = np.argsort((np.arange(1, VIEW_SAMPLES + 1) * 0.6180339887498949) % 1.0, kind="stable")
+    return directions.numpy(), seen[:, shuffle], centres

@@ -1,0 +1,399 @@
+"""The on-disk form of objects: one folder per CAD model, complete or absent.
+
+    <root>/<object_id>/
+        source/<files>                    what the client sent
+        object.json                       StoredObject
+        mesh.safetensors                  the mesh in metres
+        <engine>-<version>.safetensors    what an engine made of it
+        failed.json                       why onboarding failed, if it did
+    <root>/.incoming-<uuid>/              being written: becomes an object by one rename
+    <root>/.trash-<uuid>/                 being deleted
+
+Every file appears under its name only when it is whole: written beside it, flushed to the disk, renamed. So a kill at
+any moment leaves old or new, never half; `sweep` removes what was left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from posekit.engine import Mesh, ObjectModel, Symmetries
+from posekit.errors import InvalidInput, StoreError, StoreFull
+
+OBJECT_ID = re.compile(r"[0-9a-f]{64}")
+_ENGINE_PART = re.compile(r"[A-Za-z0-9._]+")
+_INCOMING, _TRASH, _PARTIAL = ".incoming-", ".trash-", ".partial-"
+
+
+class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of an object without opening its mesh. Lengths are millimetres."""
+
+    object_id: str
+    name: str | None
+    cad_format: str
+    model_unit: Literal["mm", "m"]
+    files: list[str]
+    faces: int
+    watertight: bool
+    extents_mm: tuple[float, float, float]
+    diameter_mm: float
+    warnings: list[str] = []
+    declared_symmetries: dict[str, Any] | None = None  # BOP's spelling: symmetries_discrete, symmetries_continuous
+    created_unix: float
+
+
+_Objects = list[StoredObject]  # written out here, since ObjectStore has a method of the name `list`
+_Names = list[str]
+_Paths = list[Path]
+
+
+class _Failed(msgspec.Struct, frozen=True):
+    error: str
+
+
+class _ModelHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of an ObjectModel that is no array, in the file's metadata; lengths are metres."""
+
+    object_id: str
+    engine: str
+    engine_version: str
+    diameter_m: float
+    discrete: list[list[float]]
+    continuous: list[tuple[list[float], list[float]]]
+
+
+class ObjectStore:
+    """The objects under one folder. Several processes may share it: the file system's rename decides who was first."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        with _disk("the object store cannot be created"):
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    # ------------------------------------------------------------------------------------------------ coming and going
+
+    def stage(self) -> Path:
+        """A new folder to prepare an object in, with an empty `source/` inside; `commit` makes it an object."""
+        staged = self.root / f"{_INCOMING}{uuid.uuid4().hex}"
+        with _disk("the object cannot be stored"):
+            (staged / "source").mkdir(parents=True)
+        return staged
+
+    def commit(self, staged: Path, stored: StoredObject) -> bool:
+        """Turn a staged folder into the object `stored`; False, and the folder is gone, where it existed already.
+
+        The source files and the mesh are to be in place before.
+        """
+        folder = self.folder(stored.object_id)
+        try:
+            write_atomically(staged / "object.json", msgspec.json.encode(stored))
+            with _disk("the object cannot be stored"):
+                for source in _entries(staged / "source"):
+                    _sync(source)
+                _sync(staged / "source")
+                try:
+                    staged.rename(folder)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                        raise
+                    if self.get(stored.object_id) is not None:
+                        return False
+                    self._discard(folder)  # a broken folder must not keep the object away for ever
+                    staged.rename(folder)
+                _sync(self.root)
+            return True
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def list(self) -> _Objects:
+        """All readable objects, oldest first; broken folders are left out."""
+        found = []
+        for folder in self._children():
+            if OBJECT_ID.fullmatch(folder.name):
+                stored = self.get(folder.name)
+                if stored is not None:
+                    found.append(stored)
+        return sorted(found, key=lambda stored: (stored.created_unix, stored.object_id))
+
+    def get(self, object_id: str) -> StoredObject | None:
+        """One object, or None where there is none that can be read (an id of another form is simply unknown)."""
+        if not OBJECT_ID.fullmatch(object_id):
+            return None
+        try:
+            stored = msgspec.json.decode((self.root / object_id / "object.json").read_bytes(), type=StoredObject)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+        return stored if stored.object_id == object_id else None
+
+    def rename(self, object_id: str, name: str | None) -> None:
+        """Give an object another name; that names are unique is the caller's to see to."""
+        stored = self.get(object_id)
+        if stored is None:
+            raise StoreError("there is no such object")
+        write_atomically(
+            self.folder(object_id) / "object.json", msgspec.json.encode(msgspec.structs.replace(stored, name=name))
+        )
+
+    def replace(self, stored: StoredObject) -> None:
+        """Write what is known of an object anew (its name, its declared symmetries); StoreError where there is none."""
+        if self.get(stored.object_id) is None:
+            raise StoreError("there is no such object")
+        write_atomically(self.folder(stored.object_id) / "object.json", msgspec.json.encode(stored))
+
+    def remove(self, object_id: str) -> bool:
+        """Delete an object; False where there was none. From one moment to the next it is gone as a whole."""
+        folder = self.folder(object_id)
+        if not folder.is_dir():
+            return False
+        with _disk("the object cannot be removed"):
+            return self._discard(folder)
+
+    def sweep(self) -> int:
+        """Remove what interrupted work left behind, and count it. For the start, while nothing else writes."""
+        removed = 0
+        for entry in self._children():
+            if entry.name.startswith((_INCOMING, _TRASH, _PARTIAL)):
+                removed += _delete(entry)
+            elif OBJECT_ID.fullmatch(entry.name):
+                removed += sum(_delete(inside) for inside in _entries(entry) if inside.name.startswith(_PARTIAL))
+        return removed
+
+    def broken(self) -> _Names:
+        """Ids whose folder is there and cannot be read as an object, for the log."""
+        return [
+            entry.name for entry in self._children() if OBJECT_ID.fullmatch(entry.name) and self.get(entry.name) is None
+        ]
+
+    def folder(self, object_id: str) -> Path:
+        """Where an object lives; InvalidInput for what is no content hash, so that no id ever leaves the root."""
+        if not OBJECT_ID.fullmatch(object_id):
+            raise InvalidInput("an object's id is 64 hexadecimal characters", "object_id")
+        return self.root / object_id
+
+    def bytes_used(self) -> int:
+        """Bytes in all files below the root."""
+        total = 0
+        for directory, _, names in os.walk(self.root):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(directory, name)).st_size
+        return total
+
+    # ------------------------------------------------------------------------------------------------ meshes and models
+
+    def save_mesh(self, folder: Path, mesh: Mesh) -> None:
+        """Write the mesh of a staged (or stored) object's folder."""
+        arrays: dict[str, npt.NDArray[Any]] = {"vertices_m": mesh.vertices_m, "faces": mesh.faces}
+        if mesh.vertex_colors is not None:
+            arrays["vertex_colors"] = mesh.vertex_colors
+        _save_arrays(folder / "mesh.safetensors", arrays, {})
+
+    def load_mesh(self, object_id: str) -> Mesh:
+        """Read an object's mesh; StoreError where it is missing or broken."""
+        arrays, _ = _load_arrays(self.folder(object_id) / "mesh.safetensors")
+        vertices_m, faces = arrays.get("vertices_m"), arrays.get("faces")
+        if (
+            vertices_m is None
+            or faces is None
+            or vertices_m.dtype != np.float32
+            or faces.dtype != np.int32
+            or vertices_m.shape[1:] != (3,)
+            or faces.shape[1:] != (3,)
+        ):
+            raise StoreError("the stored mesh is broken; register the object again")
+        return Mesh(vertices_m=vertices_m, faces=faces, vertex_colors=arrays.get("vertex_colors"))
+
+    def save_model(self, model: ObjectModel) -> None:
+        """Write what an engine made of an object, beside the object (which must exist)."""
+        header = _ModelHeader(
+            object_id=model.object_id,
+            engine=model.engine,
+            engine_version=model.engine_version,
+            diameter_m=float(model.diameter_m),
+            discrete=[[float(x) for x in T.ravel()] for T in model.symmetries.discrete],
+            continuous=[
+                ([float(x) for x in axis], [float(x) for x in offset_m])
+                for axis, offset_m in model.symmetries.continuous
+            ],
+        )
+        path = self._model_path(model.object_id, model.engine, model.engine_version)
+        _save_arrays(path, model.arrays, {"model": msgspec.json.encode(header).decode()})
+
+    def load_model(self, object_id: str, engine: str, version: str) -> ObjectModel:
+        """Read what an engine made of an object; StoreError where it is missing, broken or of another object."""
+        arrays, metadata = _load_arrays(self._model_path(object_id, engine, version))
+        header, symmetries = _read_header(metadata)
+        if (header.object_id, header.engine, header.engine_version) != (object_id, engine, version):
+            raise StoreError("the object's stored model belongs to another object or engine; onboard it again")
+        return ObjectModel(
+            object_id=object_id,
+            engine=engine,
+            engine_version=version,
+            diameter_m=header.diameter_m,
+            symmetries=symmetries,
+            arrays=arrays,
+        )
+
+    def load_symmetries(self, object_id: str, engine: str, version: str) -> Symmetries:
+        """The symmetries in a stored model, without reading its arrays; StoreError as `load_model`."""
+        return _read_header(_load_metadata(self._model_path(object_id, engine, version)))[1]
+
+    def remove_models(self, object_id: str) -> None:
+        """Forget what engines made of an object, so that it is onboarded anew."""
+        with _disk("the object cannot be changed"):
+            for path in self.folder(object_id).glob("*-*.safetensors"):
+                path.unlink(missing_ok=True)
+
+    def has_model(self, object_id: str, engine: str, version: str) -> bool:
+        """Whether an engine of this version has onboarded the object."""
+        return self._model_path(object_id, engine, version).is_file()
+
+    # --------------------------------------------------------------------------------------------------------- failures
+
+    def fail(self, object_id: str, error: str) -> None:
+        """Remember why onboarding failed, so that it is told and not tried for ever."""
+        write_atomically(self.folder(object_id) / "failed.json", msgspec.json.encode(_Failed(error)))
+
+    def failure(self, object_id: str) -> str | None:
+        """Why onboarding failed; None where it has not."""
+        try:
+            return msgspec.json.decode((self.folder(object_id) / "failed.json").read_bytes(), type=_Failed).error
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return "onboarding failed; the reason cannot be read any more"
+
+    def clear_failure(self, object_id: str) -> None:
+        """Forget a failure, before onboarding is tried anew."""
+        with _disk("the object cannot be changed"):
+            (self.folder(object_id) / "failed.json").unlink(missing_ok=True)
+
+    # ---------------------------------------------------------------------------------------------------------- private
+
+    def _children(self) -> _Paths:
+        return _entries(self.root)
+
+    def _discard(self, folder: Path) -> bool:
+        trash = self.root / f"{_TRASH}{uuid.uuid4().hex}"
+        try:
+            folder.rename(trash)
+        except FileNotFoundError:  # another process was faster
+            return False
+        _delete(trash)
+        return True
+
+    def _model_path(self, object_id: str, engine: str, version: str) -> Path:
+        if not (_ENGINE_PART.fullmatch(engine) and _ENGINE_PART.fullmatch(version)):
+            raise StoreError("an engine's name and version are letters, digits, dots and underscores")
+        return self.folder(object_id) / f"{engine}-{version}.safetensors"
+
+
+# ----------------------------------------------------------------------------------------------------------- the disk
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is seen whole or not at all, even through a crash.
+
+    Raises StoreFull where the disk (or the quota) is full, StoreError for anything else that goes wrong.
+    """
+    partial = path.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
+    with _disk("the object cannot be written"):
+        try:
+            with open(partial, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _disk(what: str) -> Iterator[None]:
+    """Turn the operating system's errors into ours, without its paths."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFull(f"{what}: the disk that holds the objects is full") from error
+        raise StoreError(f"{what}: {error.strerror or type(error).__name__}") from error
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _delete(entry: Path) -> bool:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            entry.unlink(missing_ok=True)
+    return not entry.exists()
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: dict[str, str]) -> None:
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    write_atomically(path, save(contiguous, metadata=metadata))
+
+
+def _load_arrays(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise StoreError("the object's folder lacks a file; register the object again") from None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        raise StoreError("a file of the object is broken; register the object again") from None
+
+
+def _load_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError):
+        raise StoreError("the object's stored model is missing or broken; onboard it again") from None
+
+
+def _read_header(metadata: Mapping[str, str]) -> tuple[_ModelHeader, Symmetries]:
+    try:
+        header = msgspec.json.decode(metadata.get("model", ""), type=_ModelHeader)
+        symmetries = Symmetries(
+            discrete=tuple(np.array(numbers, dtype=np.float64).reshape(4, 4) for numbers in header.discrete),
+            continuous=tuple(
+                (np.array(axis, dtype=np.float64).reshape(3), np.array(offset_m, dtype=np.float64).reshape(3))
+                for axis, offset_m in header.continuous
+            ),
+        )
+    except (msgspec.MsgspecError, ValueError):
+        raise StoreError("the object's stored model is broken; onboard it again") from None
+    return header, symmetries

@@ -1,0 +1,92 @@
+"""The pipeline on one screen: every stage, its processes, its batch. Runs behind the gateway, on loopback only.
+
+    /pose      decode ──▶ pose ──▶ respond      detections and CAD in, poses out
+    /finish                        respond      overlay and files of a request that was split
+    /inspect   inspect                          is this mesh usable, in which unit, how healthy
+    /onboard   onboard                          build the engines' models of an object
+
+`python -m serve.app --path DIR --port N --address 127.0.0.1 --timeout MS --capacity N --max-request-size BYTES`, with
+the settings in `PEM_STAGES` and, where it must not outlive its parent, the parent's pid in `PEM_PARENT_PID`.
+Each stage has one slot more than it needs, its keeper: see `workers/lifecycle.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from mosec import Runtime, Server, Worker
+from mosec.runtime import RsRuntimeManager
+from mosec.utils import get_mosec_path
+
+from workers import settings
+from workers.decode import DecodeStage
+from workers.inspect_cad import InspectStage
+from workers.lifecycle import die_with_parent, slot_environment, starts_dir
+from workers.onboard import OnboardStage
+from workers.pose import PoseStage
+from workers.respond import RespondStage
+
+PARENT = "PEM_PARENT_PID"
+NEVER_S = 86_400.0  # Mosec's own limit on a batch answers all of it with 408: the gateway has deadlines instead
+
+
+def build(stages: settings.Stages) -> Server:
+    """The server with its four routes over five stages."""
+    server = Server()
+    server._rs_runtime_manager = FrontThatDiesWithUs(server._configs["timeout"])
+
+    pose_devices = list(stages.devices)
+    decode = stage(DecodeStage, ["cpu"] * stages.decode.workers, threads=stages.decode.threads)
+    pose = stage(
+        PoseStage,
+        pose_devices,
+        threads=stages.pose.threads,
+        batch=stages.pose.batch_requests,
+        wait_ms=stages.pose.batch_wait_ms,
+    )
+    respond = stage(RespondStage, ["cpu"] * stages.respond.workers, threads=1)
+    inspect = stage(InspectStage, ["cpu"], threads=stages.onboard.threads)
+    onboard = stage(OnboardStage, ["cpu"], threads=stages.onboard.threads)
+
+    server.register_runtime(
+        {"/pose": [decode, pose, respond], "/finish": [respond], "/inspect": [inspect], "/onboard": [onboard]}
+    )
+    return server
+
+
+def stage(worker: type[Worker], devices: list[str], *, threads: int, batch: int = 1, wait_ms: int = 0) -> Runtime:
+    """One process per device, and a keeper."""
+    slots = [
+        slot_environment(slot=slot, keeper=False, device=device, threads=threads) for slot, device in enumerate(devices)
+    ]
+    keeper = slot_environment(slot=len(devices), keeper=True, device="cpu", threads=1)
+    return Runtime(
+        worker, num=len(slots) + 1, max_batch_size=batch, max_wait_time=wait_ms, timeout=NEVER_S, env=[*slots, keeper]
+    )
+
+
+class FrontThatDiesWithUs(RsRuntimeManager):
+    """Mosec's HTTP front, which would otherwise outlive a killed main process."""
+
+    def start(self, config_path: Path) -> subprocess.Popen[bytes]:
+        """Start it from this, the main, thread."""
+        parent_pid = os.getpid()
+        command = [str(get_mosec_path()), str(config_path)]
+        self.process = subprocess.Popen(command, preexec_fn=lambda: die_with_parent(parent_pid))
+        return self.process
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    if parent := os.environ.get(PARENT):
+        die_with_parent(int(parent))
+    stages = settings.from_environment()
+    shutil.rmtree(starts_dir(Path(stages.run_dir)), ignore_errors=True)
+    build(stages).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Reading request bodies: limits before reading on, an idle limit, gzip with a bound, multipart in memory or to disk."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from email.message import Message
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from python_multipart.multipart import MultipartParser
+
+from serve.errors import ApiError
+
+Receive = Callable[[], Any]  # ASGI receive
+
+#: A body refused for its size is read on and thrown away up to here, so that its sender gets to see the refusal.
+_DISCARD_SECONDS = 5.0
+_DISCARD_BYTES = 256 * 2**20
+_MAX_PARTS = 16
+_MAX_PART_HEADERS = 8 * 1024
+
+
+class ClientGone(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+@dataclass
+class Form:
+    """A multipart body: small values and files in memory, or files on disk where a folder was given."""
+
+    values: dict[str, bytes] = field(default_factory=dict)
+    file_names: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
+
+
+def media_type(headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """The content type and its parameters, lower case; ("", {}) where there is none."""
+    message = Message()
+    message["content-type"] = headers.get("content-type", "")
+    if not headers.get("content-type"):
+        return "", {}
+    return message.get_content_type().lower(), {k.lower(): str(v) for k, v in message.get_params(failobj=[])[1:]}
+
+
+def _mb(count: int) -> str:
+    return f"{count / 2**20:.3g} MB"
+
+
+async def chunks(
+    receive: Receive, headers: Mapping[str, str], *, limit: int, idle_s: float, what: str = "body"
+) -> AsyncIterator[bytes]:
+    """The body piece by piece, gunzipped where it says so, never more than `limit` bytes in all (413 before reading on)."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity", "gzip", "x-gzip"):
+        raise ApiError(
+            "unsupported_media_type",
+            f"content encoding {encoding!r} is not understood; send gzip or no encoding at all",
+        )
+    declared = headers.get("content-length")
+    if declared is not None and declared.isdigit() and int(declared) > limit:
+        await discard(receive, idle_s)
+        raise ApiError("too_large", f"the {what} is {_mb(int(declared))}; at most {_mb(limit)} are accepted")
+    gunzip = zlib.decompressobj(31) if encoding in ("gzip", "x-gzip") else None
+    total = 0
+    while True:
+        try:
+            message = await asyncio.wait_for(receive(), idle_s)
+        except TimeoutError:
+            raise ApiError("body_timeout", f"nothing more of the {what} came for {idle_s:g} s") from None
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
+        pieces = _gunzip(gunzip, chunk, limit - total) if gunzip is not None else [chunk]
+        for piece in pieces:
+            total += len(piece)
+            if total > limit:
+                if more:
+                    await discard(receive, idle_s)
+                unpacked = " after gunzip" if gunzip is not None else ""
+                raise ApiError("too_large", f"the {what} is larger{unpacked} than the {_mb(limit)} that are accepted")
+            if piece:
+                yield piece
+        if not more:
+            break
+    if gunzip is not None and not gunzip.eof:
+        raise ApiError("bad_body", f"the {what} is not a complete gzip stream")
+
+
+def _gunzip(gunzip: Any, chunk: bytes, room: int) -> list[bytes]:
+    """At most a little more than `room` bytes: enough to see that the limit is passed, never the whole bomb."""
+    try:
+        return [gunzip.decompress(chunk, max(room, 0) + 1)]
+    except zlib.error as error:
+        raise ApiError("bad_body", f"the body is not gzip: {error}") from None
+
+
+async def discard(receive: Receive, idle_s: float) -> None:
+    """Read on without keeping anything, within bounds: a sender that is cut off mid-body never sees the answer."""
+    end = time.monotonic() + _DISCARD_SECONDS
+    total = 0
+    while total < _DISCARD_BYTES and (left := end - time.monotonic()) > 0:
+        try:
+            message = await asyncio.wait_for(receive(), min(left, idle_s))
+        except TimeoutError:
+            return
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return
+        total += len(message.get("body", b""))
+
+
+async def read_all(receive: Receive, headers: Mapping[str, str], *, limit: int, idle_s: float) -> bytes:
+    """The whole body; empty is 400."""
+    parts = [chunk async for chunk in chunks(receive, headers, limit=limit, idle_s=idle_s)]
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
+    if not body:
+        raise ApiError("bad_body", "the body is empty")
+    return body
+
+
+async def read_form(
+    receive: Receive,
+    headers: Mapping[str, str],
+    *,
+    limit: int,
+    idle_s: float,
+    files: Mapping[str, Path] | None = None,
+) -> Form:
+    """A multipart/form-data body. The parts named in `files` are streamed to those paths, the others kept in memory."""
+    kind, parameters = media_type(headers)
+    boundary = parameters.get("boundary", "")
+    if kind != "multipart/form-data" or not boundary:
+        raise ApiError("unsupported_media_type", "send multipart/form-data with a boundary")
+    sink = _FormSink(files or {})
+    # Bodies are tiny beside their bound on part headers, so the parser's own limits are enough otherwise.
+    parser = MultipartParser(boundary.encode(), sink.callbacks())  # type: ignore[arg-type]
+    got_any = False
+    try:
+        async for chunk in chunks(receive, headers, limit=limit, idle_s=idle_s):
+            got_any = True
+            try:
+                parser.write(chunk)
+            except ApiError:
+                raise
+            except OSError:
+                raise
+            except Exception as error:  # the parser's own errors share no base with a stable name
+                raise ApiError("bad_body", f"the multipart body does not parse: {error}") from None
+        if not got_any:
+            raise ApiError("bad_body", "the body is empty")
+        if not sink.complete:
+            raise ApiError("bad_body", "the multipart body ends before its last boundary")
+    except OSError as error:
+        raise ApiError(
+            "storage_full", "the upload could not be stored: " + (error.strerror or "disk error"), retry_after_s=30
+        ) from None
+    finally:
+        sink.close()
+    return sink.form
+
+
+class _FormSink:
+    """The multipart parser's callbacks."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.form = Form()
+        self.complete = False
+        self._files = files
+        self._header_name = bytearray()
+        self._header_value = bytearray()
+        self._headers: dict[str, str] = {}
+        self._name = ""
+        self._buffer: bytearray | None = None
+        self._file: BinaryIO | None = None
+        self._parts = 0
+
+    def callbacks(self) -> dict[str, Callable[..., None]]:
+        return {
+            "on_part_begin": self._part_begin,
+            "on_header_field": self._on_header_name,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._header_end,
+            "on_headers_finished": self._headers_finished,
+            "on_part_data": self._data,
+            "on_part_end": self._part_end,
+            "on_end": self._end,
+        }
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _part_begin(self) -> None:
+        self._parts += 1
+        if self._parts > _MAX_PARTS:
+            raise ApiError("bad_body", f"more than {_MAX_PARTS} parts in the multipart body")
+        self._headers = {}
+
+    def _on_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+        if len(self._header_value) > _MAX_PART_HEADERS:
+            raise ApiError("bad_body", "a part's header is too long")
+
+    def _header_end(self) -> None:
+        self._headers[self._header_name.decode("latin-1").lower()] = self._header_value.decode("utf-8", "replace")
+        self._header_name.clear()
+        self._header_value.clear()
+
+    def _headers_finished(self) -> None:
+        message = Message()
+        message["content-disposition"] = self._headers.get("content-disposition", "")
+        name = message.get_param("name", header="content-disposition")
+        if not isinstance(name, str) or not name:
+            raise ApiError("bad_body", "a part of the multipart body has no name")
+        if name in self.form.values or name in self.form.paths:
+            raise ApiError("bad_body", f"the part {name!r} is there twice", field=name)
+        self._name = name
+        file_name = message.get_filename()
+        if file_name:
+            self.form.file_names[name] = os.path.basename(file_name.replace("\\", "/"))
+        if name in self._files:
+            self._file = self._files[name].open("wb")
+            self.form.paths[name] = self._files[name]
+        else:
+            self._buffer = bytearray()
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        if self._file is not None:
+            self._file.write(memoryview(data)[start:end])
+        elif self._buffer is not None:
+            self._buffer += memoryview(data)[start:end]
+
+    def _part_end(self) -> None:
+        if self._buffer is not None:
+            self.form.values[self._name] = bytes(self._buffer)
+            self._buffer = None
+        self.close()
+
+    def _end(self) -> None:
+        self.complete = True

@@ -1,0 +1,1 @@
+"""The subcommands of `pem`, one subject per file. Importing it is cheap."""

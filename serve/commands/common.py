@@ -1,0 +1,121 @@
+"""What the subcommands share: the options of a connection, output for people and for machines, progress bars."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from serve.client import DEFAULT_URL, Client
+
+Url = Annotated[str, typer.Option("--url", envvar="PEM_URL", help="Where the server is.")]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", envvar="PEM_API_KEY", help="The API key, where the server wants one.")
+]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output, without the table."),
+]
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where objects, outputs, logs and keys live.", show_default="./data")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="A TOML file of settings; the environment and the other options win over it."),
+]
+
+URL_DEFAULT = DEFAULT_URL
+WIDE = 150  # columns of a table that goes into a file or a pipe
+
+
+def stdout() -> Console:
+    """The console of results."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDE)
+
+
+def stderr() -> Console:
+    """The console of everything else: progress, warnings, errors."""
+    console = Console(stderr=True, highlight=False)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A line beside the results."""
+    stderr().print(escape(text))
+
+
+def warn(text: str) -> None:
+    """A line that the user should read."""
+    stderr().print(f"[yellow]warning:[/] {escape(text)}")
+
+
+def fail(text: str, code: int = 1) -> NoReturn:
+    """Say what went wrong and leave: 1 where it was refused or failed, 2 where the command was used wrongly."""
+    stderr().print(f"[bold red]error:[/] {escape(text)}")
+    raise typer.Exit(code)
+
+
+def connect(url: str, api_key: str | None) -> Client:
+    """A client for one command."""
+    return Client(url, api_key, timeout_s=120.0)
+
+
+def write_json(target: str | None, value: Any) -> None:
+    """Write a value where `--json` says, indented; nothing where it says nothing."""
+    if target is None:
+        return
+    data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    if target == "-":
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    else:
+        write_file(Path(target), data)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a result, making its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}")
+
+
+def read_file(path: Path) -> bytes:
+    """Read a file that the user named."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}", 2)
+
+
+@contextmanager
+def phases(what: str) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar per phase ("upload", "onboarding") for as long as the block runs."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr(), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(phase: str, fraction: float) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(f"{phase} of {escape(what)}", total=1.0)
+            progress.update(tasks[phase], completed=fraction)
+
+        yield show
+
+
+@contextmanager
+def spinner(text: str) -> Iterator[Callable[[str], None]]:
+    """A turning sign with words that the block may change."""
+    with stderr().status(escape(text)) as status:
+        yield lambda words: status.update(escape(f"{text} ({words})" if words else text))

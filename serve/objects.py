@@ -1,0 +1,634 @@
+"""The CAD models that the service knows: registered, found by path, or sent along; onboarded once, however many ask.
+
+An object's identity is its content (posekit/meshes.py: `content_id`). Its folder on disk is the truth
+(posekit/store.py); this module adds names, the onboarding in flight, and the bound on the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import math
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+import structlog
+
+from posekit.errors import PoseError, StoreError
+from posekit.store import ObjectStore, StoredObject
+from serve import schemas
+from serve.backend import Backend, BackendError, Interrupted
+from serve.errors import ApiError, from_failure, from_posekit
+from serve.parse import CadChoice
+from serve.settings import Settings
+from workers.messages import (
+    Failure,
+    Health,
+    InspectAnswer,
+    Inspected,
+    InspectTask,
+    ObjectRef,
+    OnboardAnswer,
+    OnboardTask,
+    WireSymmetries,
+    symmetries_to_wire,
+)
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+FORMATS: Final = {".ply": "ply", ".obj": "obj", ".stl": "stl", ".glb": "glb", ".off": "off", ".zip": "zip"}
+_decode_inspected = msgspec.msgpack.Decoder(InspectAnswer).decode
+_decode_onboarded = msgspec.msgpack.Decoder(OnboardAnswer).decode
+_REMEMBERED_SOURCES = 4096
+_MAX_COMPANIONS = 64  # files that an OBJ may refer to
+
+
+@dataclass
+class _Known:
+    stored: StoredObject
+    ready: bool = False
+    error: str | None = None
+    symmetries: WireSymmetries | None = None
+    seconds: float | None = None
+    started: float = 0.0
+    last_used: float = 0.0
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A CAD as a pose request may use it."""
+
+    ref: ObjectRef
+    path_used: str | None = None  # relative to the CAD root, where the request named a path
+    onboard_ms: float | None = None  # what this request waited for onboarding
+
+
+class Objects:
+    """The CAD store as the gateway sees it."""
+
+    def __init__(self, settings: Settings, backend: Backend, engine_versions: Mapping[str, str]) -> None:
+        self._settings = settings
+        self._backend = backend
+        self._versions = dict(engine_versions)
+        self._store = ObjectStore(settings.objects_path)
+        self._known: dict[str, _Known] = {}
+        self._names: dict[str, str] = {}
+        self._onboarding: dict[str, asyncio.Task[None]] = {}
+        self._ingesting: dict[tuple[Any, ...], asyncio.Task[str]] = {}
+        self._sources: dict[tuple[Any, ...], str] = {}  # what a path or an inline CAD turned out to be
+
+    # ------------------------------------------------------------------------------------------------------- start
+
+    def load(self) -> None:
+        """Read what is on disk; sweep what interrupted work left."""
+        swept = self._store.sweep()
+        if swept:
+            log.info("objects_swept", leftovers=swept)
+        for object_id in self._store.broken():
+            log.error(
+                "object_broken",
+                object_id=object_id,
+                hint="its folder cannot be read; remove it and register the CAD again",
+            )
+        for stored in self._store.list():
+            self._learn(stored)
+
+    def _learn(self, stored: StoredObject) -> _Known:
+        known = _Known(stored, last_used=time.time())
+        known.error = self._store.failure(stored.object_id)
+        known.ready = known.error is None and self._onboarded(stored.object_id)
+        if known.ready:
+            known.symmetries = self._read_symmetries(stored.object_id)
+        self._known[stored.object_id] = known
+        if stored.name is not None:
+            self._names[stored.name] = stored.object_id
+        return known
+
+    def _onboarded(self, object_id: str) -> bool:
+        return all(self._store.has_model(object_id, engine, version) for engine, version in self._versions.items())
+
+    def _read_symmetries(self, object_id: str) -> WireSymmetries | None:
+        engine, version = next(iter(self._versions.items()))
+        try:
+            return symmetries_to_wire(self._store.load_symmetries(object_id, engine, version))
+        except StoreError:
+            return None
+
+    async def warm_up(self) -> None:
+        """Onboard whatever is not yet (interrupted, or a new engine version) before the service says ready."""
+        waiting = [self._onboard(known) for known in self._known.values() if not known.ready and known.error is None]
+        if waiting:
+            log.info("onboarding_at_start", objects=len(waiting))
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    # ----------------------------------------------------------------------------------------------------- answers
+
+    @property
+    def count(self) -> int:
+        """Objects registered."""
+        return len(self._known)
+
+    def label(self, object_id: str | None) -> str:
+        """The name for a metric's label: registered and on the settings' list, or `other`."""
+        known = self._known.get(object_id or "")
+        name = known.stored.name if known is not None else None
+        return name if name is not None and name in self._settings.metrics.objects else "other"
+
+    def listing(self) -> list[schemas.ObjectAnswer]:
+        """All of them, oldest first."""
+        return [self._answer(known) for known in sorted(self._known.values(), key=lambda k: k.stored.created_unix)]
+
+    def get(self, id_or_name: str) -> schemas.ObjectAnswer:
+        """One of them; 404 where there is none."""
+        return self._answer(self._find(id_or_name, "object_id"))
+
+    def _find(self, id_or_name: str, field: str | None) -> _Known:
+        known = self._known.get(self._names.get(id_or_name, id_or_name))
+        if known is None:
+            shown = id_or_name if len(id_or_name) <= 80 else id_or_name[:77] + "..."
+            raise ApiError(
+                "unknown_object",
+                f"no object is registered as {shown!r}; POST /api/v1/objects registers one",
+                field=field,
+            )
+        return known
+
+    def _answer(self, known: _Known) -> schemas.ObjectAnswer:
+        stored = known.stored
+        status: Literal["ready", "failed", "onboarding"] = (
+            "failed" if known.error else "ready" if known.ready else "onboarding"
+        )
+        return schemas.ObjectAnswer(
+            object_id=stored.object_id,
+            name=stored.name,
+            status=status,
+            progress=1.0 if known.ready else self._progress(stored.object_id),
+            model_unit=stored.model_unit,
+            health=Health(
+                faces=stored.faces,
+                watertight=stored.watertight,
+                extents_mm=stored.extents_mm,
+                diameter_mm=stored.diameter_mm,
+                warnings=stored.warnings,
+            ),
+            symmetries=known.symmetries,
+            created=stored.created_unix,
+            onboard_seconds=known.seconds,
+            error=known.error,
+        )
+
+    def _progress(self, object_id: str) -> float:
+        try:
+            value = float((self._backend.run_dir / "progress" / object_id).read_text())
+        except (OSError, ValueError):
+            return 0.0
+        return min(max(value, 0.0), 0.99) if math.isfinite(value) else 0.0
+
+    # ------------------------------------------------------------------------------------------- use by a pose request
+
+    async def resolve(self, choice: CadChoice, unit: Literal["mm", "m", "auto"], deadline: float) -> Resolved:
+        """The onboarded object behind a request's CAD, waiting for its onboarding until `deadline` (monotonic).
+
+        Raises ApiError: unknown or forbidden CAD, a mesh that cannot be used, `onboarding` where that lasts too long.
+        """
+        begun = time.monotonic()
+        path_used: str | None = None
+        if choice.object_id is not None:
+            known = self._find(choice.object_id, choice.field)
+        else:
+            if choice.cad_path is not None:
+                path = self._cad_file(choice.cad_path, choice.field)
+                path_used = str(path.relative_to(self._settings.cad_path.resolve()))
+                key, ingest = self._from_path(path, unit, choice.field)
+            else:
+                key, ingest = self._from_inline(choice, unit)
+            known = await self._until(self._once(key, ingest), deadline, "the CAD is still being read", None)
+        known.last_used = time.time()
+        if known.error is not None:
+            raise ApiError("onboarding_failed", f"this CAD could not be onboarded: {known.error}", field=choice.field)
+        waited: float | None = None
+        if not known.ready:
+            await self._until(self._onboard(known), deadline, "the CAD is still being onboarded", known)
+            waited = (time.monotonic() - begun) * 1e3
+            if known.error is not None:
+                raise ApiError(
+                    "onboarding_failed", f"this CAD could not be onboarded: {known.error}", field=choice.field
+                )
+        return Resolved(
+            ObjectRef(object_id=known.stored.object_id, diameter_mm=known.stored.diameter_mm), path_used, waited
+        )
+
+    async def _until(
+        self, work: asyncio.Future[T] | Coroutine[Any, Any, T], deadline: float, words: str, known: _Known | None
+    ) -> T:
+        """Wait for shared work until the deadline; the work itself goes on."""
+        future = asyncio.ensure_future(work)
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), max(deadline - time.monotonic(), 0.0))
+        except TimeoutError:
+            left_s = 2.0
+            if known is not None:
+                elapsed, progress = time.monotonic() - known.started, self._progress(known.stored.object_id)
+                left_s = elapsed / progress - elapsed if progress > 0.05 else elapsed
+            raise ApiError(
+                "onboarding", f"{words}; it goes on, ask again", retry_after_s=min(max(left_s, 1.0), 60.0)
+            ) from None
+
+    def _cad_file(self, text: str, field: str) -> Path:
+        path = inside(self._settings.cad_path, text, field)
+        if path.suffix.lower() not in FORMATS:
+            raise ApiError("invalid", f"a CAD file ends in {', '.join(FORMATS)}", field=field)
+        if not path.is_file():
+            raise ApiError("no_cad_file", "no CAD file at this path under the CAD root", field=field)
+        return path
+
+    def _from_path(
+        self, path: Path, unit: str, field: str
+    ) -> tuple[tuple[Any, ...], Callable[[], Coroutine[Any, Any, str]]]:
+        companions = _companions(path, self._settings.cad_path.resolve())
+        stamps = tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in [path, *companions])
+        limit = self._settings.limits.object_body_mb
+        if sum(size for _, _, size in stamps) > limit * 2**20:
+            raise ApiError("too_large", f"the CAD file is over {limit} MB", field=field)
+
+        async def ingest() -> str:
+            staged = await asyncio.to_thread(self._staged)
+            names = await asyncio.to_thread(_copy, [path, *companions], staged / "source")
+            known, _ = await self._ingest(staged, names, FORMATS[path.suffix.lower()], unit, field=field)
+            return known.stored.object_id
+
+        return ("path", stamps, unit), ingest
+
+    def _from_inline(
+        self, choice: CadChoice, unit: str
+    ) -> tuple[tuple[Any, ...], Callable[[], Coroutine[Any, Any, str]]]:
+        assert choice.cad is not None
+        assert choice.cad_format is not None
+        data, cad_format = choice.cad, choice.cad_format
+
+        async def ingest() -> str:
+            staged = await asyncio.to_thread(self._staged)
+            name = f"model.{cad_format}"
+            await asyncio.to_thread(_write, staged / "source" / name, data)
+            known, _ = await self._ingest(staged, [name], cad_format, unit, field="cad")
+            return known.stored.object_id
+
+        return ("inline", hashlib.sha256(data).hexdigest(), cad_format, unit), ingest
+
+    async def _once(self, key: tuple[Any, ...], ingest: Callable[[], Coroutine[Any, Any, str]]) -> _Known:
+        """Read a CAD once, however many ask at the same time, and remember what it was."""
+        known = self._known.get(self._sources.get(key, ""))
+        if known is not None:
+            return known
+        task = self._ingesting.get(key)
+        if task is None:
+            task = asyncio.create_task(ingest())
+            self._ingesting[key] = task
+            task.add_done_callback(lambda done: (self._ingesting.pop(key, None), done.cancelled() or done.exception()))
+        object_id = await asyncio.shield(task)
+        if len(self._sources) >= _REMEMBERED_SOURCES:
+            self._sources.pop(next(iter(self._sources)))
+        self._sources[key] = object_id
+        return self._known[object_id]
+
+    # ------------------------------------------------------------------------------------------------- registration
+
+    def stage(self) -> Path:
+        """A staged folder for an upload; give it to `register` or `discard` it."""
+        return self._staged()
+
+    def discard(self, staged: Path) -> None:
+        """An upload that came to nothing."""
+        shutil.rmtree(staged, ignore_errors=True)
+
+    async def register(
+        self, staged: Path, file_name: str, request: schemas.ObjectRequest
+    ) -> tuple[schemas.ObjectAnswer, bool]:
+        """An uploaded CAD -> its answer, and whether it is new. Starts the onboarding and does not wait for it."""
+        suffix = Path(file_name).suffix.lower()
+        cad_format = request.cad_format or FORMATS.get(suffix)
+        if cad_format is None:
+            self.discard(staged)
+            raise ApiError(
+                "invalid",
+                f"the file's name does not tell its format; end it in one of {', '.join(FORMATS)}, or send cad_format",
+                field="file",
+            )
+        if request.name is not None and re.fullmatch(r"[0-9a-f]{64}", request.name):
+            self.discard(staged)
+            raise ApiError("invalid", "a name must not look like an object id", field="name")
+        name = f"model.{cad_format}"
+        (staged / "source" / "upload").rename(staged / "source" / name)
+        declared = _declared(request)
+        known, created = await self._ingest(
+            staged, [name], cad_format, request.model_unit, field="file", name=request.name, declared=declared
+        )
+        if known.error is not None:  # asked for once more: perhaps the reason is gone
+            known.error = None
+            self._store.clear_failure(known.stored.object_id)
+        if not known.ready:
+            self._onboard(known)
+        return self._answer(known), created
+
+    async def wait(self, object_id: str, seconds: float) -> None:
+        """Until its onboarding has ended, at most so long."""
+        task = self._onboarding.get(object_id)
+        if task is not None:
+            await asyncio.wait({task}, timeout=seconds)
+
+    def remove(self, id_or_name: str) -> None:
+        """Forget an object and delete its folder."""
+        known = self._find(id_or_name, "object_id")
+        object_id = known.stored.object_id
+        try:
+            self._store.remove(object_id)
+        except PoseError as error:
+            raise from_posekit(error) from None
+        self._known.pop(object_id, None)
+        if known.stored.name is not None:
+            self._names.pop(known.stored.name, None)
+        log.info("object_removed", object_id=object_id, name=known.stored.name)
+
+    def _staged(self) -> Path:
+        try:
+            return self._store.stage()
+        except PoseError as error:
+            raise from_posekit(error) from None
+
+    async def _ingest(
+        self,
+        staged: Path,
+        files: list[str],
+        cad_format: str,
+        unit: str,
+        *,
+        field: str,
+        name: str | None = None,
+        declared: dict[str, Any] | None = None,
+    ) -> tuple[_Known, bool]:
+        """A staged CAD -> the object it is, and whether it is new. The staged folder is gone afterwards."""
+        try:
+            inspected = await self._inspect(staged, cad_format, unit, field)
+            object_id = inspected.object_id
+            self._check_name(name, object_id)
+            known = self._known.get(object_id)
+            if known is not None:
+                self._update(known, name, declared)
+                return known, False
+            await asyncio.to_thread(self._make_room, staged)
+            health = inspected.health
+            stored = StoredObject(
+                object_id=object_id,
+                name=name,
+                cad_format=cad_format,
+                model_unit=inspected.model_unit,
+                files=sorted(files),
+                faces=health.faces,
+                watertight=health.watertight,
+                extents_mm=health.extents_mm,
+                diameter_mm=health.diameter_mm,
+                warnings=health.warnings,
+                declared_symmetries=declared,
+                created_unix=time.time(),
+            )
+            created = await asyncio.to_thread(self._store.commit, staged, stored)
+            if object_id not in self._known:
+                self._learn(stored)
+            log.info(
+                "object_added",
+                object_id=object_id,
+                name=name,
+                faces=health.faces,
+                diameter_mm=round(health.diameter_mm, 1),
+            )
+            return self._known[object_id], created
+        except PoseError as error:
+            raise from_posekit(error) from None
+        except OSError as error:
+            raise ApiError(
+                "storage_full", "the CAD could not be stored: " + (error.strerror or "disk error"), retry_after_s=30
+            ) from None
+        finally:
+            self.discard(staged)
+
+    async def _inspect(self, staged: Path, cad_format: str, unit: str, field: str) -> Inspected:
+        task = InspectTask(
+            task_id=f"inspect-{uuid.uuid4().hex}",
+            folder=str(staged),
+            cad_format=cad_format,
+            model_unit=unit,  # type: ignore[arg-type]
+            max_faces=self._settings.onboard.max_faces,
+        )
+        try:
+            body = await self._backend.call_with_retries(
+                "/inspect", task.task_id, msgspec.msgpack.encode(task), retries=1
+            )
+        except Interrupted:
+            raise ApiError(
+                "bad_data", "the process that read this mesh died over it, twice; is it a mesh?", field=field
+            ) from None
+        except BackendError as error:
+            log.error("inspect_failed", error=str(error))
+            raise ApiError(
+                "internal", "an internal error happened; the server's log has it under this request's id"
+            ) from None
+        answer: InspectAnswer = _decode_inspected(body)
+        if isinstance(answer, Failure):
+            refused = from_failure(answer)
+            refused.field = field
+            raise refused
+        return answer
+
+    def _check_name(self, name: str | None, object_id: str) -> None:
+        taken_by = self._names.get(name or "")
+        if taken_by is not None and taken_by != object_id:
+            raise ApiError(
+                "invalid",
+                f"the name {name!r} belongs to object {taken_by[:12]}...; delete that one or choose another",
+                field="name",
+            )
+
+    def _update(self, known: _Known, name: str | None, declared: dict[str, Any] | None) -> None:
+        """A known object that is registered once more, perhaps under a (new) name or with other symmetries."""
+        changes: dict[str, Any] = {}
+        if name is not None and name != known.stored.name:
+            changes["name"] = name
+        if declared is not None and declared != known.stored.declared_symmetries:
+            changes["declared_symmetries"] = declared
+        if not changes:
+            return
+        stored = msgspec.structs.replace(known.stored, **changes)
+        self._store.replace(stored)
+        if "declared_symmetries" in changes:
+            self._store.remove_models(stored.object_id)
+            known.ready, known.symmetries = False, None
+        if known.stored.name is not None:
+            self._names.pop(known.stored.name, None)
+        if stored.name is not None:
+            self._names[stored.name] = stored.object_id
+        known.stored = stored
+
+    def _make_room(self, staged: Path) -> None:
+        """Keep the store below its bound: unnamed objects leave first, least recently used."""
+        limit = self._settings.storage.objects_mb * 2**20
+        over = self._store.bytes_used() - limit
+        if over <= 0:
+            return
+        unnamed = sorted((k for k in self._known.values() if k.stored.name is None), key=lambda k: k.last_used)
+        for known in unnamed:
+            if known.stored.object_id in self._onboarding or time.time() - known.last_used < 60:
+                continue
+            self._store.remove(known.stored.object_id)
+            self._known.pop(known.stored.object_id, None)
+            log.warning("object_evicted", object_id=known.stored.object_id, reason="storage.objects_mb is reached")
+            if self._store.bytes_used() <= limit:
+                return
+        raise ApiError(
+            "storage_full", "the object store is full; remove objects that are no longer needed", retry_after_s=60
+        )
+
+    # --------------------------------------------------------------------------------------------------- onboarding
+
+    def _onboard(self, known: _Known) -> asyncio.Task[None]:
+        """The one onboarding of this object."""
+        object_id = known.stored.object_id
+        task = self._onboarding.get(object_id)
+        if task is None:
+            known.started = time.monotonic()
+            task = asyncio.create_task(self._run_onboarding(known))
+            self._onboarding[object_id] = task
+            task.add_done_callback(
+                lambda done: (self._onboarding.pop(object_id, None), done.cancelled() or done.exception())
+            )
+        return task
+
+    async def _run_onboarding(self, known: _Known) -> None:
+        object_id = known.stored.object_id
+        task = OnboardTask(task_id=f"onboard-{uuid.uuid4().hex}", object_id=object_id, engines=list(self._versions))
+        begun = time.monotonic()
+        error: str
+        try:
+            body = await self._backend.call_with_retries(
+                "/onboard", task.task_id, msgspec.msgpack.encode(task), retries=1
+            )
+            answer = _decode_onboarded(body)
+            if isinstance(answer, Failure):
+                error = answer.detail
+                if answer.kind == "storage":  # says nothing about the CAD: not to be remembered
+                    log.error("onboarding_failed", object_id=object_id, error=error)
+                    raise from_failure(answer)
+            else:
+                known.ready, known.error, known.symmetries = True, None, answer.symmetries
+                known.seconds = round(time.monotonic() - begun, 3)
+                log.info("object_ready", object_id=object_id, name=known.stored.name, seconds=known.seconds)
+                return
+        except Interrupted:
+            error = "the process that onboarded it died over it, twice"
+        except (BackendError, msgspec.DecodeError) as problem:
+            error = "an internal error happened; the server's log has it"
+            log.error("onboarding_error", object_id=object_id, error=str(problem))
+        finally:
+            with contextlib.suppress(OSError):
+                (self._backend.run_dir / "progress" / object_id).unlink(missing_ok=True)
+        if object_id not in self._known:
+            return  # deleted meanwhile
+        known.error = error
+        log.error("onboarding_failed", object_id=object_id, name=known.stored.name, error=error)
+        with contextlib.suppress(PoseError):
+            await asyncio.to_thread(self._store.fail, object_id, error)
+
+
+# --------------------------------------------------------------------------------------------------------------- paths
+
+
+def inside(root: Path, text: str, field: str) -> Path:
+    """The absolute path that `text` means under `root`, symlinks resolved; 422 for anything outside."""
+    outside = ApiError("invalid", "this path is outside the root that the server allows", field=field)
+    if "\0" in text:
+        raise outside
+    try:
+        base = root.resolve()
+        path = (base / text).resolve()
+    except (OSError, RuntimeError, ValueError):
+        raise outside from None
+    if not path.is_relative_to(base):
+        raise outside
+    return path
+
+
+_REFERENCE = re.compile(rb"^\s*(mtllib|map_\w+|bump|norm|disp|decal)\s+(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
+
+
+def _companions(path: Path, root: Path) -> list[Path]:
+    """What an OBJ refers to beside itself: material files and their textures, inside the root only."""
+    if path.suffix.lower() != ".obj":
+        return []
+    found: list[Path] = []
+    queue = [path]
+    while queue and len(found) < _MAX_COMPANIONS:
+        current = queue.pop()
+        try:
+            text = current.read_bytes()[: 4 * 2**20] if current.suffix.lower() in (".obj", ".mtl") else b""
+        except OSError:
+            continue
+        for _, reference in _REFERENCE.findall(text):
+            name = os.fsdecode(reference).split()[-1].replace("\\", "/")
+            candidate = (path.parent / name).resolve()
+            if candidate.is_relative_to(root) and candidate.is_file() and candidate not in found and candidate != path:
+                found.append(candidate)
+                queue.append(candidate)
+    return sorted(found)
+
+
+def _copy(paths: list[Path], folder: Path) -> list[str]:
+    """Copy a CAD file and its companions; the CAD file gets the canonical name, on which its id depends."""
+    names = []
+    for index, path in enumerate(paths):
+        name = f"model{path.suffix.lower()}" if index == 0 else path.name
+        shutil.copyfile(path, folder / name)
+        names.append(name)
+    return names
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _declared(request: schemas.ObjectRequest) -> dict[str, Any] | None:
+    """The user's symmetries in BOP's spelling, checked; None where none are declared."""
+    if request.symmetries_discrete is None and request.symmetries_continuous is None:
+        return None
+    discrete = [[float(x) for x in numbers] for numbers in request.symmetries_discrete or []]
+    for index, numbers in enumerate(discrete):
+        R = [numbers[0:3], numbers[4:7], numbers[8:11]]
+        orthonormal = all(
+            abs(sum(R[i][k] * R[j][k] for k in range(3)) - (i == j)) < 1e-3 for i in range(3) for j in range(3)
+        )
+        if not all(map(math.isfinite, numbers)) or not orthonormal or numbers[12:] != [0.0, 0.0, 0.0, 1.0]:
+            raise ApiError(
+                "invalid",
+                "a discrete symmetry is a rigid 4x4 transform in row order, in millimetres",
+                field=f"symmetries_discrete[{index}]",
+            )
+    continuous = []
+    for index, entry in enumerate(request.symmetries_continuous or []):
+        length = math.sqrt(sum(x * x for x in entry.axis))
+        if not all(map(math.isfinite, [*entry.axis, *entry.offset])) or length < 1e-9:
+            raise ApiError(
+                "invalid",
+                "a continuous symmetry needs an axis that is not zero",
+                field=f"symmetries_continuous[{index}]",
+            )
+        continuous.append({"axis": [x / length for x in entry.axis], "offset": [float(x) for x in entry.offset]})
+    return {"symmetries_discrete": discrete, "symmetries_continuous": continuous}

@@ -1,0 +1,471 @@
+"""The queue in front of the pose stage: admission, turns, deadlines, retries.
+
+Mosec gathers batches but knows neither clients nor deadlines, and a worker takes nothing new until its whole batch is
+back. So only a few passes' worth of detections are inside Mosec at any time, and everything else waits here:
+
+- Clients take turns: the one that was served least goes next. Within a client the request with the least left to do
+  goes first, except that one that has waited for half its deadline gets every second turn.
+- A request larger than a pass is split into parts, whose rows are put together again.
+- A request that could not be answered in time is refused at the door (429 with Retry-After, or 422 where even an idle
+  server could not). What has passed its deadline, or whose client has gone, is dropped before it starts.
+- A part whose worker died is sent again, alone this time, so that it cannot take others down twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import structlog
+
+from serve.backend import Backend, BackendError, Interrupted
+from serve.errors import ApiError, from_failure
+from serve.settings import Queue as QueueSettings
+from serve.spool import RunDir
+from workers.messages import Answer, Failure, FinishPart, Job, Part, PartAnswer, PassRecord, Row
+
+log = structlog.get_logger()
+
+_decode_answer = msgspec.msgpack.Decoder(Answer).decode
+_encode = msgspec.msgpack.encode
+
+#: Before anything was measured: cautious for the ceiling, generous for `deadline_too_short`.
+_UNMEASURED_RATE = 5.0
+_FORGET = 0.9  # share of the past that each pass leaves in the measured rate
+_SURE = 2.0  # how far off the measured rate may be before a deadline is called impossible
+_LONGEST_BACKEND_OUTAGE_S = 60.0
+_PAUSE_BEFORE_RETRY_S = 0.05
+
+
+@dataclass
+class Solution:
+    """All rows of one request, in order, with what they cost."""
+
+    rows: list[Row]
+    engine: str
+    warnings: list[str]
+    decode_ms: float
+    queue_ms: float  # in this queue and between stages
+    pose_ms: float
+    respond_ms: float
+    batch_detections: int
+    batch_requests: int
+    visualization: bytes | None = None
+    output_written: bool = False
+
+
+@dataclass(eq=False)
+class _Part:
+    ticket: _Ticket
+    part: Part
+    attempts: int = 0
+    waited_s: float = 0.0
+
+    @property
+    def cost(self) -> int:
+        return max(1, self.part.stop - self.part.start)
+
+
+@dataclass(eq=False)
+class _Ticket:
+    job: Job
+    client: str
+    arrived: float
+    deadline: float  # monotonic
+    path: str | None
+    encoded: bytes
+    pending: list[_Part]
+    done: asyncio.Future[None]
+    answers: dict[int, PartAnswer] = field(default_factory=dict)
+    running: int = 0
+    closed: bool = False
+    first_started: float | None = None
+
+    @property
+    def remaining(self) -> int:
+        return sum(part.cost for part in self.pending)
+
+
+class _Rate:
+    """Detections per second of one device, as the passes report it; recent ones count more."""
+
+    def __init__(self) -> None:
+        self._detections = 0.0
+        self._seconds = 0.0
+
+    def seed(self, detections_per_second: float) -> None:
+        if self._seconds == 0 and detections_per_second > 0:
+            self._detections, self._seconds = detections_per_second, 1.0
+
+    def add(self, record: PassRecord) -> None:
+        self._detections = self._detections * _FORGET + record.detections
+        self._seconds = self._seconds * _FORGET + record.seconds
+
+    @property
+    def value(self) -> float:
+        return self._detections / self._seconds if self._seconds > 1e-6 else _UNMEASURED_RATE
+
+
+class PoseQueue:
+    """Everything that waits for the pose stage of one backend."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        run_dir: RunDir,
+        settings: QueueSettings,
+        *,
+        pass_detections: int,
+        on_part: Callable[[PartAnswer, float], None],
+    ) -> None:
+        self._backend = backend
+        self._run_dir = run_dir
+        self._settings = settings
+        self._pass = pass_detections
+        self._devices = len(backend.stages.devices)
+        self._window = settings.passes_in_flight * pass_detections * self._devices
+        self._on_part = on_part  # the answer, and the seconds that its part waited here
+        self._waiting: dict[str, list[_Ticket]] = {}  # client -> tickets with pending parts
+        self._served: dict[str, float] = {}  # client -> detections it was served, on a common clock
+        self._yielded: set[str] = set()  # clients whose last turn went to a starving request
+        self._again: list[_Part] = []  # parts of dead workers: alone, and before everything else
+        self._alone = False  # such a part is inside
+        self._inside = 0  # detections inside Mosec
+        self._tickets: set[_Ticket] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._rate = _Rate()
+
+    # ------------------------------------------------------------------------------------------------- numbers
+
+    @property
+    def detections_per_second(self) -> float:
+        """Measured throughput of all devices together."""
+        self._rate.seed(float(self._backend.pose_info().get("detections_per_second") or 0.0))
+        return max(self._rate.value * self._devices, 1e-3)
+
+    @property
+    def requests(self) -> int:
+        """Requests waiting or running."""
+        return len(self._tickets)
+
+    @property
+    def detections(self) -> int:
+        """Detections waiting or running."""
+        return self._inside + self._queued
+
+    @property
+    def waiting_detections(self) -> int:
+        """Detections that wait here, outside the backend."""
+        return self._queued
+
+    @property
+    def _queued(self) -> int:
+        return sum(t.remaining for tickets in self._waiting.values() for t in tickets) + sum(
+            p.cost for p in self._again
+        )
+
+    def admit(self, count: int, deadline_s: float) -> None:
+        """Raise where `count` more detections could not be answered within `deadline_s`."""
+        rate = self.detections_per_second
+        alone_s = count / rate
+        if alone_s / _SURE > deadline_s:
+            raise ApiError(
+                "deadline_too_short",
+                f"{count} detection{'s' if count != 1 else ''} take about {alone_s:.1f} s on this server "
+                f"({rate:.3g} a second); the deadline is {deadline_s:.3g} s",
+                field="deadline_ms",
+            )
+        queued = self._queued
+        ahead_s = (self._inside + queued) / rate
+        if (self._inside or queued) and ahead_s + alone_s > deadline_s:
+            raise ApiError(
+                "over_capacity",
+                f"{self._inside + queued} detections are ahead, {ahead_s:.1f} s of work; the deadline is {deadline_s:.3g} s",
+                retry_after_s=ahead_s + alone_s - deadline_s,
+            )
+        over = queued + count - self._settings.ceiling_detections
+        if queued and over > 0:
+            raise ApiError(
+                "over_capacity",
+                f"{queued} detections are queued; at most {self._settings.ceiling_detections} may wait",
+                retry_after_s=over / rate,
+            )
+
+    # ----------------------------------------------------------------------------------------------------- work
+
+    async def solve(self, job: Job, client: str, deadline: float) -> Solution:
+        """Rows for a request. `deadline` is monotonic. Cancelling it drops what has not started.
+
+        Raises ApiError: what the pipeline found wrong, the deadline, or a worker lost for good.
+        """
+        encoded = _encode(job)
+        path = self._run_dir.put(f"{job.request_id}-{time.monotonic_ns():x}", encoded)
+        ticket = _Ticket(
+            job=job,
+            client=client,
+            arrived=time.monotonic(),
+            deadline=deadline,
+            path=path,
+            encoded=encoded,
+            pending=[],
+            done=asyncio.get_running_loop().create_future(),
+        )
+        ticket.pending = self._split(ticket)
+        parts = len(ticket.pending)
+        self._tickets.add(ticket)
+        self._waiting.setdefault(client, []).append(ticket)
+        if client not in self._served:
+            self._served[client] = min(self._served.values(), default=0.0)
+        try:
+            self._pump()
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + max(deadline - time.monotonic(), 0.0)):
+                await ticket.done
+            if parts > 1 and (job.visualize or job.output_dir):
+                return await self._finish(ticket)
+            return _merge(ticket)
+        except TimeoutError:
+            raise ApiError("deadline", "the deadline passed before the answer was ready") from None
+        finally:
+            self._close(ticket)
+
+    def _split(self, ticket: _Ticket) -> list[_Part]:
+        count = len(ticket.job.detections)
+        starts = range(0, count, self._pass) if count else [0]
+        bounds = [(start, min(start + self._pass, count)) for start in starts]
+        inline = b"" if ticket.path else ticket.encoded
+        return [
+            _Part(
+                ticket,
+                Part(
+                    part_id=f"{ticket.job.request_id}/{index}",
+                    start=start,
+                    stop=stop,
+                    path=ticket.path,
+                    job=inline,
+                    finish=len(bounds) == 1,
+                ),
+            )
+            for index, (start, stop) in enumerate(bounds)
+        ]
+
+    def _pump(self) -> None:
+        """Send what there is room for. A retried part goes alone: it waits for the others, and the others for it."""
+        if not self._backend.is_ready or self._alone:
+            return
+        if self._again:
+            if self._inside == 0:
+                self._alone = True
+                self._send(self._again.pop(0))
+            return
+        while (part := self._next()) is not None:
+            self._send(part)
+
+    def _next(self) -> _Part | None:
+        """The part whose turn it is, taken off its queue; None where nothing waits or there is no room for it."""
+        self._drop_expired()
+        if not self._waiting:
+            return None
+        client = min(self._waiting, key=lambda name: self._served[name])
+        tickets = self._waiting[client]
+        now = time.monotonic()
+        starving = [t for t in tickets if now - t.arrived > (t.deadline - t.arrived) / 2]
+        yielding = bool(starving) and client not in self._yielded
+        ticket = (
+            min(starving, key=lambda t: t.deadline)
+            if yielding
+            else min(tickets, key=lambda t: (t.remaining, t.arrived))
+        )
+        part = ticket.pending[0]
+        if self._inside and self._inside + part.cost > self._window:
+            return None
+        (self._yielded.add if yielding else self._yielded.discard)(client)
+        ticket.pending.pop(0)
+        self._served[client] += part.cost
+        if not ticket.pending:
+            self._leave(ticket)
+        return part
+
+    def _drop_expired(self) -> None:
+        now = time.monotonic()
+        for tickets in list(self._waiting.values()):
+            for ticket in list(tickets):
+                if ticket.deadline <= now:
+                    self._fail(ticket, ApiError("deadline", "the deadline passed while the request was waiting"))
+
+    def _send(self, part: _Part) -> None:
+        ticket = part.ticket
+        now = time.monotonic()
+        ticket.first_started = ticket.first_started or now
+        part.waited_s = now - ticket.arrived
+        ticket.running += 1
+        self._inside += part.cost
+        task = asyncio.create_task(self._run(part))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, part: _Part) -> None:
+        ticket = part.ticket
+        try:
+            answer = _decode_answer(await self._backend.call("/pose", part.part.part_id, _encode(part.part)))
+            if isinstance(answer, Failure):
+                self._fail(ticket, from_failure(answer))
+            else:
+                self._on_part(answer, part.waited_s)
+                ticket.answers[part.part.start] = answer
+        except Interrupted as interruption:
+            part.attempts += interruption.held
+            await asyncio.sleep(_PAUSE_BEFORE_RETRY_S)
+            self._retry(part, held=interruption.held)
+        except (BackendError, msgspec.DecodeError) as error:
+            log.error("pipeline_error", request_id=ticket.job.request_id, error=str(error))
+            self._fail(
+                ticket,
+                ApiError("internal", "an internal error happened; the server's log has it under this request's id"),
+            )
+        except Exception:
+            log.exception("queue_error", request_id=ticket.job.request_id)
+            self._fail(
+                ticket,
+                ApiError("internal", "an internal error happened; the server's log has it under this request's id"),
+            )
+        finally:
+            ticket.running -= 1
+            self._inside -= part.cost
+            if self._inside == 0:
+                self._alone = False
+            if not ticket.running and not ticket.pending and not any(p.ticket is ticket for p in self._again):
+                if not ticket.done.done():
+                    ticket.done.set_result(None)
+                if ticket.closed:
+                    self._run_dir.drop(ticket.path)
+            self._pump()
+
+    def _retry(self, part: _Part, *, held: bool) -> None:
+        ticket = part.ticket
+        if ticket.closed or ticket.done.done():
+            return
+        if part.attempts > self._settings.retries:
+            self._fail(
+                ticket,
+                ApiError(
+                    "worker_lost", "the process that held this request died, and so did its retries", retry_after_s=5
+                ),
+            )
+            return
+        log.warning(
+            "part_sent_again",
+            request_id=ticket.job.request_id,
+            part_id=part.part.part_id,
+            attempts=part.attempts,
+            held=held,
+        )
+        if held:
+            self._again.append(part)
+        else:
+            ticket.pending.insert(0, part)
+            tickets = self._waiting.setdefault(ticket.client, [])
+            if ticket not in tickets:
+                tickets.append(ticket)
+
+    def _fail(self, ticket: _Ticket, error: ApiError) -> None:
+        if not ticket.done.done():
+            ticket.done.set_exception(error)
+            ticket.done.exception()  # looked at, also where nobody waits any more
+        self._abandon(ticket)
+
+    def _abandon(self, ticket: _Ticket) -> None:
+        """Nothing more of it is started."""
+        ticket.pending.clear()
+        self._again = [part for part in self._again if part.ticket is not ticket]
+        self._leave(ticket)
+
+    def _leave(self, ticket: _Ticket) -> None:
+        tickets = self._waiting.get(ticket.client)
+        if tickets is not None:
+            with contextlib.suppress(ValueError):
+                tickets.remove(ticket)
+            if not tickets:
+                del self._waiting[ticket.client]
+        if len(self._served) > 1024:  # clients come and go: keep only those that wait
+            self._served = {client: served for client, served in self._served.items() if client in self._waiting}
+
+    def _close(self, ticket: _Ticket) -> None:
+        self._abandon(ticket)
+        ticket.closed = True
+        self._tickets.discard(ticket)
+        if not ticket.running:
+            self._run_dir.drop(ticket.path)
+        self._pump()
+
+    async def _finish(self, ticket: _Ticket) -> Solution:
+        """Overlay and files of a request that was split."""
+        solution = _merge(ticket)
+        message = FinishPart(
+            part_id=f"{ticket.job.request_id}/finish",
+            path=ticket.path,
+            job=b"" if ticket.path else ticket.encoded,
+            rows=solution.rows,
+        )
+        async with asyncio.timeout_at(asyncio.get_running_loop().time() + max(ticket.deadline - time.monotonic(), 0.0)):
+            try:
+                body = await self._backend.call_with_retries(
+                    "/finish", message.part_id, _encode(message), retries=self._settings.retries
+                )
+            except Interrupted:
+                raise ApiError(
+                    "worker_lost", "the process that held this request died, and so did its retries", retry_after_s=5
+                ) from None
+        answer = _decode_answer(body)
+        if isinstance(answer, Failure):
+            raise from_failure(answer)
+        self._on_part(answer, 0.0)
+        solution.respond_ms += answer.respond_ms
+        solution.visualization, solution.output_written = answer.visualization, answer.output_written
+        return solution
+
+    # --------------------------------------------------------------------------------------------------- events
+
+    def fail_all(self, error: ApiError) -> None:
+        """Answer everything with `error`, whatever it was doing."""
+        for ticket in list(self._tickets):
+            self._fail(ticket, error)
+
+    def wake(self) -> None:
+        """The backend is ready (again)."""
+        self._pump()
+
+    async def keep_order(self) -> None:
+        """For ever: let waiting requests meet their deadlines, and give up on a backend that stays away."""
+        while True:
+            await asyncio.sleep(0.25)
+            self._drop_expired()
+            if self._backend.down_s > _LONGEST_BACKEND_OUTAGE_S:
+                self.fail_all(
+                    ApiError("not_ready", "the pose workers do not come back; the log says why", retry_after_s=10)
+                )
+            self._pump()
+
+
+def _merge(ticket: _Ticket) -> Solution:
+    answers = [ticket.answers[start] for start in sorted(ticket.answers)]
+    warnings = list(dict.fromkeys(warning for answer in answers for warning in answer.warnings))
+    waited_s = (ticket.first_started or ticket.arrived) - ticket.arrived
+    largest = max(answers, key=lambda answer: answer.batch_detections)
+    return Solution(
+        rows=[row for answer in answers for row in answer.rows],
+        engine=answers[0].engine,
+        warnings=warnings,
+        decode_ms=max(answer.decode_ms for answer in answers),
+        queue_ms=waited_s * 1e3 + max(answer.queue_ms for answer in answers),
+        pose_ms=math.fsum(answer.pose_ms for answer in answers),
+        respond_ms=max(answer.respond_ms for answer in answers),
+        batch_detections=largest.batch_detections,
+        batch_requests=largest.batch_requests,
+        visualization=answers[0].visualization if len(answers) == 1 else None,
+        output_written=answers[0].output_written if len(answers) == 1 else False,
+    )

@@ -1,0 +1,251 @@
+"""`pem serve`: everything started in order, looked after, and stopped in order.
+
+Order of a start: settings, data directory and its lock, the public port (it answers 503 at once), the backend, the
+registered objects, ready. Order of a stop: readyz 503, requests in flight finish, the port closes, the backend stops,
+nothing is left behind; all of it inside the drain limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import importlib.metadata
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import structlog
+import uvicorn
+import uvloop
+from starlette.middleware.cors import CORSMiddleware
+
+from serve import __version__, logs
+from serve.backend import Backend
+from serve.errors import ApiError
+from serve.gateway import Gateway
+from serve.settings import Settings, SettingsError, unknown_variables
+from serve.spool import RunDir
+from workers.engines import versions
+
+log = structlog.get_logger()
+
+_CLOSING_S = 1.0  # of the drain limit, kept for closing the port and stopping the backend
+_OUTPUT_FILES = ("detection_pem.json", "poses.npz", "vis_pem.png")
+
+
+class CannotStart(Exception):
+    """The server cannot start; the message tells the operator why and what to do."""
+
+
+def serve(settings: Settings) -> int:
+    """Run the server until SIGTERM or SIGINT; returns the exit code. Raises CannotStart with words for the operator."""
+    engines = resolve_engines(settings)
+    devices = resolve_devices(settings)
+    data = settings.data_path
+    try:
+        for folder in (data, settings.objects_path, settings.cad_path, settings.output_path):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotStart(f"cannot create {error.filename}: {error.strerror}") from None
+    with _locked(data), contextlib.closing(_listen(settings)) as listener:
+        logs.configure(settings.log, data)
+        try:
+            return uvloop.run(_main(settings, engines, devices, listener))
+        finally:
+            logs.shutdown()
+
+
+async def _main(
+    settings: Settings,
+    engines: tuple[Literal["geometric", "sam6d"], ...],
+    devices: tuple[str, ...],
+    listener: socket.socket,
+) -> int:
+    for name in unknown_variables(os.environ):
+        log.warning("unknown_variable", name=name, hint="it looks like a setting and is none: a typo?")
+    host, port = listener.getsockname()[:2]
+    run_dir = RunDir(Path(settings.spool_dir))
+    backend = Backend(settings.stages(run_dir=run_dir.path, devices=devices, engines=engines), run_dir.path)
+    gateway = Gateway(settings, backend, run_dir, engines=versions(engines), device=",".join(devices))
+    backend.on_ready, backend.on_worker_death = gateway.backend_ready, gateway.worker_died
+    _warn_if_open(settings, gateway)
+    gateway.objects.load()
+
+    app: Any = gateway
+    if settings.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Server-Timing", "Retry-After"],
+        )
+    server = _Uvicorn(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", server_header=False, timeout_keep_alive=30
+        )
+    )
+    stop = _StopSignals()
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    log.info(
+        "listening", url=f"http://{host}:{port}", version=__version__, engine=gateway.engine, device=gateway.device
+    )
+    await backend.start()
+    chores = [asyncio.create_task(gateway.queue.keep_order()), asyncio.create_task(_sweep_outputs(settings))]
+    await asyncio.wait({asyncio.create_task(stop.asked.wait()), serving}, return_when=asyncio.FIRST_COMPLETED)
+
+    deadline = time.monotonic() + settings.drain_s
+    gateway.draining = True
+    log.info("draining", requests=gateway.in_flight, limit_s=settings.drain_s)
+    while gateway.in_flight and not stop.insisted.is_set() and time.monotonic() < deadline - _CLOSING_S:
+        await asyncio.sleep(0.02)
+    if gateway.in_flight:
+        log.warning("drain_limit", requests=gateway.in_flight)
+        gateway.queue.fail_all(ApiError("draining", "the server is shutting down", retry_after_s=5))
+        await asyncio.sleep(0.2)
+    server.should_exit = True
+    server.force_exit = gateway.in_flight > 0
+    stopping = asyncio.create_task(backend.stop(min(2.0, max(deadline - time.monotonic() - 0.3, 0.2))))
+    await asyncio.wait({serving}, timeout=max(deadline - time.monotonic(), 0.5))
+    await stopping
+    for chore in chores:
+        chore.cancel()
+    await asyncio.gather(*chores, return_exceptions=True)
+    await gateway.ism.close()
+    run_dir.remove()
+    log.info("stopped")
+    return 0
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn that leaves the signals to us: it would close the port first, and we drain first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _StopSignals:
+    """SIGTERM, SIGINT or SIGHUP ask for a stop; a second one insists."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.insisted = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._signalled)
+
+    def _signalled(self) -> None:
+        (self.insisted if self.asked.is_set() else self.asked).set()
+
+
+# ------------------------------------------------------------------------------------------------------------ the start
+
+
+def resolve_engines(settings: Settings) -> tuple[Literal["geometric", "sam6d"], ...]:
+    """The engines that this start can offer, the default first."""
+    if settings.engine == "sam6d":
+        raise CannotStart("the engine sam6d is not part of this release; start with --engine geometric (or auto)")
+    return ("geometric",)
+
+
+def resolve_devices(settings: Settings) -> tuple[str, ...]:
+    """One entry per pose worker: `cpu`, or `cuda:N`s. `auto` takes all GPUs that torch can use, else the CPU."""
+    wanted = settings.device.strip().lower()
+    if wanted == "cpu":
+        return ("cpu",)
+    count = _gpus()
+    if wanted == "auto":
+        return tuple(f"cuda:{index}" for index in range(count)) or ("cpu",)
+    kind, _, indices = wanted.partition(":")
+    if kind != "cuda" or not all(part.strip().isdigit() for part in indices.split(",") if indices):
+        raise SettingsError(f"device {settings.device!r} is none of auto, cpu, cuda, cuda:0 or cuda:0,1")
+    chosen = sorted({int(part) for part in indices.split(",")}) if indices else list(range(count))
+    if not count or not chosen or max(chosen) >= count:
+        raise CannotStart(
+            f"device {settings.device!r}: this machine offers {count} GPU(s) to torch; use --device cpu or auto"
+        )
+    return tuple(f"cuda:{index}" for index in chosen)
+
+
+def _gpus() -> int:
+    """GPUs that the driver shows, asked without importing torch; none where torch is a CPU build."""
+    try:
+        if "+cpu" in importlib.metadata.version("torch"):
+            return 0
+        driver = ctypes.CDLL("libcuda.so.1")
+    except (OSError, importlib.metadata.PackageNotFoundError):
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _listen(settings: Settings) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise CannotStart(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}") from None
+    listener.set_inheritable(False)
+    return listener
+
+
+@contextlib.contextmanager
+def _locked(data: Path) -> Iterator[None]:
+    """Two servers on one data directory would sweep each other's work away."""
+    lock = os.open(data / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise CannotStart(
+            f"another server uses the data directory {data}; stop it, or give this one --data-dir"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _warn_if_open(settings: Settings, gateway: Gateway) -> None:
+    loopback = settings.host in ("127.0.0.1", "::1", "localhost")
+    with contextlib.suppress(Exception):  # broken keys close the door and are told with each request
+        if not loopback and not gateway.keys:
+            log.warning("open_to_everyone", host=settings.host, hint="no API keys: `pem keys add NAME` makes one")
+
+
+async def _sweep_outputs(settings: Settings) -> None:
+    """For ever: our files under the output root leave after `storage.output_days`."""
+    while settings.storage.output_days:
+        oldest = time.time() - settings.storage.output_days * 86_400
+        removed = await asyncio.to_thread(_remove_outputs, settings.output_path, oldest)
+        if removed:
+            log.info("outputs_removed", files=removed, older_than_days=settings.storage.output_days)
+        await asyncio.sleep(3600)
+
+
+def _remove_outputs(root: Path, oldest: float) -> int:
+    removed = 0
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in set(names) & set(_OUTPUT_FILES):
+            path = Path(folder, name)
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
+                    removed += 1
+        if removed and Path(folder) != root:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+    return removed

@@ -1,0 +1,121 @@
+"""Large requests on their way into the backend: files in shared memory, inline where there is no room.
+
+The run directory of this server holds Mosec's sockets, the workers' state files and these spooled requests. It lies in
+/dev/shm where that works, in the temporary folder otherwise, and is locked for as long as the server lives; what dead
+servers left behind is swept at start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import structlog
+
+log = structlog.get_logger()
+
+_PREFIX = "pem-server-"
+INLINE_BYTES = 64 * 1024  # smaller requests go through the socket
+_ROOM = 2.0  # times its size must be free, so that the other users of /dev/shm are left some
+
+
+def _bases(first: Path) -> list[Path]:
+    return [first, Path(tempfile.gettempdir())]
+
+
+class RunDir:
+    """A locked directory for this server's run-time files."""
+
+    def __init__(self, base: Path = Path("/dev/shm")) -> None:
+        sweep(base)
+        self.path = self._make(base)
+        self.jobs = self.path / "jobs"
+        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def _make(self, first: Path) -> Path:
+        for base in _bases(first):
+            try:
+                path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+                for folder in ("jobs", "workers", "progress"):
+                    (path / folder).mkdir()
+                _reserve_probe(path)
+                return path
+            except OSError as error:
+                log.warning("no_room_for_run_directory", base=str(base), error=error.strerror)
+        raise OSError(errno.ENOSPC, "neither /dev/shm nor the temporary folder has room for the server's run directory")
+
+    def put(self, name: str, data: bytes) -> str | None:
+        """Spool a request; its path, or None where it should go inline (small, or no room)."""
+        if len(data) < INLINE_BYTES:
+            return None
+        path = self.jobs / name
+        try:
+            room = os.statvfs(self.jobs)
+            if room.f_bavail * room.f_frsize < _ROOM * len(data):
+                return None
+            path.write_bytes(data)
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            return None
+        return str(path)
+
+    def drop(self, path: str | None) -> None:
+        """The request is answered: forget its file."""
+        if path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def remove(self) -> None:
+        """At the very end."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.close(self._lock)
+
+
+def _reserve_probe(path: Path) -> None:
+    """Whether a few hundred kilobytes can be written here: the workers' state files must fit."""
+    probe = path / "probe"
+    with probe.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 2 * 2**20)
+    probe.unlink()
+
+
+def sweep(base: Path) -> int:
+    """Remove run directories whose server is gone; returns how many."""
+    removed = 0
+    for folder in _bases(base):
+        for path in folder.glob(f"{_PREFIX}*"):
+            try:
+                lock = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if _owner_is_alive(path):
+                    continue
+                lock = -1
+            except OSError:
+                continue
+            try:
+                if lock >= 0:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+                removed += 1
+            except OSError:
+                pass  # locked: its server lives
+            finally:
+                if lock >= 0:
+                    os.close(lock)
+    if removed:
+        log.info("swept_run_directories", removed=removed)
+    return removed
+
+
+def _owner_is_alive(path: Path) -> bool:
+    """A directory without a lock is being made right now by the process in its name, or was left by it."""
+    pid = path.name.removeprefix(_PREFIX).partition("-")[0]
+    return pid.isdigit() and Path(f"/proc/{pid}").exists()

@@ -1,0 +1,46 @@
+"""Fixtures that more than one test file needs: a really running server and the demo scene registered on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.running import Question, RunningServer
+
+
+@pytest.fixture(scope="session")
+def question() -> Question:
+    """The demo scene as a request."""
+    return Question()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, question: Question) -> Iterator[RunningServer]:
+    """One server for all tests that leave it as it was, the demo scene's objects registered by name."""
+    one = RunningServer(tmp_path_factory.mktemp("server") / "data").start()
+    try:
+        question.register(one.url)
+        yield one
+        assert one.stop() == 0
+    finally:
+        if one.process is not None and one.process.poll() is None:
+            one.kill()
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
+    """Start servers of one's own, with settings: `start_server(drain_s=5)`; they are stopped at the end."""
+    started: list[RunningServer] = []
+
+    def start(data: Path | None = None, wait: bool = True, **settings: Any) -> RunningServer:
+        one = RunningServer(data or tmp_path / f"data{len(started)}", settings)
+        started.append(one)
+        return one.start(wait=wait)
+
+    yield start
+    for one in started:
+        if one.process is not None and one.process.poll() is None:
+            one.kill()

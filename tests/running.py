@@ -1,0 +1,228 @@
+"""A really running server for the tests: its processes, its address, its scene."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+
+from posekit import images, rle, scenes, shapes
+from workers.state import WorkerState, read_states
+
+ROOT = Path(__file__).parents[1]
+START_LIMIT_S = 120.0
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class RunningServer:
+    """`pem serve` as a child process. Its standard error goes to `<data>/stderr.log`."""
+
+    data: Path
+    settings: dict[str, Any] = field(default_factory=dict)  # PEM_ variables without the prefix
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self, wait: bool = True) -> RunningServer:
+        """Start it; returns when it is ready."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PEM_")}
+        environment |= {f"PEM_{name.upper()}": str(value) for name, value in self.settings.items()}
+        self.data.mkdir(parents=True, exist_ok=True)
+        with (self.data / "stderr.log").open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "serve.cli", "serve", "--port", str(self.port), "--data-dir", str(self.data)],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+            )
+        if wait:
+            self.wait_ready()
+        return self
+
+    def wait_ready(self, seconds: float = START_LIMIT_S) -> float:
+        """Until /readyz says 200; returns how long that took."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < seconds:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise AssertionError(f"the server ended with {self.process.returncode}:\n{self.log()[-4000:]}")
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200:
+                    return time.monotonic() - begun
+            time.sleep(0.05)
+        raise AssertionError(f"not ready after {seconds} s:\n{self.log()[-4000:]}")
+
+    def stop(self, seconds: float = 40.0) -> int:
+        """SIGTERM, then wait; returns the exit code."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def kill(self) -> None:
+        """SIGKILL to the gateway alone."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def log(self) -> str:
+        """Everything it wrote on standard error."""
+        return (self.data / "stderr.log").read_text(errors="replace")
+
+    @property
+    def run_dir(self) -> Path:
+        """Where its workers leave their state (new after each start)."""
+        bases = [Path(self.settings.get("spool_dir", "/dev/shm")), Path(tempfile.gettempdir())]
+        for base in bases:
+            for path in base.glob(f"pem-server-{self.pid}-*"):
+                return path
+        raise AssertionError("no run directory")
+
+    def workers(self, stage: str | None = None) -> list[WorkerState]:
+        """The living, ready workers."""
+        return [s for s in read_states(self.run_dir) if s.alive and s.ready and stage in (None, s.stage)]
+
+    def descendants(self) -> list[int]:
+        """Every process below the gateway, keepers and all."""
+        return descendants(self.pid)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents.setdefault(parent, []).append(int(entry.name))
+    found: list[int] = []
+    queue = [pid]
+    while queue:
+        children = parents.get(queue.pop(), [])
+        found += children
+        queue += children
+    return found
+
+
+def running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def wait_until(condition: Any, seconds: float, what: str) -> None:
+    """Poll until `condition()` holds; AssertionError with `what` otherwise."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+class Question:
+    """The demo scene as a request: pictures encoded once, any field replaceable."""
+
+    def __init__(self, scene: scenes.Scene | None = None) -> None:
+        self.scene = scene or scenes.demo_scene()
+        self.rgb = images.encode_png(self.scene.rgb)
+        self.depth = images.encode_png(self.scene.depth_raw)
+        self.cam_params = {"cam_K": [float(x) for x in self.scene.K.ravel()], "depth_scale": self.scene.depth_scale_mm}
+        self.masks = [dict(rle.encode_rle(instance.mask)) for instance in self.scene.instances]
+        self.names = [instance.shape.name for instance in self.scene.instances]
+
+    def body(self, *, indices: list[int] | None = None, **changes: Any) -> dict[str, Any]:
+        """The request as a tree with raw pictures; detections of `indices` (all), each with its object by name."""
+        chosen = list(range(len(self.masks))) if indices is None else indices
+        tree: dict[str, Any] = {
+            "rgb_image": self.rgb,
+            "depth_image": self.depth,
+            "cam_params": self.cam_params,
+            "detections": {"masks": [self.masks[i] for i in chosen], "object_ids": [self.names[i] for i in chosen]},
+            "objects": {name: {"object_id": name} for name in sorted({self.names[i] for i in chosen})},
+        }
+        tree.update(changes)
+        return {key: value for key, value in tree.items() if value is not ...}
+
+    def register(self, url: str) -> None:
+        """Upload the CAD of every object in the scene under its shape's name, and wait for it."""
+        for shape in {i.shape.name: i.shape for i in self.scene.instances}.values():
+            register(url, shape)
+
+    def errors(self, index: int, row: dict[str, Any]) -> tuple[float, float]:
+        """(rotation error in degrees, translation error in mm) of an answered row for detection `index`."""
+        T_est = np.eye(4)
+        T_est[:3, :3] = row["rotation"]
+        T_est[:3, 3] = np.array(row["translation"]) / 1000
+        truth = self.scene.instances[index]
+        return scenes.pose_errors(T_est, truth.T_cam_obj, truth.shape.symmetries)
+
+
+def register(url: str, shape: shapes.Shape) -> dict[str, Any]:
+    """Upload one shape's CAD and wait until it is onboarded."""
+    answer = httpx.post(
+        f"{url}/api/v1/objects",
+        params={"wait": "60"},
+        files={
+            "file": (f"{shape.name}.ply", shapes.mesh_to_ply(shape.mesh)),
+            "request": (None, msgspec.json.encode({"name": shape.name})),
+        },
+        timeout=90,
+    )
+    assert answer.status_code in (200, 201), answer.text
+    tree: dict[str, Any] = answer.json()
+    assert tree["status"] == "ready", tree
+    return tree
+
+
+def post(
+    url: str,
+    tree: dict[str, Any],
+    *,
+    route: str = "/api/v1/pose_estimation",
+    as_json: bool = False,
+    timeout: float = 60,
+    **headers: str,
+) -> httpx.Response:
+    """POST a request tree as MessagePack (answer in JSON), or as JSON."""
+    encode = msgspec.json.encode if as_json else msgspec.msgpack.encode
+    content_type = "application/json" if as_json else "application/msgpack"
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.post(
+        f"{url}{route}", content=encode(tree), headers={"Content-Type": content_type, **named}, timeout=timeout
+    )

@@ -1,0 +1,313 @@
+"""The command line as a user types it: what it prints, where, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from posekit import images
+from posekit.rle import encode_rle
+from posekit.scenes import demo_scene
+from posekit.shapes import mesh_to_ply
+from serve import __version__, cli, imagefiles
+from serve.client import Client
+from serve.commands.estimate import rotation_vector_deg
+
+ROOT = Path(__file__).parents[2]
+NOWHERE = "http://127.0.0.1:9"
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Pem = Callable[..., Done]
+
+
+@pytest.fixture
+def pem(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Pem:
+    """Run `pem` with arguments in this process."""
+    for name in [name for name in os.environ if name.startswith("PEM_")]:
+        monkeypatch.delenv(name)
+
+    def run(*arguments: object) -> Done:
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return Done(int(left.value.code or 0), out, err)
+
+    return run
+
+
+def test_the_version_is_told(pem: Pem) -> None:
+    assert pem("--version") == Done(0, f"pem {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["serve"], ["demo"], ["estimate"], ["objects"], ["objects", "add"], ["keys"], ["keys", "add"], ["status"]],
+    ids=lambda command: " ".join(command) or "pem",
+)
+def test_help_teaches(pem: Pem, command: list[str]) -> None:
+    done = pem(*command, "--help")
+    assert done.code == 0
+    assert "Usage: pem" in done.out
+
+
+def test_help_of_serve_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom serve import cli\n"
+        "try:\n    cli.main(['serve', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'mosec', 'open3d', 'cv2') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", [["status"], ["objects", "list"], ["objects", "show", "mug"], ["openapi"]], ids=str)
+def test_no_server_is_said_in_words(pem: Pem, command: list[str]) -> None:
+    done = pem(*command, "--url", NOWHERE)
+    assert done.code == 1
+    assert done.out == ""
+    assert f"no server answers at {NOWHERE}" in done.err
+    assert "pem serve" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_the_environment_names_the_server(pem: Pem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEM_URL", "http://127.0.0.1:19")
+    assert "http://127.0.0.1:19" in pem("status").err
+
+
+def test_an_address_that_is_none_is_said_in_words(pem: Pem) -> None:
+    done = pem("status", "--url", "robot:8003")
+    assert (done.code, "is no address" in done.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nothing"], ["status", "--urll", "x"], ["objects", "add", "missing.ply"]], ids=str
+)
+def test_wrong_use_exits_with_2(pem: Pem, arguments: list[str]) -> None:
+    assert pem(*arguments).code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--port", "70000"], "port"),
+        (["--config", "missing.toml"], "missing.toml"),
+        (["--engine", "best"], "engine"),
+        (["--log-format", "xml"], "PEM_LOG_FORMAT"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(pem: Pem, arguments: list[str], words: str) -> None:
+    done = pem("serve", *arguments)
+    assert done.code == 2
+    assert words in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_taken_port_is_said_in_words(pem: Pem, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = pem("serve", "--port", taken.getsockname()[1], "--data-dir", tmp_path, "--device", "cpu")
+    assert done.code == 1
+    assert "cannot listen" in done.err
+
+
+# ----------------------------------------------------------------------------------------------------------------- keys
+
+
+def test_keys_are_made_listed_and_revoked(pem: Pem, tmp_path: Path) -> None:
+    where = ["--data-dir", tmp_path]
+    made = pem("keys", "add", "robot", "--rate", 5, *where)
+    assert made.code == 0
+    assert made.out.startswith("pem_")
+    assert "cannot be shown again" in made.err
+    listed = pem("keys", "list", *where, "--json", "-").json()["keys"]
+    assert [(key["name"], key["rate"]) for key in listed] == [("robot", 5.0)]
+    assert "robot" in pem("keys", "list", *where).out
+    again = pem("keys", "add", "robot", *where)
+    assert (again.code, "already" in again.err) == (2, True)
+    gone = pem("keys", "revoke", "robot", *where)
+    assert gone.code == 0
+    assert "open to all" in gone.err
+    assert pem("keys", "revoke", "robot", *where).code == 2
+
+
+def test_a_broken_file_of_keys_is_said_in_words(pem: Pem, tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text("{")
+    done = pem("keys", "list", "--data-dir", tmp_path)
+    assert (done.code, "broken" in done.err) == (2, True)
+
+
+# ------------------------------------------------------------------------------------------------------------- estimate
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo scene as a user has it: files."""
+    folder = tmp_path_factory.mktemp("scene")
+    scene = demo_scene()
+    main = scene.instances[0]
+    (folder / "rgb.png").write_bytes(imagefiles.write_png(scene.rgb))
+    (folder / "depth.png").write_bytes(imagefiles.write_png(scene.depth_raw))
+    (folder / "mask.png").write_bytes(imagefiles.write_png(main.mask))
+    (folder / "empty.png").write_bytes(imagefiles.write_png(np.zeros_like(main.mask)))
+    (folder / "camera.json").write_text(json.dumps({"cam_K": scene.K.ravel().tolist(), "depth_scale": 1.0}))
+    (folder / "housing.ply").write_bytes(mesh_to_ply(main.shape.mesh))
+    item = {"scene_id": 0, "image_id": 0, "category_id": 5, "score": 0.9, "time": 0.1, "bbox": [0, 0, 5, 5]}
+    (folder / "ism.json").write_text(json.dumps([{**item, "segmentation": encode_rle(main.mask)}]))
+    return folder
+
+
+def frame(files: Path) -> list[object]:
+    return ["--rgb", files / "rgb.png", "--depth", files / "depth.png", "--camera", files / "camera.json"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--mask", "mask.png"], "--cad FILE or by --object"),
+        (["--cad", "housing.ply"], "--mask FILE"),
+        (["--cad", "housing.ply", "--object", "x", "--mask", "mask.png"], "one of them"),
+        (["--cad", "housing.ply", "--detections", "rgb.png"], "no list of detections"),
+        (["--object", "a", "--object", "b", "--mask", "mask.png"], "CATEGORY=NAME"),
+        (["--object", "a", "--model-unit", "m", "--mask", "mask.png"], "--model-unit"),
+    ],
+)
+def test_estimate_says_what_is_missing(pem: Pem, files: Path, arguments: list[str], words: str) -> None:
+    arguments = [str(files / item) if (files / item).is_file() else item for item in arguments]
+    done = pem("estimate", *frame(files), *arguments, "--url", NOWHERE)
+    assert done.code == 2
+    assert words in done.err
+
+
+def test_a_camera_file_that_is_none_shows_one(pem: Pem, files: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "camera.json"
+    wrong.write_text('{"fx": 600}')
+    arguments = ["--rgb", files / "rgb.png", "--depth", files / "depth.png", "--camera", wrong]
+    done = pem("estimate", *arguments, "--object", "x", "--mask", files / "mask.png")
+    assert (done.code, "cam_K" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("vector", [[0, 0, 0], [10, -20, 30], [180, 0, 0], [0, 120, 127], [1e-4, 0, 0]], ids=str)
+def test_a_rotation_vector_is_read_off_any_rotation(vector: list[float]) -> None:
+    from scipy.spatial.transform import Rotation
+
+    R = Rotation.from_rotvec(vector, degrees=True).as_matrix()
+    found = rotation_vector_deg(R)
+    np.testing.assert_allclose(Rotation.from_rotvec(found, degrees=True).as_matrix(), R, atol=1e-7)
+    assert np.linalg.norm(found) <= 180.0 + 1e-6
+
+
+# ------------------------------------------------------------------------------------------------- against a real server
+
+
+def test_files_in_table_and_overlay_out(server: Any, pem: Pem, files: Path, tmp_path: Path) -> None:
+    overlay, answer = tmp_path / "seen" / "overlay.png", tmp_path / "answer.json"
+    masks = ["--mask", files / "mask.png", "--mask", files / "empty.png"]
+    output = ["--out", overlay, "--json", answer, "--url", server.url]
+    done = pem("estimate", *frame(files), "--cad", files / "housing.ply", *masks, *output)
+    assert done.code == 0, done.err
+    assert "ok" in done.out
+    assert "mask_empty" in done.out
+    assert "inliers" in done.out
+    assert images.decode_color(overlay.read_bytes(), 10).shape == demo_scene().rgb.shape
+    rows = json.loads(answer.read_text())["poses"]
+    assert [row["status"] for row in rows] == ["ok", "rejected"]
+    np.testing.assert_allclose(rows[0]["translation"], demo_scene().instances[0].T_cam_obj[:3, 3] * 1000, atol=2)
+
+
+def test_detections_of_sam6d_are_taken_as_they_are(server: Any, pem: Pem, files: Path) -> None:
+    assert pem("objects", "add", files / "housing.ply", "--name", "cli-housing", "--url", server.url).code == 0
+    choice = ["--detections", files / "ism.json", "--object", "5=cli-housing"]
+    done = pem("estimate", *frame(files), *choice, "--json", "-", "--url", server.url)
+    (row,) = done.json()["poses"]
+    assert (row["status"], row["object_id"], row["bbox"]) == ("ok", 5, [0, 0, 5, 5])
+
+
+def test_objects_from_file_to_removal(server: Any, pem: Pem, files: Path) -> None:
+    at = ["--url", server.url]
+    added = pem("objects", "add", files / "housing.ply", "--name", "cli-housing", "--json", "-", *at).json()
+    assert added["status"] == "ready"
+    assert added["object_id"] in [
+        item["object_id"] for item in pem("objects", "list", "--json", "-", *at).json()["objects"]
+    ]
+    assert "cli-housing" in pem("objects", "list", *at).out
+    assert added["object_id"] in pem("objects", "show", "cli-housing", *at).out
+    assert pem("objects", "remove", "cli-housing", *at).code == 0
+    gone = pem("objects", "show", "cli-housing", *at)
+    assert gone.code == 1
+    assert "404" in gone.err
+    assert "request id" in gone.err
+
+
+def test_status_is_a_table_or_json(server: Any, pem: Pem) -> None:
+    assert "geometric" in pem("status", "--wait", 5, "--url", server.url).out
+    assert pem("status", "--url", server.url, "--json", "-").json()["server"] == "running"
+    assert pem("openapi", "--url", server.url).json()["openapi"].startswith("3.1")
+
+
+def test_serve_starts_where_it_is_told_and_ends_with_0(server: Any, tmp_path: Path) -> None:
+    """A second server, from the command line alone; `server` only proves that this machine can run one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "serve.cli", "serve", "--port", str(port), "--data-dir", str(tmp_path / "data")]
+    command += ["--device", "cpu", "--engine", "geometric", "--log-format", "json"]
+    with (tmp_path / "log").open("wb") as log:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        with Client(f"http://127.0.0.1:{port}") as client:
+            client.wait_ready(90)
+            key = subprocess.run(
+                [sys.executable, "-m", "serve.cli", "keys", "add", "robot", "--data-dir", str(tmp_path / "data")],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
+            assert httpx.get(f"{client.url}/api/v1/status").status_code == 401
+        with Client(f"http://127.0.0.1:{port}", key) as client:
+            assert client.status().model_loaded
+    finally:
+        child.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        code = child.wait(60)
+    assert code == 0, (tmp_path / "log").read_text()[-2000:]
+    assert time.monotonic() - start < 30
+
+
+def test_the_demo_is_right(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "serve.cli", "demo", "--out", str(tmp_path / "demo"), "--json", "-"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["ok"]
+    main = told["objects"][0]
+    assert main["rotation_error_deg"] < 2
+    assert main["translation_error_mm"] < 2
+    left = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert "overlay.png" in left
+    assert not [name for name in left if name.startswith("data-")]

@@ -1,0 +1,254 @@
+"""What happens when processes die: each is killed with SIGKILL under load, in the really running server.
+
+What must hold each time: no client sees a wrong answer, nothing hangs past its deadline, the service is ready again by
+itself (for the gateway: after its restart), and no process is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.running import Question, RunningServer, descendants, post, register, running, wait_until
+
+DEADLINE_S = 30.0
+CLIENTS = 3
+
+
+@dataclass
+class Load:
+    """Clients that ask the same small question in bounded loops until told to stop; every answer is judged."""
+
+    url: str
+    tree: dict[str, Any]
+    truth: list[dict[str, Any]]
+    stop: threading.Event = field(default_factory=threading.Event)
+    good: int = 0
+    refused: int = 0
+    cut: int = 0  # connections that the death of the gateway itself cut
+    problems: list[str] = field(default_factory=list)
+    longest_s: float = 0.0
+    threads: list[threading.Thread] = field(default_factory=list)
+
+    def start(self) -> Load:
+        self.threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(CLIENTS)]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def _ask(self) -> None:
+        for _ in range(400):
+            if self.stop.is_set():
+                return
+            begun = time.monotonic()
+            try:
+                answer = post(self.url, self.tree, timeout=DEADLINE_S + 10)
+            except httpx.TransportError as error:
+                self.cut += 1
+                if isinstance(error, httpx.TimeoutException):
+                    self.problems.append(f"no answer within {DEADLINE_S + 10} s")
+                time.sleep(0.1)
+                continue
+            self.longest_s = max(self.longest_s, time.monotonic() - begun)
+            self._judge(answer)
+
+    def _judge(self, answer: httpx.Response) -> None:
+        if answer.status_code == 200:
+            self.good += 1
+            if answer.json()["poses"] != self.truth:
+                self.problems.append(f"a wrong answer: {answer.text[:500]}")
+        elif answer.status_code in (429, 503):
+            self.refused += 1
+            if "retry-after" not in answer.headers:
+                self.problems.append(f"{answer.status_code} without Retry-After: {answer.text[:300]}")
+            time.sleep(min(float(answer.headers.get("retry-after", 1)), 2.0))
+        else:
+            self.problems.append(f"{answer.status_code}: {answer.text[:300]}")
+
+    def end(self) -> None:
+        """Stop the clients and fail on anything that should not have happened."""
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(DEADLINE_S + 15)
+        assert not any(thread.is_alive() for thread in self.threads), "a client hangs"
+        assert not self.problems, self.problems[:3]
+        assert self.longest_s < DEADLINE_S + 1
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory, question: Question) -> Iterator[RunningServer]:
+    """A server that these tests may hurt."""
+    one = RunningServer(tmp_path_factory.mktemp("faults") / "data", {"drain_s": 8}).start()
+    try:
+        register(one.url, question.scene.instances[0].shape)
+        yield one
+        assert one.stop() == 0
+    finally:
+        if one.process is not None and one.process.poll() is None:
+            one.kill()
+
+
+@pytest.fixture
+def load(target: RunningServer, question: Question) -> Iterator[Load]:
+    """Clients on the target, with the right answer known from before."""
+    target.wait_ready()
+    tree = question.body(indices=[0], deadline_ms=int(DEADLINE_S * 1000))
+    answer = post(target.url, tree)
+    assert answer.status_code == 200, answer.text
+    one = Load(target.url, tree, answer.json()["poses"])
+    assert one.truth[0]["status"] == "ok"
+    one.start()
+    wait_until(lambda: one.good >= 2, 60, "the load to be answered")
+    try:
+        yield one
+    finally:
+        one.stop.set()
+        for thread in one.threads:
+            thread.join(DEADLINE_S + 15)
+
+
+def answered_again(load: Load, seconds: float = 60.0, more: int = 3) -> None:
+    """Wait until new right answers come."""
+    before = load.good
+    wait_until(lambda: load.good >= before + more, seconds, "right answers after the fault")
+
+
+@pytest.mark.parametrize("stage", ["pose", "decode", "respond"])
+def test_a_killed_worker_is_replaced_and_its_requests_are_sent_again(
+    target: RunningServer, load: Load, stage: str
+) -> None:
+    for victim in target.workers(stage):
+        os.kill(victim.pid, signal.SIGKILL)
+    answered_again(load)
+    load.end()
+    assert load.refused == 0, "a lost worker's requests are sent again, not refused"
+    assert target.process is not None
+    assert target.process.poll() is None
+
+
+def test_a_killed_mosec_process_takes_nothing_with_it(target: RunningServer, load: Load) -> None:
+    before = set(target.descendants())
+    main = children(target.pid)[0]
+    os.kill(main, signal.SIGKILL)
+    wait_until(lambda: not any(running(pid) for pid in before), 10, "the old backend's processes to be gone")
+    answered_again(load)
+    load.end()
+    target.wait_ready()
+
+
+def test_the_gateway_leaves_no_process_behind_and_a_new_one_takes_over(target: RunningServer, load: Load) -> None:
+    orphans = target.descendants()
+    assert len(orphans) > 5
+    old_run_dir = target.run_dir
+    target.kill()
+    wait_until(lambda: not any(running(pid) for pid in orphans), 5, "the gateway's processes to be gone")
+    target.start()
+    assert not old_run_dir.exists(), "the new gateway sweeps what the old one left in shared memory"
+    answered_again(load)
+    load.end()
+
+
+def test_a_worker_stuck_in_native_code_does_not_hold_up_the_stop(
+    start_server: Callable[..., RunningServer], question: Question
+) -> None:
+    server = start_server(drain_s=4)
+    register(server.url, question.scene.instances[0].shape)
+    pose = server.workers("pose")[0]
+    os.kill(pose.pid, signal.SIGSTOP)  # as deaf as a process inside a long native call
+    results: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: results.append(post(server.url, question.body(indices=[0]))), daemon=True)
+    thread.start()
+    wait_until(
+        lambda: httpx.get(f"{server.url}/api/v1/status").json()["queue"]["requests"] == 1, 10, "the request to be in"
+    )
+    everything = server.descendants()
+    begun = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+    wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503, 2, "readyz to say 503 first")
+    assert server.stop(10) == 0
+    assert time.monotonic() - begun < 5.0
+    thread.join(5)
+    assert results, "the request in flight hangs"
+    assert results[0].status_code == 503
+    assert "retry-after" in results[0].headers
+    wait_until(lambda: not any(running(pid) for pid in everything), 2, "all processes to be gone")
+
+
+def test_a_stop_lets_requests_in_flight_finish(start_server: Callable[..., RunningServer], question: Question) -> None:
+    server = start_server()
+    register(server.url, question.scene.instances[0].shape)
+    tree = question.body(indices=[0] * 12)
+    results: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: results.append(post(server.url, tree)), daemon=True)
+    thread.start()
+    wait_until(
+        lambda: httpx.get(f"{server.url}/api/v1/status").json()["queue"]["requests"] == 1, 10, "the request to be in"
+    )
+    server.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+    wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503, 2, "readyz to say 503")
+    refused = post(server.url, question.body(indices=[0]))
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "draining"
+    assert server.stop() == 0
+    thread.join(5)
+    assert [answer.status_code for answer in results] == [200]
+    assert len(results[0].json()["poses"]) == 12
+
+
+def test_a_request_that_kills_its_worker_every_time_is_given_up_and_others_are_not(
+    start_server: Callable[..., RunningServer], question: Question
+) -> None:
+    server = start_server()
+    register(server.url, question.scene.instances[0].shape)
+    stop = threading.Event()
+    victims: list[str] = []
+
+    def executioner() -> None:
+        """Kills whichever pose worker holds the poisoned request, as a crash over its content would."""
+        while not stop.is_set():
+            for worker in server.workers("pose"):
+                if any(part.startswith("poison") for part in worker.holding):
+                    os.kill(worker.pid, signal.SIGKILL)
+                    victims.append(worker.stage)
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=executioner, daemon=True)
+    thread.start()
+    answers: dict[str, httpx.Response] = {}
+
+    def ask(name: str) -> None:
+        answers[name] = post(
+            server.url, question.body(indices=[0] * 4, deadline_ms=60_000), X_Request_Id=name, timeout=90
+        )
+
+    askers = [
+        threading.Thread(target=ask, args=(name,), daemon=True) for name in ("poison", "innocent-1", "innocent-2")
+    ]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join(95)
+    stop.set()
+    thread.join(5)
+    assert answers["poison"].status_code == 503
+    assert answers["poison"].json()["error"]["code"] == "worker_lost"
+    assert [answers[f"innocent-{i}"].status_code for i in (1, 2)] == [200, 200]
+    assert len(victims) == 3, "sent once and again twice"
+    server.wait_ready()
+    assert server.stop() == 0
+
+
+def children(pid: int) -> list[int]:
+    """The direct children of a process."""
+    everything = descendants(pid)
+    return [
+        child for child in everything if int(open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[1]) == pid
+    ]

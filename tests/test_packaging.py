@@ -1,0 +1,344 @@
+"""What is installed, set up and deployed: the files at the project's root, each tried as far as a test can."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from serve import settings
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+LAYERS = ["pointnet2_ext", "posekit", "workers", "serve"]  # each may import itself and those before it
+HEAVY = ["torch", "open3d", "mosec", "cv2", "trimesh", "scipy"]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+# ---- dependencies
+
+
+def test_every_constraint_is_one_exact_public_version():
+    assert [line for line in pins().items() if not re.fullmatch(r"\d[\w.]*", line[1])] == []
+
+
+def test_every_dependency_is_pinned_to_a_version_it_allows():
+    pinned = {canonical(name): version for name, version in pins().items()}
+    wanted = [Requirement(text) for text in [*PROJECT["dependencies"], *EXTRAS["server"], *EXTRAS["dev"]]]
+    for requirement in wanted:
+        assert pinned[canonical(requirement.name)] in requirement.specifier, requirement
+
+
+def test_what_is_installed_here_is_what_is_pinned():
+    installed = {canonical(dist.name): dist.version.split("+")[0] for dist in metadata.distributions()}
+    differing = {name: installed[canonical(name)] for name in pins() if canonical(name) in installed}
+    assert differing == {name: version for name, version in pins().items() if name in differing}
+
+
+def test_the_distribution_carries_the_version_of_the_package():
+    from serve import __version__
+
+    assert metadata.version("pem-server") == __version__
+
+
+# ---- layers
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_point_one_way(package):
+    above = LAYERS[LAYERS.index(package) + 1 :]
+    for path in sorted((ROOT / package).rglob("*.py")):
+        assert not set(imports_of(path)) & set(above), f"{path.relative_to(ROOT)} imports a package above its own"
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_every_library_that_is_imported_is_declared(package):
+    declared = {canonical(Requirement(text).name) for text in [*PROJECT["dependencies"], *EXTRAS["server"]]}
+    brought_by = metadata.packages_distributions()
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for name in set(imports_of(path)) - set(sys.stdlib_module_names) - set(LAYERS):
+            distributions = {canonical(dist) for dist in brought_by.get(name, [name])}
+            assert distributions & declared, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml leaves out"
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_importing_a_package_is_cheap_and_it_is_typed(package):
+    assert (ROOT / package / "py.typed").exists()
+    code = f"import sys, {package}; print([name for name in {HEAVY!r} if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert answer.stdout.strip() == "[]", answer.stderr
+
+
+# ---- the base install, built and imported without torch
+
+
+def closure(names: list[str]) -> set[str]:
+    """The distributions that installing `names` brings along."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = canonical(waiting.pop())
+        if name not in found:
+            found.add(name)
+            needs = [Requirement(text) for text in metadata.requires(name) or []]
+            waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return found
+
+
+def make_site(folder: Path, names: list[str]) -> Path:
+    """A folder of links to just what installing `names` would bring: a fresh environment without a network."""
+    folder.mkdir()
+    for name in closure(names):
+        for file in metadata.files(name) or []:
+            top = file.parts[0]
+            if top not in ("..", "__pycache__") and not (folder / top).exists():
+                (folder / top).symlink_to(Path(str(metadata.distribution(name).locate_file(top))))
+    return folder
+
+
+def python_with(site: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "100"}
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def plain_build(tmp_path_factory) -> tuple[Path, str]:
+    """A wheel built where there is no torch, and what the build said."""
+    work = tmp_path_factory.mktemp("plain_build")
+    tree = work / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tree)
+    for name in LAYERS:
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    site = make_site(work / "site", ["setuptools", "wheel"])
+    answer = python_with(site, "setup.py", "-q", "bdist_wheel", "-d", str(work), folder=tree)
+    assert answer.returncode == 0, answer.stderr
+    (wheel,) = work.glob("*.whl")
+    return wheel, answer.stderr
+
+
+@pytest.fixture(scope="module")
+def base_install(plain_build, tmp_path_factory) -> Path:
+    """A site folder with the wheel and its base dependencies, nothing else."""
+    names = [Requirement(text).name for text in PROJECT["dependencies"]]
+    site = make_site(tmp_path_factory.mktemp("base_install") / "site", names)
+    with zipfile.ZipFile(plain_build[0]) as wheel:
+        wheel.extractall(site)
+    return site
+
+
+def test_a_build_without_torch_goes_on_and_says_so(plain_build):
+    wheel, said = plain_build
+    assert "pointnet2_ext: compiled kernels are NOT built, the torch reference answers" in said
+    assert "--no-build-isolation" in said
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_the_wheel_holds_what_the_tree_holds(plain_build):
+    packed = {name for name in zipfile.ZipFile(plain_build[0]).namelist() if name.split("/")[0] in LAYERS}
+    sources = {str(path.relative_to(ROOT)) for layer in LAYERS for path in (ROOT / layer).rglob("*.py")}
+    static = {str(path.relative_to(ROOT)) for path in (ROOT / "serve/static").rglob("*") if path.is_file()}
+    assert packed == sources | static | {f"{layer}/py.typed" for layer in LAYERS}
+
+
+def test_required_kernels_that_cannot_be_built_are_an_error(tmp_path):
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    site = make_site(tmp_path / "site", ["setuptools"])
+    code = "import os, runpy; os.environ['POINTNET2_EXT_REQUIRE'] = '1'; runpy.run_path('setup.py')"
+    answer = python_with(site, "-c", code, folder=tmp_path)
+    assert answer.returncode != 0
+    assert "compiled kernels are required and cannot be built: torch cannot be imported" in answer.stderr
+
+
+def test_the_base_install_brings_no_heavy_library(base_install):
+    for name in HEAVY:
+        assert not (base_install / name).exists()
+
+
+@pytest.mark.parametrize("module", ["serve", "workers", "posekit", "pointnet2_ext", "serve.client", "serve.cli"])
+def test_the_base_install_imports(base_install, module, tmp_path):
+    answer = python_with(base_install, "-c", f"import {module}", folder=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["estimate", "--help"]])
+def test_the_command_line_of_the_base_install_explains_itself(base_install, arguments, tmp_path):
+    code = f"import sys; sys.argv[0] = 'pem'; from {PROJECT['scripts']['pem'].replace(':', ' import ')} as run; run()"
+    answer = python_with(base_install, "-c", code, *arguments, folder=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "Usage: pem" in answer.stdout
+
+
+# ---- make and its scripts
+
+
+def sh(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a script of ours; programs in `path` stand before the system's."""
+    environment = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"} if path else dict(os.environ)
+    return subprocess.run(["sh", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def program(folder: Path, name: str, script: str) -> Path:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_plain_make_explains_the_targets():
+    answer = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 0, answer.stderr
+    for target in ("demo", "serve", "test", "check", "bench", "clean", "help"):
+        assert re.search(rf"^  make {target} +[A-Z]", answer.stdout, re.MULTILINE), target
+
+
+def test_setup_without_an_interpreter_says_what_to_do(tmp_path):
+    answer = sh("scripts/setup.sh", "python9.99", str(tmp_path / "venv"))
+    assert answer.returncode == 1
+    assert "python9.99 is not installed; name another interpreter" in answer.stderr
+
+
+def test_setup_refuses_an_interpreter_that_is_too_old(tmp_path):
+    old = program(tmp_path, "python3.8", "exit 1")
+    answer = sh("scripts/setup.sh", str(old), str(tmp_path / "venv"))
+    assert answer.returncode == 1
+    assert "is older than 3.11" in answer.stderr
+
+
+def test_the_libraries_of_the_system_are_here():
+    answer = sh("scripts/system_packages.sh", "runtime", sys.executable)
+    assert (answer.returncode, answer.stdout) == (0, ""), answer.stderr
+
+
+def test_missing_libraries_without_root_give_the_command_to_run(tmp_path):
+    nothing_loads = program(tmp_path, "python-without-libraries", "exit 1")
+    program(tmp_path, "id", "echo 1000")
+    program(tmp_path, "apt-get", "exit 1")
+    answer = sh("scripts/system_packages.sh", "runtime", str(nothing_loads), path=tmp_path)
+    assert answer.returncode == 1
+    assert "missing libusb-1.0-0 libgl1 libgomp1 libglib2.0-0" in answer.stderr
+    assert "sudo sh -c 'apt-get update && apt-get install -y --no-install-recommends libusb-1.0-0" in answer.stderr
+
+
+def test_ci_lints_then_tests_and_stops_at_the_first_failure():
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK)
+    lines = script.read_text().splitlines()
+    assert "set -euo pipefail" in lines
+    assert lines[-2:] == ["make lint", "make test"]
+
+
+# ---- settings files
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_every_settings_file_loads(path):
+    assert isinstance(settings.load(path, environment={}), settings.Settings)
+
+
+def test_the_default_settings_file_holds_the_defaults():
+    assert settings.load(ROOT / "configs/default.toml", environment={}) == settings.Settings()
+
+
+def test_the_default_settings_file_names_every_setting():
+    table, named = "", set()
+    for line in (ROOT / "configs/default.toml").read_text().splitlines():
+        if match := re.match(r"\[(\w+)\]", line):
+            table = match[1]
+        elif match := re.match(r"(?:# )?(\w+) = ", line):
+            named.add((table, match[1]))
+    wanted = set()
+    for field in msgspec.structs.fields(settings.Settings):
+        inner = msgspec.structs.fields(field.type) if isinstance(field.default, msgspec.Struct) else None
+        wanted |= {(field.name, each.name) for each in inner} if inner else {("", field.name)}
+    assert named == wanted
+
+
+# ---- containers and weights
+
+
+def test_the_image_runs_as_a_plain_user_with_an_init_and_asks_readyz():
+    text = (ROOT / "Dockerfile").read_text()
+    runtime = text[text.index("AS runtime") :]
+    assert re.search(r"^USER 10001:10001$", runtime, re.MULTILINE)
+    assert 'ENTRYPOINT ["tini", "--"]' in runtime
+    assert 'CMD ["pem", "serve"]' in runtime
+    assert re.search(r"^HEALTHCHECK .*\\\n.*/readyz", runtime, re.MULTILINE)
+    assert "PEM_HOST=0.0.0.0" in runtime
+    assert f"EXPOSE {settings.Settings().port}" in runtime
+    assert f"ARG VERSION={metadata.version('pem-server')}" in runtime
+
+
+def test_the_image_installs_the_libraries_that_make_installs():
+    wanted = set(re.findall(r'missing="\$missing (lib\S+)"', (ROOT / "scripts/system_packages.sh").read_text()))
+    assert len(wanted) == 4
+    assert wanted <= set((ROOT / "Dockerfile").read_text().split())
+
+
+def test_the_image_is_built_from_listed_files_only():
+    listed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert set(LAYERS) <= set(listed)
+    assert [name for name in listed if not (ROOT / name).exists()] == []
+
+
+def test_compose_gives_shared_memory_and_more_time_than_the_drain():
+    server = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["server"]
+    seconds = int(server["stop_grace_period"].removesuffix("s"))
+    assert server["shm_size"] == "1gb"
+    assert seconds > float(server["environment"]["PEM_DRAIN_S"]) == settings.Settings().drain_s
+    assert all(port.startswith("127.0.0.1:") for port in server["ports"])
+    assert "/readyz" in server["healthcheck"]["test"][-1]
+
+
+def test_every_variable_in_the_deployment_files_is_a_setting():
+    files = ["Dockerfile", "compose.yaml", "deploy/compose.gpu.yaml", "deploy/pem-server.service", "deploy/README.md"]
+    known = {*settings.environment_names(), "PEM_PUBLISHED_PORT"}
+    for name in files:
+        used = set(re.findall(r"\bPEM_[A-Z_]*[A-Z]\b", (ROOT / name).read_text()))
+        assert used - known == set(), name
+
+
+def test_the_gpu_overlay_changes_the_same_service():
+    overlay = yaml.safe_load((ROOT / "deploy/compose.gpu.yaml").read_text())["services"]
+    assert overlay.keys() == {"server"}
+    assert overlay["server"]["build"]["args"] == {"DEVICE": "gpu"}
+
+
+def test_every_declared_weight_has_a_source_a_checksum_and_a_licence():
+    manifest = json.loads((ROOT / "checkpoints/manifest.json").read_text())
+    for weight in manifest["weights"]:
+        assert weight.keys() == manifest["schema"].keys()
+        assert re.fullmatch(r"[0-9a-f]{64}", weight["sha256"])

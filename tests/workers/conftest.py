@@ -1,0 +1,85 @@
+"""A store with one onboarded object, the stages in this process, and the pipeline as Mosec really runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from posekit.scenes import Scene, make_scene
+from posekit.shapes import SHAPES
+from posekit.store import ObjectStore, StoredObject
+from tests.workers.support import SHAPE, Asker, Pipeline, register
+from workers import settings
+from workers.decode import DecodeStage
+from workers.inspect_cad import InspectStage
+from workers.messages import ObjectRef
+from workers.onboard import OnboardStage
+from workers.pose import PoseStage
+from workers.respond import RespondStage
+from workers.settings import Stages
+
+
+@pytest.fixture(scope="session")
+def scene() -> Scene:
+    """Three brackets on a table."""
+    return make_scene(3, shapes=[SHAPES[SHAPE]()], count=3, occlusion=False)
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    """Small settings for a small machine, and a store that all tests of this folder share."""
+    home = tmp_path_factory.mktemp("pem")
+    return Stages(
+        objects_dir=str(home / "objects"),
+        run_dir=str(home / "run"),
+        decode=settings.Decode(workers=1),
+        pose=settings.Pose(pass_detections=4, threads=1, batch_wait_ms=50),
+    )
+
+
+@pytest.fixture(scope="session")
+def shared(stages: Stages) -> Iterator[Stages]:
+    """The environment in which stages made in this process find those settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(settings.ENVIRONMENT, settings.to_environment(stages)[settings.ENVIRONMENT])
+        yield stages
+
+
+@pytest.fixture(scope="session")
+def stored(shared: Stages) -> StoredObject:
+    """The scene's object, registered and onboarded."""
+    return register(ObjectStore(Path(shared.objects_dir)), InspectStage().forward, OnboardStage().forward)
+
+
+@pytest.fixture(scope="session")
+def asker(scene: Scene, stored: StoredObject) -> Asker:
+    return Asker(scene=scene, reference=ObjectRef(object_id=stored.object_id, diameter_mm=stored.diameter_mm))
+
+
+@pytest.fixture(scope="session")
+def decode(shared: Stages) -> DecodeStage:
+    return DecodeStage()
+
+
+@pytest.fixture(scope="session")
+def pose(shared: Stages, stored: StoredObject) -> PoseStage:
+    return PoseStage()
+
+
+@pytest.fixture(scope="session")
+def respond(shared: Stages) -> RespondStage:
+    return RespondStage()
+
+
+@pytest.fixture(scope="session")
+def pipeline(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """The pipeline over a store of its own, with the settings of the other tests."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    own = msgspec.structs.replace(stages, objects_dir=str(folder / "objects"), run_dir=str(folder / "run"))
+    running = Pipeline(own, folder)
+    running.start()
+    yield running
+    running.stop()

@@ -1,0 +1,40 @@
+"""Decode stage. In: a part of a job, pictures still encoded. Out: its detections as crops, or a Failure. On the CPU.
+
+Colour and depth are decoded once, masks one at a time. Each detection becomes a crop: its mask's box with a margin.
+What cannot be used becomes a crop that says why; only what spoils the whole request is a Failure.
+"""
+
+from __future__ import annotations
+
+from posekit.errors import PoseError
+from workers.jobs import GivenUp, failure_from
+from workers.lifecycle import Stage, limit_threads
+from workers.messages import Cut, Failure, Part
+
+
+class DecodeStage(Stage):
+    """Several processes; each holds one image pair at a time."""
+
+    stage_name = "decode"
+    receives = Part
+
+    def __init__(self) -> None:
+        super().__init__()
+        with self.starting():
+            from workers import cropping  # OpenCV
+
+            limit_threads(self.settings.decode.threads)
+            self.cut = cropping.cut
+
+    def forward(self, part: Part) -> Cut | Failure:
+        """One part's crops."""
+        try:
+            return self.cut(part)
+        except PoseError as error:
+            return failure_from(error, part.part_id)
+        except GivenUp:
+            return Failure(part_id=part.part_id, kind="internal", detail="the request was given up before it was read")
+        except MemoryError:
+            return Failure(part_id=part.part_id, kind="too_large", detail="not enough memory to decode this request")
+        except Exception:
+            return self.internal(part.part_id)

@@ -1,0 +1,242 @@
+"""How a worker lives: it dies with its parent, keeps to its threads, says what it holds, and backs off when it fails.
+
+Every stage derives from `Stage`. Each stage also has one slot more than it needs, its keeper (`PEM_KEEPER=1`): a
+process that sleeps before any heavy import. Mosec stops the whole server when all processes of a stage are gone; the
+keeper is the one that is not, while a crashed worker is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+from mosec import Worker
+
+from workers import settings
+from workers.messages import Failure
+from workers.state import StateWriter
+
+KEEPER = "PEM_KEEPER"  # "1": this slot only keeps its stage alive
+SLOT = "PEM_SLOT"
+DEVICE = "PEM_SLOT_DEVICE"
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+_PR_SET_PDEATHSIG = 1
+_FAILURES_COUNT_FOR_S = 600.0
+_LONGEST_PAUSE_S = 30.0
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Ask the kernel for SIGKILL when the thread that started this process ends; exit if that has happened already.
+
+    The parent must have started this process from a thread that lives as long as itself: its main thread.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def keep_stage_alive(parent_pid: int) -> None:
+    """A keeper's whole life: sleep for as long as the parent is there."""
+    while os.getppid() == parent_pid:
+        time.sleep(1.0)
+    os._exit(0)
+
+
+def slot_environment(*, slot: int, keeper: bool, device: str, threads: int) -> dict[str, str]:
+    """The variables of one slot. Every slot of every stage sets all of them, or one slot's would leak into the next.
+
+    `device` is "cpu" or "cuda:N"; a process that needs no GPU sees none, so that it cannot take memory there.
+    """
+    gpu = device.partition("cuda:")[2]
+    variables = {
+        KEEPER: "1" if keeper else "0",
+        SLOT: str(slot),
+        DEVICE: "cuda:0" if gpu else "cpu",
+        "CUDA_VISIBLE_DEVICES": _visible_gpu(int(gpu)) if gpu else "",
+    }
+    return variables | dict.fromkeys(_THREADS, str(threads))
+
+
+def _visible_gpu(index: int) -> str:
+    """GPU `index` among those that this process was given, in CUDA's own naming."""
+    given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return given[index] if index < len(given) else str(index)
+
+
+def limit_threads(count: int) -> None:
+    """Keep the libraries that are loaded to `count` threads; the variables of the slot did so for OpenMP and BLAS."""
+    if (cv2 := sys.modules.get("cv2")) is not None:
+        cv2.setNumThreads(count)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(count)
+
+
+class Log:
+    """One line of JSON on standard error for each event; the gateway puts them into its log."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Something worth knowing."""
+        self._write("info", event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Something that an operator may want to change."""
+        self._write("warning", event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        """Something that went wrong."""
+        self._write("error", event, fields)
+
+    def exception(self, event: str, **fields: Any) -> None:
+        """Something that went wrong, with the exception being handled."""
+        self._write("error", event, {**fields, "traceback": traceback.format_exc()})
+
+    def _write(self, level: str, event: str, fields: Mapping[str, Any]) -> None:
+        line = {"level": level, "event": event, "stage": self._stage, "pid": os.getpid(), "time": time.time(), **fields}
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(json.dumps(line, default=str) + "\n")
+            sys.stderr.flush()
+
+
+class Stage(Worker):
+    """What the stages have in common. A stage fills in `stage_name`, `__init__` and `forward`, and its messages:
+
+    `receives` is what its input may be, first in a route (`deserialize`) or behind another stage (`deserialize_ipc`).
+    Each input is noted in the worker's state before anything is done with it, and forgotten when its result leaves.
+    """
+
+    stage_name: ClassVar[str]
+    receives: ClassVar[Any]
+    resp_mime_type = "application/msgpack"
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.settings = settings.from_environment()
+        self.log = Log(self.stage_name)
+        self.spawned = multiprocessing.parent_process() is not None  # not so where a test calls a stage directly
+        slot = int(os.environ.get(SLOT) or 0)
+        if self.spawned:
+            _become_a_worker()
+            _Starts(self.run_dir, self.stage_name, slot).pause_after_failures(self.log)
+        self._slot = slot
+        self.state = StateWriter(self.run_dir, self.stage_name, slot)
+        if self.state.failure is not None:
+            self.log.warning("no_state_file", reason=str(self.state.failure))
+        self._decoder = msgspec.msgpack.Decoder(self.receives)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    @property
+    def run_dir(self) -> Path:
+        """Where workers leave what the gateway reads."""
+        return Path(self.settings.run_dir)
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around a stage's loading and warming up: says `ready` at the end, or why it did not get there."""
+        begun = time.monotonic()
+        try:
+            yield
+        except BaseException as error:
+            self.state.update(error=f"{type(error).__name__}: {error}")
+            self.log.exception("start_failed")
+            raise
+        if self.spawned:
+            _Starts(self.run_dir, self.stage_name, self._slot).forget()
+        self.state.ready()
+        self.log.info("ready", seconds=round(time.monotonic() - begun, 3))
+
+    def deserialize(self, data: bytes) -> Any:
+        """From the gateway."""
+        message = self._decoder.decode(data)
+        self.state.hold(item_id(message))
+        return message
+
+    def deserialize_ipc(self, data: bytes) -> Any:
+        """From the stage before."""
+        return self.deserialize(data)
+
+    def serialize(self, data: Any) -> bytes:
+        """To the gateway."""
+        encoded = self._encoder.encode(data)
+        self.state.release(item_id(data))
+        return encoded
+
+    def serialize_ipc(self, data: Any) -> bytes:
+        """To the next stage."""
+        return self.serialize(data)
+
+    def internal(self, message_id: str, **fields: Any) -> Failure:
+        """Log the exception being handled and say to the client no more than that it happened."""
+        self.log.exception("internal_error", part_id=message_id, **fields)
+        return Failure(part_id=message_id, kind="internal", detail=INTERNAL_DETAIL)
+
+
+INTERNAL_DETAIL = "an internal error happened; the server's log has it under this request's id"
+
+
+def item_id(message: Any) -> str:
+    """The id under which the gateway knows a message: its part's or its task's."""
+    holder = getattr(message, "part", message)
+    identity: str = holder.part_id if hasattr(holder, "part_id") else holder.task_id
+    return identity
+
+
+def _become_a_worker() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    die_with_parent(parent.pid)
+    if os.environ.get(KEEPER) == "1":
+        keep_stage_alive(parent.pid)
+    warnings.filterwarnings("ignore", message="IPC data")  # Mosec's word on messages over 1 MB: ours are, at times
+
+
+class _Starts:
+    """How often a slot lately started without getting ready; in a file, since the process is a new one each time."""
+
+    def __init__(self, run_dir: Path, stage: str, slot: int) -> None:
+        self._path = starts_dir(run_dir) / f"{stage}-{slot}.json"
+
+    def pause_after_failures(self, log: Log) -> None:
+        """Note this start, and wait for longer the more of the last ones failed."""
+        now = time.time()
+        failed = [started for started in self._read() if 0 <= now - started < _FAILURES_COUNT_FOR_S]
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps([*failed[-20:], now]))
+        if failed:
+            pause_s = min(0.5 * 2.0 ** (len(failed) - 1), _LONGEST_PAUSE_S)
+            log.warning("starting_again", failed_starts=len(failed), pause_s=pause_s)
+            time.sleep(pause_s)
+
+    def forget(self) -> None:
+        """This start succeeded."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def _read(self) -> list[float]:
+        try:
+            return [float(started) for started in json.loads(self._path.read_text())]
+        except (OSError, ValueError, TypeError):
+            return []
+
+
+def starts_dir(run_dir: Path) -> Path:
+    """Where slots note their starts; emptied when the server starts."""
+    return run_dir / "starts"

@@ -1,0 +1,346 @@
+"""What travels between the gateway and the stages, and between stages: everything is declared here.
+
+gateway ──Part──▶ decode ──Cut──▶ pose ──Solved──▶ respond ──PartAnswer──▶ gateway
+
+A `Job` is one client request, parsed and checked, images still encoded. The gateway writes it once (to a file in
+shared memory when it is large and there is room, inline otherwise) and sends one `Part` per bounded run of its
+detections. A failure of the whole request travels as `Failure` through every later stage, because raising inside a
+batched stage would fail its neighbours too. All of it is MessagePack; arrays travel as (dtype, shape, bytes).
+
+Wire units are millimetres; from `Cut` on, everything is metres.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from posekit.engine import Symmetries
+
+# ------------------------------------------------------------------------------------------------ arrays on the wire
+
+
+class PackedArray(msgspec.Struct, frozen=True, array_like=True):
+    """A numpy array as it travels: C-contiguous bytes with dtype and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    def unpack(self) -> npt.NDArray[Any]:
+        """The array, read-only, without a copy."""
+        return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
+
+
+def pack(array: npt.NDArray[Any]) -> PackedArray:
+    """Wrap an array for the wire; copies only what is not contiguous."""
+    array = np.ascontiguousarray(array)
+    return PackedArray(array.dtype.str, array.shape, array.reshape(-1).view(np.uint8).data)
+
+
+# --------------------------------------------------------------------------------------------------- gateway → decode
+
+
+class ObjectRef(msgspec.Struct, frozen=True, kw_only=True):
+    """An onboarded object as the gateway resolved it."""
+
+    object_id: str  # content hash: the folder's name in the object store
+    diameter_mm: float
+
+
+class MaskSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One detection as it was sent. `mask` is undecoded: exactly one of `raw` (JSON text of the mask as the client
+    wrote it: an RLE object, a base64 string, a nested list, polygons), or `png` (raw bytes out of MessagePack)."""
+
+    raw: bytes = b""  # JSON
+    png: bytes = b""
+    bbox: tuple[float, float, float, float] | None = None  # xywh, pixels
+    score: float = 1.0
+    category: int | str | None = None
+    object: int | None = None  # index into Job.objects; None = row `no_cad`
+    init_T_cam_obj_mm: list[float] | None = None  # 16 numbers, row-major 4x4, translation in mm
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One client request, typed and checked, pictures still encoded."""
+
+    request_id: str
+    rgb: bytes
+    depth: bytes
+    depth_height: int = 0  # with depth_width: depth is bare little-endian float32 of this size (second dialect)
+    depth_width: int = 0
+    K: tuple[float, float, float, float, float, float, float, float, float]  # row-major
+    depth_scale_mm: float | None  # raw value x this = millimetres; None only where the file must give it (422)
+    detections: list[MaskSpec]
+    objects: list[ObjectRef]
+    field_prefix: str = "detections.masks"  # how the client calls the masks, for error paths ("seg_data")
+    field_suffix: str = ""  # after the index: "" for columns (detections.masks[3]), ".segmentation" for lists
+    field_indices: list[int] | None = None  # where each detection stood in what the client sent, if some were left out
+    rgb_field: str = "rgb_image"
+    depth_field: str = "depth_image"
+    engine: str = "geometric"
+    refine: Literal["icp", "none"] = "icp"
+    hypotheses: int = 0
+    units: Literal["check", "strict"] = "check"
+    depth_unit_given: bool = False  # the client said depth_unit or depth_scale: words of the unit check differ
+    min_score: float = 0.0
+    seed: int | None = None
+    deadline_unix: float  # time.time() after which no work is started
+    max_megapixels: float = 50.0  # decoded size limit of colour and depth
+    max_mask_megapixels: float = 500.0  # together, one at a time
+    visualize: bool = False
+    output_dir: str | None = None  # absolute, already checked to be inside the output root
+
+    def mask_field(self, index: int) -> str:
+        """How the client would name mask `index`: `detections.masks[3]`, `detections[3].segmentation`."""
+        sent = self.field_indices[index] if self.field_indices is not None else index
+        return f"{self.field_prefix}[{sent}]{self.field_suffix}"
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """Detections [start, stop) of a job. Part 0 also judges the units over all of the job's detections."""
+
+    part_id: str
+    start: int
+    stop: int
+    path: str | None = None  # file with the encoded Job
+    job: bytes = b""  # the encoded Job itself where there is no file
+    finish: bool = False  # the only part of its request: respond also draws the overlay and writes files
+
+
+class FinishPart(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
+    """For route /finish: overlay and files of a request that was split; `rows` are all of its rows, in order."""
+
+    part_id: str
+    path: str | None = None
+    job: bytes = b""
+    rows: list[Row]
+
+
+# ------------------------------------------------------------------------------------------------ failures of requests
+
+FailureKind = Literal["bad_data", "too_large", "invalid", "units", "deadline", "storage", "not_found", "internal"]
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
+    """The whole request cannot be answered; travels to the end of the pipeline as a value."""
+
+    part_id: str
+    kind: FailureKind  # serve/errors.py maps it to a status and a code
+    detail: str  # for the client: no server path in it
+    field: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------------- decode → pose
+
+
+class Crop(msgspec.Struct, frozen=True, kw_only=True):
+    """One detection cut out of its image (or the reason why it cannot be used)."""
+
+    index: int  # in the request
+    object_id: str | None = None  # content hash
+    bbox: tuple[float, float, float, float]  # xywh as answered: the client's, or the mask's
+    category: int | str | None = None
+    score: float = 1.0
+    rejected: tuple[str, str] | None = None  # (code, detail)
+    rgb: PackedArray | None = None  # (h, w, 3) uint8
+    depth_m: PackedArray | None = None  # (h, w) float32; 0 = no reading
+    mask: PackedArray | None = None  # (h, w) uint8, 0 or 1
+    K: tuple[float, ...] = ()  # 9 numbers, of the crop
+    seed: int = 0
+    init_T_cam_obj: tuple[float, ...] | None = None  # 16 numbers, metres
+
+
+class Cut(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
+    """A part after decoding."""
+
+    part: Part
+    request_id: str = ""  # the job's: parts of one request count as one where passes are counted
+    crops: list[Crop]
+    engine: str
+    refine: Literal["icp", "none"]
+    hypotheses: int
+    min_score: float
+    deadline_unix: float
+    warnings: list[str] = []
+    decode_ms: float = 0.0
+    sent_unix: float = 0.0  # when decode handed it on: pose measures its wait from here
+
+
+# ----------------------------------------------------------------------------------------------- pose → respond, rows
+
+
+class RowEvidence(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the engine believes in a pose."""
+
+    inlier_fraction: float
+    residual_mm: float
+    visible_overlap: float
+
+
+class RowError(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a detection has no pose; `code` is one of posekit.engine.REJECT_CODES."""
+
+    code: str
+    detail: str
+
+
+class RowHypothesis(msgspec.Struct, frozen=True, kw_only=True):
+    """A runner-up."""
+
+    rotation: list[list[float]]
+    translation: list[float]
+    confidence: float
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """One detection's answer, exactly as it goes to the client (api.md: a row of `poses`)."""
+
+    object_id: int | str | None
+    cad_id: str | None
+    rotation: list[list[float]] | None
+    translation: list[float] | None  # millimetres
+    confidence: float
+    bbox: tuple[float, float, float, float]
+    status: Literal["ok", "rejected"]
+    evidence: RowEvidence | msgspec.UnsetType = msgspec.UNSET
+    ambiguous: bool | msgspec.UnsetType = msgspec.UNSET
+    hypotheses: list[RowHypothesis] | msgspec.UnsetType = msgspec.UNSET
+    error: RowError | msgspec.UnsetType = msgspec.UNSET
+
+
+class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One pass of the pose stage; rides on the first request that took part, so that it is counted once."""
+
+    detections: int
+    requests: int
+    seconds: float
+
+
+class Solved(msgspec.Struct, frozen=True, kw_only=True, tag="solved"):
+    """A part after the pose stage."""
+
+    part: Part
+    rows: list[Row]
+    scores: list[float]  # the detector's, beside the rows, for detection_pem.json
+    engine: str
+    warnings: list[str] = []
+    decode_ms: float = 0.0
+    queue_ms: float = 0.0  # between decode and pose
+    pose_ms: float = 0.0
+    batch_detections: int = 0  # of the largest pass this part rode in
+    batch_requests: int = 0
+    passes: list[PassRecord] = []
+
+
+class PartAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
+    """What the gateway gets back for a part, or for /finish (then only the last three fields matter)."""
+
+    part_id: str
+    rows: list[Row] = []
+    engine: str = ""
+    warnings: list[str] = []
+    decode_ms: float = 0.0
+    queue_ms: float = 0.0
+    pose_ms: float = 0.0
+    respond_ms: float = 0.0
+    batch_detections: int = 0
+    batch_requests: int = 0
+    passes: list[PassRecord] = []
+    visualization: bytes | None = None  # PNG
+    output_written: bool = False
+
+
+PoseInput = Cut | Failure
+RespondInput = Solved | FinishPart | Failure
+Answer = PartAnswer | Failure
+
+# ------------------------------------------------------------------------------------------------------- CAD objects
+
+
+class InspectTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Route /inspect: parse the mesh staged in `folder`, find its unit, judge its health; writes nothing."""
+
+    task_id: str
+    folder: str  # holds exactly the client's file(s), already named safely
+    cad_format: str  # ply | obj | stl | glb | off | zip
+    model_unit: Literal["mm", "m", "auto"]
+    max_faces: int
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """What the CAD looks like (api.md: `health`)."""
+
+    faces: int
+    watertight: bool
+    extents_mm: tuple[float, float, float]
+    diameter_mm: float
+    warnings: list[str] = []
+
+
+class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected"):
+    """A mesh that can be used."""
+
+    task_id: str
+    object_id: str  # sha256 over the resolved unit and the sorted names and bytes of its files
+    model_unit: Literal["mm", "m"]
+    health: Health
+
+
+class WireSymmetries(msgspec.Struct, frozen=True, kw_only=True):
+    """BOP's spelling, millimetres: each discrete one 16 numbers row-major, each continuous one axis and offset."""
+
+    symmetries_discrete: list[list[float]] = []
+    symmetries_continuous: list[dict[str, list[float]]] = []  # {"axis": [x,y,z], "offset": [x,y,z]}
+
+
+class OnboardTask(msgspec.Struct, frozen=True, kw_only=True):
+    """Route /onboard: build the engines' models of an object whose folder is already in the store."""
+
+    task_id: str
+    object_id: str
+    engines: list[str]
+
+
+class Onboarded(msgspec.Struct, frozen=True, kw_only=True, tag="onboarded"):
+    """Every engine's model is on disk."""
+
+    task_id: str
+    object_id: str
+    symmetries: WireSymmetries
+    seconds: float
+
+
+InspectAnswer = Inspected | Failure
+OnboardAnswer = Onboarded | Failure
+
+
+def symmetries_to_wire(symmetries: Symmetries) -> WireSymmetries:
+    """Metres inside, BOP's millimetres outside."""
+    discrete = []
+    for T_obj_obj in symmetries.discrete:
+        T_mm = np.array(T_obj_obj, dtype=np.float64)
+        T_mm[:3, 3] *= 1000.0
+        discrete.append([float(x) for x in T_mm.ravel()])
+    continuous = [
+        {"axis": [float(x) for x in axis], "offset": [float(x) * 1000.0 for x in offset_m]}
+        for axis, offset_m in symmetries.continuous
+    ]
+    return WireSymmetries(symmetries_discrete=discrete, symmetries_continuous=continuous)
+
+
+def symmetries_from_wire(wire: WireSymmetries) -> Symmetries:
+    """BOP's millimetres outside, metres inside. Shapes are checked by the gateway before."""
+    discrete = []
+    for numbers in wire.symmetries_discrete:
+        T_obj_obj = np.array(numbers, dtype=np.float64).reshape(4, 4)
+        T_obj_obj[:3, 3] /= 1000.0
+        discrete.append(T_obj_obj)
+    continuous = tuple(
+        (np.array(entry["axis"], dtype=np.float64), np.array(entry["offset"], dtype=np.float64) / 1000.0)
+        for entry in wire.symmetries_continuous
+    )
+    return Symmetries(discrete=tuple(discrete), continuous=continuous)

@@ -1,0 +1,77 @@
+"""Respond stage. In: a part's rows. Out: the answer as the gateway reads it, with overlay and files where asked for.
+
+A request in one part comes from the pose stage with its rows; one that was split comes a second time, from the gateway
+with all of its rows (route /finish), for what can only be made of the whole. One at a time, on the CPU.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from posekit.errors import PoseError, StoreError
+from workers.jobs import GivenUp, failure_from, read_job
+from workers.lifecycle import Stage, item_id, limit_threads
+from workers.messages import Failure, FinishPart, PartAnswer, RespondInput, Solved
+from workers.settings import objects_path
+
+
+class RespondStage(Stage):
+    """First in /finish, last in /pose."""
+
+    stage_name = "respond"
+    receives = RespondInput
+
+    def __init__(self) -> None:
+        super().__init__()
+        with self.starting():
+            import open3d  # noqa: F401  the overlay's renderer, which takes a second or two
+
+            from workers.outputs import Outputs
+
+            limit_threads(1)
+            self.outputs = Outputs(objects_path(self.settings))
+
+    def forward(self, message: RespondInput) -> PartAnswer | Failure:
+        """The answer; a failure of an earlier stage passes through."""
+        if isinstance(message, Failure):
+            return message
+        part_id, begun = item_id(message), time.perf_counter()
+        try:
+            answer = self._solved(message) if isinstance(message, Solved) else self._finish(message)
+        except StoreError as error:
+            self.log.error("output_failed", part_id=part_id, reason=str(error.__cause__ or error))
+            return Failure(part_id=part_id, kind="storage", detail=error.detail, field=error.field)
+        except PoseError as error:
+            return failure_from(error, part_id)
+        except GivenUp:
+            return Failure(part_id=part_id, kind="internal", detail="the request was given up before it was answered")
+        except Exception:
+            return self.internal(part_id)
+        return msgspec.structs.replace(answer, respond_ms=(time.perf_counter() - begun) * 1000.0)
+
+    def _solved(self, solved: Solved) -> PartAnswer:
+        picture, written = None, False
+        if solved.part.finish:
+            job = read_job(solved.part.path, solved.part.job)
+            picture, written = self.outputs.make(job, solved.rows, seconds=solved.pose_ms / 1000.0)
+        return PartAnswer(
+            part_id=solved.part.part_id,
+            rows=solved.rows,
+            engine=solved.engine,
+            warnings=solved.warnings,
+            decode_ms=solved.decode_ms,
+            queue_ms=solved.queue_ms,
+            pose_ms=solved.pose_ms,
+            batch_detections=solved.batch_detections,
+            batch_requests=solved.batch_requests,
+            passes=solved.passes,
+            visualization=picture,
+            output_written=written,
+        )
+
+    def _finish(self, message: FinishPart) -> PartAnswer:
+        job = read_job(message.path, message.job)
+        picture, written = self.outputs.make(job, message.rows, seconds=-1.0)
+        return PartAnswer(part_id=message.part_id, visualization=picture, output_written=written)

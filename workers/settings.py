@@ -1,0 +1,87 @@
+"""The stages' share of the settings; `serve/settings.py` composes it with the gateway's.
+
+Workers are spawned processes: each reads the one environment variable `PEM_STAGES` (JSON, written by the supervisor)
+and so gets the same frozen value.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=1, le=100_000)]
+Megabytes = Annotated[int, Meta(ge=1, le=1_000_000)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+EngineName = Literal["geometric", "sam6d"]
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A settings table; an unknown key is an error, so a typo never passes silently."""
+
+
+class Decode(Table, frozen=True):
+    """CPU stage: pictures, masks, crops."""
+
+    workers: Count = 2
+    threads: Count = 1
+
+
+class Pose(Table, frozen=True):
+    """The one batched stage per device."""
+
+    pass_detections: Count = 8  # instances in one pass of the engine; halved on out-of-memory
+    batch_requests: Count = 16  # requests that Mosec may gather into one batch
+    batch_wait_ms: Annotated[int, Meta(ge=1, le=1000)] = 3
+    threads: Count = 2  # torch threads of a CPU pose worker
+    object_cache_mb: Megabytes = 1024  # object models held in memory, least recently used leave first
+    max_seconds: Seconds = 120.0  # a worker stuck in one batch for longer is killed and replaced
+
+
+class Respond(Table, frozen=True):
+    """CPU stage: rows, overlay, files."""
+
+    workers: Count = 1
+
+
+class Onboard(Table, frozen=True):
+    """CAD stages: one process inspects meshes, one builds engine models at low priority."""
+
+    threads: Count = 1
+    max_faces: Annotated[int, Meta(ge=1)] = 2_000_000
+    max_seconds: Seconds = 900.0
+
+
+class Stages(Table, frozen=True):
+    """Everything a worker needs to know."""
+
+    objects_dir: str = "data/objects"
+    run_dir: str = "data/run"  # state files of the workers, progress files of onboarding
+    devices: tuple[str, ...] = ("cpu",)  # resolved: one pose worker each
+    engines: tuple[EngineName, ...] = ("geometric",)
+    decode: Decode = Decode()
+    pose: Pose = Pose()
+    respond: Respond = Respond()
+    onboard: Onboard = Onboard()
+
+
+ENVIRONMENT = "PEM_STAGES"
+
+
+def to_environment(stages: Stages) -> dict[str, str]:
+    """The variable that hands `stages` to spawned workers."""
+    return {ENVIRONMENT: msgspec.json.encode(stages).decode()}
+
+
+def from_environment() -> Stages:
+    """The settings this process was started with (defaults where there are none, as in a test)."""
+    text = os.environ.get(ENVIRONMENT)
+    return msgspec.json.decode(text, type=Stages) if text else Stages()
+
+
+def objects_path(stages: Stages) -> Path:
+    """The object store's folder."""
+    return Path(stages.objects_dir)

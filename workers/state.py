@@ -1,0 +1,183 @@
+"""What a worker tells the gateway while it lives: one small memory-mapped file per worker.
+
+The file is allocated in full when the worker starts, so a disk that fills up later cannot stop it. It holds two
+copies and one byte that says which of them is current: the writer fills the other copy and then flips the byte, so a
+worker killed in the middle of a write leaves its last complete state behind, and that is when it matters most: the
+gateway reads from it which parts died with the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+COPY_BYTES = 64 * 1024
+_FIRST_COPY = 64  # the byte that says which copy is current has the first cache line for itself
+_FILE_BYTES = _FIRST_COPY + 2 * COPY_BYTES
+_HEADER = struct.Struct("<II")  # length and crc32 of what follows
+_READ_TRIES = 20
+_READ_PAUSE_S = 0.0005
+
+
+class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker process as it last described itself."""
+
+    stage: str  # decode | pose | respond | inspect | onboard
+    slot: int
+    pid: int
+    started_unix: float
+    ready: bool = False
+    holding: list[str] = []  # ids of the parts and tasks now inside this worker
+    busy_since_unix: float | None = None  # since when it has held something without a pause
+    info: dict[str, Any] = {}
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs (a zombie does not)."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+class StateWriter:
+    """The worker's end. Where its file cannot be made, everything else works and the state is absent."""
+
+    def __init__(self, run_dir: Path, stage: str, slot: int) -> None:
+        self._state = WorkerState(stage=stage, slot=slot, pid=os.getpid(), started_unix=time.time())
+        self._encoder = msgspec.msgpack.Encoder()
+        self._map: mmap.mmap | None = None
+        self.failure: OSError | None = None  # why there is no file
+        path = states_dir(run_dir) / f"{stage}-{slot}-{os.getpid()}.state"
+        try:
+            self._map = _allocate(path)
+        except OSError as error:
+            self.failure = error
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        self._write()
+
+    @property
+    def state(self) -> WorkerState:
+        """What was written last."""
+        return self._state
+
+    def ready(self, **info: Any) -> None:
+        """The worker can take work from now on."""
+        self._change(ready=True, info={**self._state.info, **info})
+
+    def update(self, **info: Any) -> None:
+        """Add or replace entries of `info`."""
+        self._change(info={**self._state.info, **info})
+
+    def hold(self, item_id: str) -> None:
+        """A part came in: called before anything is done with it."""
+        busy_since = self._state.busy_since_unix
+        self._change(
+            holding=[*self._state.holding, item_id], busy_since_unix=time.time() if busy_since is None else busy_since
+        )
+
+    def release(self, item_id: str) -> None:
+        """A part is about to leave; unknown ids are ignored."""
+        holding = list(self._state.holding)
+        with contextlib.suppress(ValueError):
+            holding.remove(item_id)
+        self._change(holding=holding, busy_since_unix=self._state.busy_since_unix if holding else None)
+
+    def release_all(self) -> None:
+        """Nothing is inside any more."""
+        self._change(holding=[], busy_since_unix=None)
+
+    @contextlib.contextmanager
+    def holding(self, item_ids: list[str]) -> Iterator[Self]:
+        """Hold several ids for as long as the block runs."""
+        for item_id in item_ids:
+            self.hold(item_id)
+        try:
+            yield self
+        finally:
+            for item_id in item_ids:
+                self.release(item_id)
+
+    def _change(self, **changes: Any) -> None:
+        self._state = msgspec.structs.replace(self._state, **changes)
+        self._write()
+
+    def _write(self) -> None:
+        if self._map is None:
+            return
+        encoded = self._encoder.encode(self._state)
+        if len(encoded) > COPY_BYTES - _HEADER.size:  # what matters most is small
+            encoded = self._encoder.encode(msgspec.structs.replace(self._state, info=_shortened(self._state.info)))
+        current = 1 - self._map[0]
+        start = _FIRST_COPY + current * COPY_BYTES
+        end = start + _HEADER.size + len(encoded)
+        self._map[start:end] = _HEADER.pack(len(encoded), zlib.crc32(encoded)) + encoded
+        self._map[0] = current
+
+
+def read_states(run_dir: Path) -> list[WorkerState]:
+    """Every worker's state, also of workers that died (see `WorkerState.alive`), until `remove_state` forgets them.
+
+    Files that another process is just making, or that hold nothing valid, are left out.
+    """
+    states = (_read(path) for path in sorted(states_dir(run_dir).glob("*.state")))
+    return [state for state in states if state is not None]
+
+
+def remove_state(run_dir: Path, pid: int) -> None:
+    """Forget what worker `pid` said."""
+    for path in states_dir(run_dir).glob(f"*-{pid}.state"):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def states_dir(run_dir: Path) -> Path:
+    """Where the state files lie."""
+    return run_dir / "workers"
+
+
+def _shortened(info: dict[str, Any]) -> dict[str, Any]:
+    """The entries that are no lists, and the names of those that are."""
+    kept: dict[str, Any] = {name: value for name, value in info.items() if not isinstance(value, list)}
+    return kept | {"left_out": sorted(info.keys() - kept.keys())}
+
+
+def _allocate(path: Path) -> mmap.mmap:
+    """A zeroed file of full size, mapped. Its blocks are reserved: a write to the map cannot fail later."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, _FILE_BYTES)
+        return mmap.mmap(descriptor, _FILE_BYTES)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> WorkerState | None:
+    for _ in range(_READ_TRIES):
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        if len(content) == _FILE_BYTES:
+            start = _FIRST_COPY + (content[0] & 1) * COPY_BYTES
+            length, crc = _HEADER.unpack_from(content, start)
+            encoded = content[start + _HEADER.size : start + _HEADER.size + length]
+            if length and zlib.crc32(encoded) == crc:
+                try:
+                    return msgspec.msgpack.decode(encoded, type=WorkerState)
+                except msgspec.DecodeError:
+                    return None
+        time.sleep(_READ_PAUSE_S)
+    return None
