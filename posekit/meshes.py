@@ -1,8 +1,8 @@
 """CAD models: from a client's files to vertices and faces, with every claim of the files checked before it is believed.
 
-PLY and STL are read here (their headers claim counts, and PLY comes with mixed polygons and colours of many kinds);
-OBJ, OFF and GLB are read by trimesh, which sees nothing but the files given. The result is one mesh in the file's own
-unit; `resolve_unit`, `to_mesh` and `health` then say what it means in metres.
+PLY, STL and OFF are read here (their headers claim counts, and PLY comes with mixed polygons and colours of many
+kinds); OBJ and GLB are read by trimesh, which sees nothing but the files given. The result is one mesh in the file's
+own unit; `resolve_unit`, `to_mesh` and `health` then say what it means in metres.
 
 A mesh's content id is a sha256 over: the line `posekit-object-1`, the resolved unit, the number of files, and for each
 file in the order of its name's UTF-8 bytes the name and the content. Every string and content is preceded by its
@@ -21,7 +21,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -107,6 +107,8 @@ def load_mesh(files: Mapping[str, bytes], cad_format: str, max_faces: int, field
             parts = _read_ply(data, others, max_faces, field)
         elif cad_format == "stl":
             parts = _read_stl(data, max_faces, field)
+        elif cad_format == "off":
+            parts = _read_off(data, max_faces, field)
         else:
             parts = _read_with_trimesh(data, others, cad_format, max_faces, field)
         return _cleaned(parts, max_faces, field)
@@ -127,7 +129,7 @@ def sniff(data: bytes) -> str | None:
     start = data[:65536].lstrip(b"\xef\xbb\xbf \t\r\n")
     if re.match(rb"solid\b", start, re.IGNORECASE) and re.search(rb"\bfacet\b|endsolid", data, re.IGNORECASE):
         return "stl"
-    if re.match(rb"(?:\s*#[^\n]*\n)*\s*(?:ST)?C?N?4?OFF\b", start):
+    if re.match(rb"(?:\s*#[^\n]*\n)*\s*(?:ST)?C?N?OFF\b", start):
         return "off"
     if b"\0" not in start and re.search(rb"^\s*v\s+[-+.\d]", data, re.MULTILINE):
         return "obj"
@@ -160,7 +162,7 @@ def unzip(
     left = max_bytes
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
             if len(entries) > max_files:
                 raise TooLarge(f"the zip holds {len(entries)} files, more than {max_files}", field)
             for entry in entries:
@@ -181,7 +183,7 @@ def unzip(
                 if left < 0:
                     raise TooLarge(f"the zip unpacks to more than {max_bytes} bytes", field)
                 found[path.name] = content
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError, NotImplementedError):
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, LookupError, RuntimeError):
         raise BadData("the zip is broken and cannot be unpacked", field) from None
     return found
 
@@ -531,7 +533,7 @@ def _read_stl(data: bytes, max_faces: int, field: str | None) -> _Parts:
         corners = re.findall(rb"\bvertex\s+(\S+)\s+(\S+)\s+(\S+)", data, re.IGNORECASE)
         _check_claim(len(corners) // 3, 0, max_faces, field)
         try:
-            vertices = np.array(corners, dtype="S32").astype(np.float64).reshape(-1, 3)
+            vertices = np.fromstring(b" ".join(map(b" ".join, corners)), sep=" ", dtype=np.float64).reshape(-1, 3)
         except ValueError:
             raise BadData("the STL is broken: a coordinate is no number", field) from None
         if len(vertices) % 3:
@@ -545,7 +547,39 @@ def _read_stl(data: bytes, max_faces: int, field: str | None) -> _Parts:
     return _Parts([vertices], [np.arange(len(vertices), dtype=np.int64).reshape(-1, 3)], [None], [])
 
 
-# -------------------------------------------------------------------------------------------------------- OBJ, OFF, GLB
+# ----------------------------------------------------------------------------------------------------------------- OFF
+
+
+def _read_off(data: bytes, max_faces: int, field: str | None) -> _Parts:
+    text = re.sub(rb"#[^\n]*", b"", data)
+    counts = re.match(rb"\s*\w*OFF\s+(\d{1,18})\s+(\d{1,18})\b[^\n]*\n", text)
+    if counts is None:
+        raise BadData("the OFF is cut short or broken: its counts are missing", field)
+    vertex_count, face_count = int(counts[1]), int(counts[2])
+    _check_claim(face_count, vertex_count, max_faces, field)
+    lines = [line for line in text[counts.end() :].splitlines() if line.strip()]
+    if len(lines) < vertex_count + face_count:
+        raise BadData("the OFF is cut short or broken: its header claims more than the file holds", field)
+    try:
+        vertices = np.array([[float(word) for word in line.split()[:3]] for line in lines[:vertex_count]], np.float64)
+        sizes, corners = [], []
+        for line in lines[vertex_count : vertex_count + face_count]:
+            words = line.split()
+            size = int(words[0])
+            corner = [int(word) for word in words[1 : size + 1]]
+            if len(corner) != size:
+                raise ValueError("a face is cut short")
+            sizes.append(size)
+            corners += corner
+        polygons = _Ragged(np.array(sizes, dtype=np.int64), np.array(corners, dtype=np.int64))
+        vertices = vertices.reshape(vertex_count, 3)
+    except (ValueError, OverflowError):
+        raise BadData("the OFF is cut short or broken: a line is not what its header says", field) from None
+    faces, _ = _triangulated(polygons, max_faces, field)
+    return _Parts([vertices], [faces], [None], [])
+
+
+# ------------------------------------------------------------------------------------------------------------- OBJ, GLB
 
 
 class _Files:
@@ -587,8 +621,6 @@ def _read_with_trimesh(
 ) -> _Parts:
     if cad_format == "glb":
         _check_glb(data, max_faces, field)
-    elif cad_format == "off":
-        _check_off(data, max_faces, field)
     else:
         _check_claim(data.count(b"\nf "), data.count(b"\nv "), max_faces, field)
     import trimesh
@@ -619,18 +651,6 @@ def _read_with_trimesh(
     except Exception:  # a parser of strangers' files fails in every way there is; what it means is one thing
         raise BadData(f"the {cad_format.upper()} is broken and cannot be read", field) from None
     return parts
-
-
-def _check_off(data: bytes, max_faces: int, field: str | None) -> None:
-    """Compare the counts in an OFF's header to the limits and to the file's length."""
-    text = re.sub(rb"#[^\n]*", b"", data[:65536])
-    counts = re.match(rb"\s*\w*OFF\s+(\d+)\s+(\d+)", text)
-    if counts is None:
-        raise BadData("the OFF is broken: its counts are missing", field)
-    vertices, faces = int(counts[1][:18]), int(counts[2][:18])
-    _check_claim(faces, vertices, max_faces, field)
-    if 6 * vertices + 8 * faces > len(data):
-        raise BadData("the OFF is cut short or broken: its header claims more than the file holds", field)
 
 
 def _check_glb(data: bytes, max_faces: int, field: str | None) -> None:
@@ -676,6 +696,8 @@ def _body_colors(body: Any, notes: list[str]) -> UInt8 | None:
     image = getattr(material, "image", None)
     if image is None:
         image = getattr(material, "baseColorTexture", None)
+    if getattr(image, "format", None) is None:  # trimesh's stand-in where there is no texture
+        image = None
     if image is not None and uv is not None and len(uv) == count:
         if image.format not in ("PNG", "JPEG") or image.width * image.height > MAX_TEXTURE_MEGAPIXELS * 1e6:
             notes.append("a texture is no PNG or JPEG, or too large: its colours are missing")
@@ -878,7 +900,7 @@ def diameter_m(vertices: npt.NDArray[Any]) -> float:
     everything = vertices.astype(np.float64) if len(points) < len(vertices) else points
     for start in np.unique(np.unravel_index(np.argsort(squared, axis=None)[-16:], squared.shape)[0]):
         here, reached = points[start], -1.0
-        while True:
+        for _ in range(100):  # two or three in practice
             distances = np.square(everything - here).sum(axis=1)
             furthest = int(distances.argmax())
             if distances[furthest] <= reached:
@@ -896,8 +918,9 @@ def _extreme_points(points: Float64) -> Float64:
     z, turn = 1.0 - index / 256.0, np.pi * (1.0 + 5.0**0.5) * index  # half the sphere: the ends of a line are both kept
     radius = np.sqrt(1.0 - z * z)
     directions = np.column_stack([radius * np.cos(turn), radius * np.sin(turn), z])
-    chosen: Sequence[Int64] = [
-        np.concatenate([(along := points @ block.T).argmin(axis=0), along.argmax(axis=0)])
-        for block in np.split(directions, 8)
-    ]
+    across = np.ascontiguousarray(points.T)
+    chosen: list[Int64] = []
+    for block in np.split(directions, 32):
+        along = block @ across  # (8, V)
+        chosen += [along.argmin(axis=1), along.argmax(axis=1)]
     return points[np.unique(np.concatenate(chosen))]

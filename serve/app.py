@@ -38,11 +38,10 @@ def build(stages: settings.Stages) -> Server:
     server = Server()
     server._rs_runtime_manager = FrontThatDiesWithUs(server._configs["timeout"])
 
-    pose_devices = list(stages.devices)
     decode = stage(DecodeStage, ["cpu"] * stages.decode.workers, threads=stages.decode.threads)
     pose = stage(
         PoseStage,
-        pose_devices,
+        list(stages.devices),
         threads=stages.pose.threads,
         batch=stages.pose.batch_requests,
         wait_ms=stages.pose.batch_wait_ms,

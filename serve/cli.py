@@ -111,10 +111,15 @@ def serve(
         overrides={name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
     )
     try:
+        from serve.server import CannotStart
         from serve.server import serve as run
     except ImportError as error:
         _need_server_extra(error)
-    raise typer.Exit(run(loaded))
+    try:
+        code = run(loaded)
+    except CannotStart as error:
+        common.fail(str(error))
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -114,10 +114,10 @@ def log_request(
     """The one line of a request.
 
     detections: how many were sent; poses: how many of them were solved; timing: the answer's receipt; error: its code.
-    Probes that go well are of level debug, 500 is error, what the operator may want to look at (429, 5xx) is warning.
+    Probes are of level debug, 500 is error, what the operator may want to look at (429, 5xx) is warning.
     """
     level = "error" if status == 500 else "warning" if status == 429 or status > 500 else "info"
-    if level == "info" and route in _QUIET_ROUTES and status < 400:
+    if route in _QUIET_ROUTES and (status < 400 or status == 503):  # "not yet" is an answer, too
         level = "debug"
     line: dict[str, Any] = {"id": request_id, "method": method, "route": route, "status": status}
     line["ms"] = round(seconds * 1000, 1)

@@ -15,9 +15,10 @@ from typing import Final, Literal
 
 import msgspec
 
+from posekit.engine import REJECT_CODES
 from serve import schemas
 from serve.errors import CODES
-from serve.openapi_words import EXAMPLES, FIELDS, IMAGES, REQUEST, Json
+from serve.openapi_words import EXAMPLES, FIELDS, IMAGES, REQUEST, SCHEMAS, Json
 
 _REF: Final = "#/components/schemas/{name}"
 _JSON, _MSGPACK, _FORM = "application/json", "application/msgpack", "multipart/form-data"
@@ -32,6 +33,7 @@ def _rows(item: Json, count: int) -> Json:
 
 _NUMBER: Final[Json] = {"type": "number"}
 _MASK: Final[Json] = {"$ref": "#/components/schemas/Mask"}
+_REASON: Final[Json] = {"type": "string", "enum": list(REJECT_CODES)}
 
 #: Component schemas of our own, beside those of the structs.
 EXTRA: Final[dict[str, Json]] = {
@@ -84,7 +86,8 @@ EXTRA: Final[dict[str, Json]] = {
     },
 }
 
-#: schema -> field -> the forms that serve/parse.py accepts for a field that is msgspec.Raw
+#: schema -> field -> its schema, where the struct says less: the forms that serve/parse.py accepts for what is
+#: msgspec.Raw there, and closed lists
 FRAGMENTS: Final[dict[str, dict[str, Json]]] = {
     "CamParams": {
         "cam_K": {
@@ -105,6 +108,8 @@ FRAGMENTS: Final[dict[str, dict[str, Json]]] = {
     "SegDataRequest": {"seg_data": {"type": "array", "items": {"$ref": "#/components/schemas/Detection"}}},
     "Columns": {"masks": {"type": "array", "items": _MASK}},
     "Detection": {"segmentation": _MASK},
+    "RowError": {"code": _REASON},
+    "RejectedDetection": {"code": _REASON},
 }
 
 _FIELD_AT_FAULT: Final = {
@@ -151,7 +156,8 @@ _BASE: Final = "http://127.0.0.1:8003"
 _CURL_POSE: Final = f"""\
 curl -F rgb=@rgb.png -F depth=@depth.png \\
   -F 'request={{"cam_params": {{"cam_K": [600, 0, 320, 0, 600, 240, 0, 0, 1]}},
-               "object_id": "mug", %s}};type={_JSON}' \\
+               "object_id": "mug",
+               %s}};type={_JSON}' \\
   {_BASE}%s"""
 _CURL_RLE: Final = '{"size": [480, 640], "counts": [96100, 200, 210900]}'
 
@@ -459,6 +465,7 @@ def _document(version: str) -> Json:
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "`X-API-Key: KEY`"},
             },
         },
+        "x-curl-base": _BASE,  # the docs page puts its own address there
         "x-errors": [{"code": code, "status": status, "text": text} for code, (status, text) in CODES.items()],
     }
 
@@ -470,6 +477,8 @@ def _schemas() -> dict[str, Json]:
     for name, fragments in FRAGMENTS.items():
         for key, fragment in fragments.items():
             components[name]["properties"][key] = copy.deepcopy(fragment)
+    for name, text in SCHEMAS.items():
+        components[name]["description"] = text
     for name, words in FIELDS.items():
         for key, text in words.items():
             if key in components[name]["properties"]:

@@ -1,6 +1,6 @@
 """What the OpenAPI document says in words and by example: a sentence for every field, and bodies that really decode.
 
-A test holds that no field is without words, and that every example is accepted by its struct.
+Tests hold that no field is without words, and that every example is accepted by its struct.
 """
 
 from __future__ import annotations
@@ -49,6 +49,23 @@ REQUEST: Final = {
     "ism_cad_path": "The ISM server's own path of the CAD, passed on to it.",
 }
 
+#: schema -> what it is, where the struct's own words are for its readers in the code
+SCHEMAS: Final[dict[str, str]] = {
+    "PoseRequest": "Detections and CAD in.",
+    "FullPipelineRequest": "CAD in; the ISM server is asked for the detections.",
+    "SegDataRequest": "Detections and CAD in, as the second dialect spells them.",
+    "ObjectRequest": "What is known about a CAD file.",
+    "Row": "One detection's answer: a pose, or why there is none.",
+    "RowError": "Why a detection has no pose.",
+    "Health": "What a CAD model looks like.",
+    "WireSymmetries": "An object's symmetries as BOP writes them.",
+    "ObjectList": "The registered objects.",
+    "Status": "How the server is.",
+    "Version": "What answers here.",
+    "Health2": "What clients of the second dialect ask first.",
+    "ModelMetadata": "Open Inference Protocol metadata.",
+}
+
 #: schema -> field -> what it means
 FIELDS: Final[dict[str, dict[str, str]]] = {
     "PoseRequest": REQUEST,
@@ -63,7 +80,7 @@ FIELDS: Final[dict[str, dict[str, str]]] = {
     },
     "CamParams": {
         "cam_K": "Pinhole camera matrix of this image size, pixels: 9 numbers in row order, or 3 rows of 3.",
-        "depth_scale": "Raw value x depth_scale = millimetres; 1.0 for a 16-bit PNG unless given, a float TIFF needs it.",
+        "depth_scale": "Raw value x depth_scale = millimetres; 1.0 for a 16-bit PNG unless given, needed for a TIFF.",
         "depth_unit": "m: raw value x depth_scale is metres, as RealSense and ROS write it (0.001).",
     },
     "ObjectChoice": {"cad_path": REQUEST["cad_path"].split(". ")[0] + ".", "object_id": REQUEST["object_id"]},
@@ -126,7 +143,7 @@ FIELDS: Final[dict[str, dict[str, str]]] = {
         "residual_mm": "Median distance of those points to the model.",
         "visible_overlap": "Of the model's surface that should be visible: how much was seen there.",
     },
-    "RowError": {"code": "One of a closed list.", "detail": "In words, with the numbers."},
+    "RowError": {"code": "A closed list, which the metrics share.", "detail": "In words, with the numbers."},
     "RowHypothesis": {
         "rotation": "3 rows of 3, object to camera.",
         "translation": "Millimetres.",
@@ -173,7 +190,7 @@ FIELDS: Final[dict[str, dict[str, str]]] = {
     },
     "RejectedDetection": {
         "index": "In seg_data.",
-        "code": "One of a closed list.",
+        "code": "A closed list, which the metrics share.",
         "detail": "In words, with the numbers.",
     },
     "ObjectAnswer": {

@@ -36,8 +36,11 @@ _encode = msgspec.msgpack.encode
 
 #: Before anything was measured: cautious for the ceiling, generous for `deadline_too_short`.
 _UNMEASURED_RATE = 5.0
+_LEAST_S = 0.01  # no answer is faster, whatever is measured
 _FORGET = 0.9  # share of the past that each pass leaves in the measured rate
 _SURE = 2.0  # how far off the measured rate may be before a deadline is called impossible
+_SURE_AFTER = 3  # passes that must have been measured, and
+_SURE_FOR_S = 60.0  # how lately: a rate that lets nothing in would never be measured again
 _LONGEST_BACKEND_OUTAGE_S = 60.0
 _PAUSE_BEFORE_RETRY_S = 0.05
 
@@ -97,6 +100,8 @@ class _Rate:
     def __init__(self) -> None:
         self._detections = 0.0
         self._seconds = 0.0
+        self._passes = 0
+        self._latest = 0.0
 
     def seed(self, detections_per_second: float) -> None:
         if self._seconds == 0 and detections_per_second > 0:
@@ -105,10 +110,16 @@ class _Rate:
     def add(self, record: PassRecord) -> None:
         self._detections = self._detections * _FORGET + record.detections
         self._seconds = self._seconds * _FORGET + record.seconds
+        self._passes += 1
+        self._latest = time.monotonic()
 
     @property
     def value(self) -> float:
         return self._detections / self._seconds if self._seconds > 1e-6 else _UNMEASURED_RATE
+
+    @property
+    def is_sure(self) -> bool:
+        return self._passes >= _SURE_AFTER and time.monotonic() - self._latest < _SURE_FOR_S
 
 
 class PoseQueue:
@@ -173,7 +184,7 @@ class PoseQueue:
         """Raise where `count` more detections could not be answered within `deadline_s`."""
         rate = self.detections_per_second
         alone_s = count / rate
-        if alone_s / _SURE > deadline_s:
+        if deadline_s < _LEAST_S or (self._rate.is_sure and alone_s / _SURE > deadline_s):
             raise ApiError(
                 "deadline_too_short",
                 f"{count} detection{'s' if count != 1 else ''} take about {alone_s:.1f} s on this server "
@@ -182,7 +193,7 @@ class PoseQueue:
             )
         queued = self._queued
         ahead_s = (self._inside + queued) / rate
-        if (self._inside or queued) and ahead_s + alone_s > deadline_s:
+        if (self._inside or queued) and (self._rate.is_sure or queued) and ahead_s + alone_s > deadline_s:
             raise ApiError(
                 "over_capacity",
                 f"{self._inside + queued} detections are ahead, {ahead_s:.1f} s of work; the deadline is {deadline_s:.3g} s",
@@ -315,6 +326,8 @@ class PoseQueue:
             if isinstance(answer, Failure):
                 self._fail(ticket, from_failure(answer))
             else:
+                for record in answer.passes:
+                    self._rate.add(record)
                 self._on_part(answer, part.waited_s)
                 ticket.answers[part.part.start] = answer
         except Interrupted as interruption:

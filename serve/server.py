@@ -35,6 +35,7 @@ from workers.engines import versions
 
 log = structlog.get_logger()
 
+_BACKEND_GRACE_S = 0.3  # nothing is inside it any more, and its workers would take 2 s to look up
 _CLOSING_S = 1.0  # of the drain limit, kept for closing the port and stopping the backend
 _OUTPUT_FILES = ("detection_pem.json", "poses.npz", "vis_pem.png")
 
@@ -111,7 +112,7 @@ async def _main(
         await asyncio.sleep(0.2)
     server.should_exit = True
     server.force_exit = gateway.in_flight > 0
-    stopping = asyncio.create_task(backend.stop(min(2.0, max(deadline - time.monotonic() - 0.3, 0.2))))
+    stopping = asyncio.create_task(backend.stop(_BACKEND_GRACE_S))
     await asyncio.wait({serving}, timeout=max(deadline - time.monotonic(), 0.5))
     await stopping
     for chore in chores:
@@ -132,17 +133,19 @@ class _Uvicorn(uvicorn.Server):
 
 
 class _StopSignals:
-    """SIGTERM, SIGINT or SIGHUP ask for a stop; a second one insists."""
+    """SIGTERM, SIGINT or SIGHUP ask for a stop; a second Ctrl-C insists, a second SIGTERM changes nothing."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.insisted = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._signalled)
+            loop.add_signal_handler(number, self._signalled, number)
 
-    def _signalled(self) -> None:
-        (self.insisted if self.asked.is_set() else self.asked).set()
+    def _signalled(self, number: int) -> None:
+        if self.asked.is_set() and number == signal.SIGINT:
+            self.insisted.set()
+        self.asked.set()
 
 
 # ------------------------------------------------------------------------------------------------------------ the start

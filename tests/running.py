@@ -117,23 +117,28 @@ class RunningServer:
 
     def descendants(self) -> list[int]:
         """Every process below the gateway, keepers and all."""
-        return descendants(self.pid)
+        children = _children()
+        found: list[int] = []
+        queue = [self.pid]
+        while queue:
+            below = children.get(queue.pop(), [])
+            found += below
+            queue += below
+        return found
+
+    def children(self) -> list[int]:
+        """The gateway's direct children: Mosec's main process."""
+        return _children().get(self.pid, [])
 
 
-def descendants(pid: int) -> list[int]:
-    """All processes below `pid`."""
-    parents: dict[int, list[int]] = {}
+def _children() -> dict[int, list[int]]:
+    """Every process's direct children."""
+    found: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                parents.setdefault(parent, []).append(int(entry.name))
-    found: list[int] = []
-    queue = [pid]
-    while queue:
-        children = parents.get(queue.pop(), [])
-        found += children
-        queue += children
+                found.setdefault(parent, []).append(int(entry.name))
     return found
 
 

@@ -31,7 +31,7 @@ from posekit.geometry import nearest_rotation
 
 NO_FIT = 0.02  # confidence at which there is nothing to stand for
 RIVAL_DEG = 15.0  # a runner-up this far away, modulo symmetries, is another answer
-RIVAL_SHARE = 0.985  # of the winner's score: as good as the winner
+RIVAL_SHARE = 0.98  # of the winner's score: as good as the winner
 
 
 class GeometricEngine:

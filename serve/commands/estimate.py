@@ -125,7 +125,7 @@ def receipt(result: PoseResult) -> str:
         timing = result.timing
         words.append(
             f"decode {timing.decode_ms:.0f} ms, queue {timing.queue_ms:.0f} ms, pose {timing.pose_ms:.0f} ms "
-            f"(a pass of {timing.batch_detections} detections from {timing.batch_requests} requests)"
+            f"(in a pass of {timing.batch_detections}, shared by {timing.batch_requests})"
         )
     return escape("; ".join(words) + (" - degraded: the geometric engine stood in" if result.degraded else ""))
 

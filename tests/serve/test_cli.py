@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
 from posekit import images
 from posekit.rle import encode_rle
 from posekit.scenes import demo_scene
-from posekit.shapes import mesh_to_ply
+from posekit.shapes import SHAPES, mesh_to_ply
 from serve import __version__, cli, imagefiles
-from serve.client import Client
 from serve.commands.estimate import rotation_vector_deg
+from tests.running import RunningServer
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = "http://127.0.0.1:9"
@@ -105,9 +102,7 @@ def test_an_address_that_is_none_is_said_in_words(pem: Pem) -> None:
     assert (done.code, "is no address" in done.err) == (1, True)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["nothing"], ["status", "--urll", "x"], ["objects", "add", "missing.ply"]], ids=str
-)
+@pytest.mark.parametrize("arguments", [["nothing"], ["status", "--urll", "x"], ["objects", "add", "no.ply"]], ids=str)
 def test_wrong_use_exits_with_2(pem: Pem, arguments: list[str]) -> None:
     assert pem(*arguments).code == 2
 
@@ -221,10 +216,10 @@ def test_a_rotation_vector_is_read_off_any_rotation(vector: list[float]) -> None
     assert np.linalg.norm(found) <= 180.0 + 1e-6
 
 
-# ------------------------------------------------------------------------------------------------- against a real server
+# ---------------------------------------------------------------------------------------------- against a real server
 
 
-def test_files_in_table_and_overlay_out(server: Any, pem: Pem, files: Path, tmp_path: Path) -> None:
+def test_files_in_table_and_overlay_out(server: RunningServer, pem: Pem, files: Path, tmp_path: Path) -> None:
     overlay, answer = tmp_path / "seen" / "overlay.png", tmp_path / "answer.json"
     masks = ["--mask", files / "mask.png", "--mask", files / "empty.png"]
     output = ["--out", overlay, "--json", answer, "--url", server.url]
@@ -239,64 +234,50 @@ def test_files_in_table_and_overlay_out(server: Any, pem: Pem, files: Path, tmp_
     np.testing.assert_allclose(rows[0]["translation"], demo_scene().instances[0].T_cam_obj[:3, 3] * 1000, atol=2)
 
 
-def test_detections_of_sam6d_are_taken_as_they_are(server: Any, pem: Pem, files: Path) -> None:
-    assert pem("objects", "add", files / "housing.ply", "--name", "cli-housing", "--url", server.url).code == 0
-    choice = ["--detections", files / "ism.json", "--object", "5=cli-housing"]
+def test_detections_of_sam6d_are_taken_as_they_are(server: RunningServer, pem: Pem, files: Path) -> None:
+    choice = ["--detections", files / "ism.json", "--object", "5=housing"]
     done = pem("estimate", *frame(files), *choice, "--json", "-", "--url", server.url)
     (row,) = done.json()["poses"]
     assert (row["status"], row["object_id"], row["bbox"]) == ("ok", 5, [0, 0, 5, 5])
 
 
-def test_objects_from_file_to_removal(server: Any, pem: Pem, files: Path) -> None:
+def test_objects_from_file_to_removal(server: RunningServer, pem: Pem, tmp_path: Path) -> None:
+    file = tmp_path / "tee.ply"
+    file.write_bytes(mesh_to_ply(SHAPES["tee"]().mesh))
     at = ["--url", server.url]
-    added = pem("objects", "add", files / "housing.ply", "--name", "cli-housing", "--json", "-", *at).json()
+    added = pem("objects", "add", file, "--name", "cli-tee", "--json", "-", *at).json()
     assert added["status"] == "ready"
-    assert added["object_id"] in [
-        item["object_id"] for item in pem("objects", "list", "--json", "-", *at).json()["objects"]
-    ]
-    assert "cli-housing" in pem("objects", "list", *at).out
-    assert added["object_id"] in pem("objects", "show", "cli-housing", *at).out
-    assert pem("objects", "remove", "cli-housing", *at).code == 0
-    gone = pem("objects", "show", "cli-housing", *at)
+    listed = pem("objects", "list", "--json", "-", *at).json()["objects"]
+    assert added["object_id"] in [item["object_id"] for item in listed]
+    assert "cli-tee" in pem("objects", "list", *at).out
+    assert added["object_id"] in pem("objects", "show", "cli-tee", *at).out
+    assert pem("objects", "remove", "cli-tee", *at).code == 0
+    gone = pem("objects", "show", "cli-tee", *at)
     assert gone.code == 1
     assert "404" in gone.err
     assert "request id" in gone.err
 
 
-def test_status_is_a_table_or_json(server: Any, pem: Pem) -> None:
+def test_status_is_a_table_or_json(server: RunningServer, pem: Pem) -> None:
     assert "geometric" in pem("status", "--wait", 5, "--url", server.url).out
     assert pem("status", "--url", server.url, "--json", "-").json()["server"] == "running"
     assert pem("openapi", "--url", server.url).json()["openapi"].startswith("3.1")
 
 
-def test_serve_starts_where_it_is_told_and_ends_with_0(server: Any, tmp_path: Path) -> None:
-    """A second server, from the command line alone; `server` only proves that this machine can run one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "serve.cli", "serve", "--port", str(port), "--data-dir", str(tmp_path / "data")]
-    command += ["--device", "cpu", "--engine", "geometric", "--log-format", "json"]
-    with (tmp_path / "log").open("wb") as log:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    try:
-        with Client(f"http://127.0.0.1:{port}") as client:
-            client.wait_ready(90)
-            key = subprocess.run(
-                [sys.executable, "-m", "serve.cli", "keys", "add", "robot", "--data-dir", str(tmp_path / "data")],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.strip()
-            assert httpx.get(f"{client.url}/api/v1/status").status_code == 401
-        with Client(f"http://127.0.0.1:{port}", key) as client:
-            assert client.status().model_loaded
-    finally:
-        child.send_signal(signal.SIGTERM)
-        start = time.monotonic()
-        code = child.wait(60)
-    assert code == 0, (tmp_path / "log").read_text()[-2000:]
-    assert time.monotonic() - start < 30
+def test_a_running_server_asks_for_the_key_that_was_just_made(
+    start_server: Callable[..., RunningServer], pem: Pem
+) -> None:
+    server = start_server()
+    at = ["status", "--url", server.url]
+    assert pem(*at).code == 0
+    key = pem("keys", "add", "robot", "--data-dir", server.data).out.strip()
+    refused = pem(*at)
+    assert (refused.code, "401 key_missing" in refused.err) == (1, True)
+    assert pem(*at, "--api-key", key).code == 0
+    pem("keys", "add", "other", "--data-dir", server.data)
+    pem("keys", "revoke", "robot", "--data-dir", server.data)
+    assert "403 key_wrong" in pem(*at, "--api-key", key).err
+    assert server.stop() == 0
 
 
 def test_the_demo_is_right(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.running import Question, RunningServer, descendants, post, register, running, wait_until
+from tests.running import Question, RunningServer, post, register, running, wait_until
 
 DEADLINE_S = 30.0
 CLIENTS = 3
@@ -136,7 +136,7 @@ def test_a_killed_worker_is_replaced_and_its_requests_are_sent_again(
 
 def test_a_killed_mosec_process_takes_nothing_with_it(target: RunningServer, load: Load) -> None:
     before = set(target.descendants())
-    main = children(target.pid)[0]
+    (main,) = target.children()
     os.kill(main, signal.SIGKILL)
     wait_until(lambda: not any(running(pid) for pid in before), 10, "the old backend's processes to be gone")
     answered_again(load)
@@ -209,7 +209,7 @@ def test_a_request_that_kills_its_worker_every_time_is_given_up_and_others_are_n
     server = start_server()
     register(server.url, question.scene.instances[0].shape)
     stop = threading.Event()
-    victims: list[str] = []
+    victims: set[int] = set()
 
     def executioner() -> None:
         """Kills whichever pose worker holds the poisoned request, as a crash over its content would."""
@@ -217,7 +217,7 @@ def test_a_request_that_kills_its_worker_every_time_is_given_up_and_others_are_n
             for worker in server.workers("pose"):
                 if any(part.startswith("poison") for part in worker.holding):
                     os.kill(worker.pid, signal.SIGKILL)
-                    victims.append(worker.stage)
+                    victims.add(worker.pid)
             time.sleep(0.002)
 
     thread = threading.Thread(target=executioner, daemon=True)
@@ -244,11 +244,3 @@ def test_a_request_that_kills_its_worker_every_time_is_given_up_and_others_are_n
     assert len(victims) == 3, "sent once and again twice"
     server.wait_ready()
     assert server.stop() == 0
-
-
-def children(pid: int) -> list[int]:
-    """The direct children of a process."""
-    everything = descendants(pid)
-    return [
-        child for child in everything if int(open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[1]) == pid
-    ]

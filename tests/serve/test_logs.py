@@ -88,7 +88,9 @@ def test_a_request_is_one_line_with_everything(lines: Lines) -> None:
         ("/api/v1/pose_estimation", 503, "warning"),
         ("/api/v1/pose_estimation", 500, "error"),
         ("/livez", 200, "debug"),
-        ("/readyz", 503, "warning"),
+        ("/readyz", 503, "debug"),
+        ("/readyz", 500, "error"),
+        ("/metrics", 401, "info"),
     ],
 )
 def test_the_level_says_whether_an_operator_should_look(lines: Lines, route: str, status: int, level: str) -> None:

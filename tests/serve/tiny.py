@@ -1,23 +1,38 @@
-"""A scene of two objects in a small picture, so that a request costs little: their CAD is part of the demo scene."""
+"""A scene of two objects in a small picture, so that a request costs little, and a client that looks at every answer.
+
+The two objects' CAD is part of the demo scene, and so registered on the shared server.
+"""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import httpx
+import msgspec
 import numpy as np
 
+from posekit.engine import Float64
 from posekit.render import Caster
 from posekit.scenes import Scene, SceneInstance
-from posekit.shapes import SHAPES, rotation
+from posekit.shapes import SHAPES, mesh_to_ply, rotation
 from tests.running import Question
 
 WIDTH, HEIGHT = 160, 120
-NAMES = ("stepped", "wedge")
+NAMES = ("stepped", "wedge")  # the second is the cheaper one to search for
+POSE, FULL, SEG, OBJECTS = (
+    "/api/v1/pose_estimation",
+    "/api/v1/full_pipeline",
+    "/api/v1/pose-estimation",
+    "/api/v1/objects",
+)
+#: What no client may ever read in an answer.
+SECRETS = ("Traceback", "site-packages", "/dev/shm", "/tmp/", ".safetensors", "serve/", "workers/", "posekit")
 
 
 @functools.cache
 def tiny_scene() -> Scene:
-    """Two parts, 0.4 m away before a wall, without noise; depth in tenths of a millimetre."""
+    """Two parts 0.4 m away, before a wall, without noise; depth in tenths of a millimetre."""
     turns = (
         rotation((1, 0, 0), -40) @ rotation((0, 1, 0), 30),
         rotation((1, 0, 0), 35) @ rotation((0, 1, 0), -40) @ rotation((0, 0, 1), 20),
@@ -28,13 +43,11 @@ def tiny_scene() -> Scene:
         T_cam_obj[:3, :3], T_cam_obj[:3, 3] = R, t
     shapes = [SHAPES[name]() for name in NAMES]
     K = np.array([[170.0, 0, WIDTH / 2 - 0.5], [0, 170.0, HEIGHT / 2 - 0.5], [0, 0, 1]])
-    caster = Caster([shape.mesh for shape in shapes], poses)
-    seen = caster.render(np.eye(4), K, WIDTH, HEIGHT)
-    depth_m = np.where(seen.depth_m > 0, seen.depth_m, 0.7)
-    colours = np.where(seen.depth_m[..., None] > 0, seen.normals_cam * -100 + 128, 90.0)
+    seen = Caster([shape.mesh for shape in shapes], poses).render(np.eye(4), K, WIDTH, HEIGHT)
+    there = seen.depth_m > 0
     return Scene(
-        rgb=np.clip(colours, 0, 255).astype(np.uint8),
-        depth_raw=np.rint(depth_m * 10_000).astype(np.uint16),
+        rgb=np.where(there[..., None], seen.rgb, 90).astype(np.uint8),
+        depth_raw=np.rint(np.where(there, seen.depth_m, 0.7) * 10_000).astype(np.uint16),
         depth_scale_mm=0.1,
         K=K,
         instances=[
@@ -44,6 +57,130 @@ def tiny_scene() -> Scene:
     )
 
 
+@functools.cache
 def tiny_question() -> Question:
     """The scene as a request of a few kilobytes."""
     return Question(tiny_scene())
+
+
+def truth(index: int) -> dict[str, Any]:
+    """The true pose of an object in the scene, as `init_poses` has it: from there no search is needed."""
+    T_cam_obj = tiny_scene().instances[index].T_cam_obj
+    return {"rotation": T_cam_obj[:3, :3].tolist(), "translation": (T_cam_obj[:3, 3] * 1000).tolist()}
+
+
+def one(index: int = 1, **changes: Any) -> dict[str, Any]:
+    """A request for one object of the scene, its pose given to start from; `...` takes a field away."""
+    return tiny_question().body(indices=[index], **{"init_poses": [truth(index)], **changes})
+
+
+def masks_of(*masks: Any, **columns: Any) -> dict[str, Any]:
+    """Detections of the wedge with these masks."""
+    return {"masks": list(masks), "object_ids": [NAMES[1]] * len(masks), **columns}
+
+
+def ply(index: int = 1, unit: Any = "mm") -> bytes:
+    """The CAD file of an object in the scene."""
+    return mesh_to_ply(tiny_scene().instances[index].shape.mesh, unit)
+
+
+def tetrahedron(size_mm: float = 60.0) -> Float64:
+    """Corners (4, 3) of a small lopsided mesh; faces are FACES."""
+    return np.array([[0.0, 0, 0], [1, 0, 0], [0, 0.8, 0], [0.1, 0.2, 0.6]]) * size_mm
+
+
+FACES = ((0, 2, 1), (0, 1, 3), (1, 2, 3), (0, 3, 2))
+
+
+def ascii_ply(vertices: Any, faces: Any = FACES) -> bytes:
+    """A PLY written by hand: whatever numbers one likes."""
+    lines = ["ply", "format ascii 1.0", f"element vertex {len(vertices)}"]
+    lines += [f"property float {axis}" for axis in "xyz"]
+    lines += [f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header"]
+    lines += [" ".join(str(x) for x in vertex) for vertex in vertices]
+    lines += [" ".join(str(x) for x in (len(face), *face)) for face in faces]
+    return ("\n".join(lines) + "\n").encode()
+
+
+class Asker:
+    """Sends requests to one server, keeping its connection; every answer is checked for what holds of all."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.http = httpx.Client(base_url=url, timeout=90)
+
+    def __enter__(self) -> Asker:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.http.close()
+
+    def send(
+        self, method: str, path: str, *, headers: dict[str, str] | None = None, **content: Any
+    ) -> httpx.Response:
+        """Any request; the answer has an id, a timing, and nothing of the server's inside in it."""
+        answer = self.http.request(method, path, headers=headers, **content)
+        assert answer.headers["X-Request-Id"]
+        assert "total;dur=" in answer.headers["Server-Timing"]
+        if "json" in answer.headers.get("Content-Type", "") and path != "/openapi.json":
+            found = [secret for secret in SECRETS if secret.encode() in answer.content]
+            assert not found, f"{found} in {answer.text[:500]}"
+        return answer
+
+    def post(
+        self,
+        tree: Any,
+        route: str = POSE,
+        *,
+        as_json: bool = False,
+        headers: dict[str, str] | None = None,
+    ) -> httpx.Response:
+        """A request tree as MessagePack, or as JSON."""
+        module = msgspec.json if as_json else msgspec.msgpack
+        media = "application/json" if as_json else "application/msgpack"
+        return self.send("POST", route, content=module.encode(tree), headers={"Content-Type": media, **(headers or {})})
+
+    def poses(self, tree: Any, **how: Any) -> list[dict[str, Any]]:
+        """The rows of a request that succeeds."""
+        rows: list[dict[str, Any]] = self.ok(tree, **how)["poses"]
+        return rows
+
+    def ok(self, tree: Any, **how: Any) -> dict[str, Any]:
+        """The answer of a request that succeeds."""
+        response = self.post(tree, **how)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        assert answer["success"] is True, answer
+        assert answer["error_message"] is None
+        return answer
+
+    def refused(self, tree: Any, status: int, code: str, field: str | None = None, **how: Any) -> dict[str, Any]:
+        """The error of a request that fails in this way."""
+        return refusal(self.post(tree, **how), status, code, field)
+
+    def upload(
+        self, data: bytes, name: str = "part.ply", *, wait: float | None = 60, **request: Any
+    ) -> httpx.Response:
+        """POST /api/v1/objects"""
+        files: dict[str, Any] = {"file": (name, data)}
+        if request:
+            files["request"] = (None, msgspec.json.encode(request))
+        return self.send("POST", OBJECTS, params={} if wait is None else {"wait": str(wait)}, files=files)
+
+
+def refusal(response: httpx.Response, status: int, code: str, field: str | None = None) -> dict[str, Any]:
+    """A failure as the contract has it: the schema of the answer, words, a code, and the field at fault."""
+    assert (response.status_code, response.json().get("error", {}).get("code")) == (status, code), response.text
+    answer = response.json()
+    error: dict[str, Any] = answer["error"]
+    assert answer["success"] is False
+    assert answer["error_message"] == error["detail"]
+    assert error["request_id"] == response.headers["X-Request-Id"]
+    assert len(error["detail"]) > 8
+    if field is not None:
+        assert error.get("field") == field, error
+    if status in (429, 503) and code != "no_ism":
+        assert int(response.headers["Retry-After"]) >= 1
+    else:
+        assert "Retry-After" not in response.headers
+    return error

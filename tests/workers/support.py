@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -146,9 +147,14 @@ class Pipeline:
                 stderr=log,
                 start_new_session=True,
             )
-        self.wait_until(self._is_open, "the port opens")
+        self.wait_until(self.is_open, "the port opens")
 
-    def _is_open(self) -> bool:
+    def remove_sockets(self) -> None:
+        """What a killed front leaves behind keeps the next one from starting: its supervisor removes it."""
+        shutil.rmtree(self.log.parent / "mosec", ignore_errors=True)
+
+    def is_open(self) -> bool:
+        """Whether the front takes connections: it does once every stage has a worker."""
         assert self.process.poll() is None, self.log.read_text()
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0

@@ -11,9 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from posekit.shapes import SHAPES
 from posekit.store import ObjectStore, StoredObject
-from tests.workers.support import SHAPE, ascii_ply, register
+from tests.workers.support import ascii_ply, register
 from workers.engines import box_mesh
 from workers.inspect_cad import InspectStage
 from workers.messages import Failure, Inspected, InspectTask, Onboarded, OnboardTask
@@ -146,7 +145,6 @@ def test_declared_symmetries_override_those_found(inspect: InspectStage, tmp_pat
         onboard.store = own
     assert isinstance(answer, Onboarded)
     assert answer.symmetries.symmetries_discrete == declared["symmetries_discrete"]
-    assert len(SHAPES[SHAPE]().mesh.faces) > 0
 
 
 def test_an_object_that_is_not_there_is_not_found(onboard: OnboardStage) -> None:

@@ -17,7 +17,7 @@ from posekit.rle import encode_rle
 from tests.workers.support import Asker
 from workers import cropping
 from workers.decode import DecodeStage
-from workers.messages import Crop, Cut, Failure, Job, MaskSpec, Part
+from workers.messages import Crop, Cut, Failure, MaskSpec, Part
 
 
 def cut(decode: DecodeStage, part: Part) -> Cut:
@@ -129,10 +129,6 @@ def test_a_float_tiff_without_a_scale_is_refused(decode: DecodeStage, asker: Ask
     assert (refused.kind, refused.field) == ("invalid", "cam_params.depth_scale")
     assert "must be given" in refused.detail
     assert len(cut(decode, asker.part(asker.job(depth_scale_mm=None))).crops) == 3  # a 16-bit PNG: 1.0
-
-
-def small(array: np.ndarray) -> bytes:
-    return encode_png(np.ascontiguousarray(array[:100, :100]))
 
 
 @pytest.mark.parametrize(
@@ -249,4 +245,3 @@ def test_a_cut_survives_the_way_to_the_next_stage(decode: DecodeStage, asker: As
         for a, b in zip(pixels(before), pixels(after), strict=True):
             np.testing.assert_array_equal(a, b)
     assert time.time() - back.sent_unix < 60
-    assert isinstance(asker.job(), Job)

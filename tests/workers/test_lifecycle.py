@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -30,12 +29,18 @@ def test_a_worker_dies_with_its_parent() -> None:
         child = int(output.readline())
         family.kill()
         family.wait()
-        assert output.readline() == b""  # its end of the pipe is closed: it is gone
-    assert not Path(f"/proc/{child}").exists() or is_zombie(child)
+        assert output.readline() == b""  # its end of the pipe is closed
+    deadline = time.monotonic() + 5
+    while is_alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-def is_zombie(pid: int) -> bool:
-    return "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_a_worker_whose_parent_died_before_it_could_ask_leaves_at_once() -> None:
@@ -117,4 +122,3 @@ def test_the_stages_import_cheaply_and_the_pose_stage_never_imports_open3d() -> 
     folder = os.devnull  # nowhere to keep the model: it works all the same
     found = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "False"
-    assert signal.SIGKILL == 9

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -142,9 +141,7 @@ def test_everything_is_gone_within_a_second_of_the_main_process(pipeline: Pipeli
 
 
 PARENT = """
-import subprocess, sys, time
-from workers.lifecycle import die_with_parent
-import os
+import os, subprocess, sys, time
 os.environ["PEM_PARENT_PID"] = str(os.getpid())
 process = subprocess.Popen(sys.argv[1:], start_new_session=True)
 print(process.pid, flush=True)
@@ -152,7 +149,8 @@ time.sleep(60)
 """
 
 
-def test_everything_is_gone_within_a_second_of_the_parent_of_the_main_process(pipeline: Pipeline) -> None:
+def test_nothing_is_left_when_the_parent_dies_while_the_pipeline_starts(pipeline: Pipeline) -> None:
+    pipeline.remove_sockets()
     log = pipeline.log.open("ab")
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, *pipeline.command],
@@ -169,8 +167,7 @@ def test_everything_is_gone_within_a_second_of_the_parent_of_the_main_process(pi
         pipeline.wait_until(lambda: len(pipeline.processes()) >= 12, "its processes are there")
         parent.kill()
         parent.wait()
-    pipeline.wait_until(lambda: pipeline.processes() == [], "all of its processes are gone", timeout_s=1.5)
-    assert time.time() > 0
+    pipeline.wait_until(lambda: pipeline.processes() == [], "all of its processes are gone", timeout_s=5.0)
 
 
 class Leader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from posekit.engine import Instance, ObjectModel, Outcome
 from posekit.scenes import pose_errors
 from posekit.store import StoredObject
 from tests.workers.support import Asker
+from workers import pose as pose_module
 from workers.decode import DecodeStage
 from workers.lifecycle import INTERNAL_DETAIL
 from workers.messages import Cut, Failure, PoseInput, Row, RowError, Solved
@@ -202,6 +204,26 @@ def test_only_the_detection_that_breaks_the_engine_fails(
     last = json.loads(capfd.readouterr().err.splitlines()[-1])
     assert last["detections"] == ["culprit[0]"]
     assert "secret path" in last["traceback"]
+
+
+def test_a_worker_whose_device_is_lost_makes_way_for_a_new_one(
+    pose: PoseStage, cut: Cutter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setitem(pose.engines, "geometric", Troubled(pose.engines["geometric"], RuntimeError("lost"), above=0))
+    monkeypatch.setattr(pose_module, "_device_works", lambda: False)
+    monkeypatch.setattr(os, "_exit", leave)
+    part = cut((0,))
+    with pytest.raises(SystemExit):
+        pose.forward([part])
+
+
+def test_an_engine_that_is_not_loaded_is_said_in_the_row(pose: PoseStage, cut: Cutter) -> None:
+    [answer] = pose.forward([msgspec.structs.replace(cut((0,)), engine="other")])
+    assert error(solved(answer).rows[0]).code == "engine_error"
+    assert "'other'" in error(solved(answer).rows[0]).detail
 
 
 def test_the_state_tells_of_the_cache_and_the_speed(pose: PoseStage, cut: Cutter, stored: StoredObject) -> None:

@@ -1,0 +1,45 @@
+"""The engines by name, and their first exercise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from posekit.engine import Estimate
+from workers.engines import box_instance, box_mesh, load_engine, practise, versions
+
+
+def test_versions_are_those_of_the_engines() -> None:
+    assert versions(["geometric"]) == {"geometric": load_engine("geometric", device="cpu", threads=1).version}
+
+
+def test_asking_for_versions_imports_no_torch() -> None:
+    code = "import sys; from workers.engines import versions; versions(['geometric']); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "False"
+
+
+def test_an_unknown_engine_is_named_beside_those_there_are() -> None:
+    with pytest.raises(ValueError, match="'magic'; there are: geometric"):
+        load_engine("magic", device="cpu", threads=1)
+
+
+def test_the_first_exercise_is_measured_and_its_model_kept(tmp_path: Path) -> None:
+    engine = load_engine("geometric", device="cpu", threads=1)
+    assert practise(engine, 2, tmp_path) > 0
+    [model] = tmp_path.glob("*/geometric-*.safetensors")
+    written = model.stat().st_mtime_ns
+    assert practise(engine, 1, tmp_path) > 0
+    assert model.stat().st_mtime_ns == written
+
+
+def test_the_exercise_is_a_scene_that_can_be_solved() -> None:
+    engine = load_engine("geometric", device="cpu", threads=1)
+    model = engine.onboard("box", box_mesh(), None, lambda _: None)
+    [outcome] = engine.estimate([box_instance(1, "box")], {"box": model})
+    assert isinstance(outcome, Estimate)
+    np.testing.assert_allclose(outcome.T_cam_obj[:3, 3], (0, 0, 0.6), atol=0.002)
