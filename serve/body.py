@@ -54,7 +54,7 @@ def _mb(count: int) -> str:
 async def chunks(
     receive: Receive, headers: Mapping[str, str], *, limit: int, idle_s: float, what: str = "body"
 ) -> AsyncIterator[bytes]:
-    """The body piece by piece, gunzipped where it says so, never more than `limit` bytes in all (413 before reading on)."""
+    """The body piece by piece, gunzipped where it says so, at most `limit` bytes in all (413 before reading on)."""
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip"):
         raise ApiError(

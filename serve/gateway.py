@@ -46,7 +46,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_OPEN: Final = frozenset({"/livez", "/readyz"})
+_OPEN: Final = frozenset({"/livez", "/readyz", "/docs"})  # the docs page asks for a key itself
 _OBJECT: Final = "/api/v1/objects/"
 _JSON, _MSGPACK, _FORM = "application/json", "application/msgpack", "multipart/form-data"
 _INTERNAL: Final = "an internal error happened; the server's log has it under this request's id"
@@ -401,7 +401,15 @@ class Gateway:
             ism_ms = await self._ask_ism(call, question, deadline)
             self.queue.admit(len(question.detections), deadline - time.monotonic())
         job = self._job(call, question, resolved, engine, output_dir, deadline)
-        solution = await self.queue.solve(job, call.client, deadline)
+        try:
+            solution = await self.queue.solve(job, call.client, deadline)
+        except ApiError as error:
+            if whole and (error.field or "").startswith(question.field_prefix):  # a mask that the client never sent
+                log.warning("ism_mask_broken", id=call.request_id, field=error.field, detail=error.detail)
+                raise ApiError(
+                    "ism_failed", f"the instance-segmentation server sent a mask that cannot be used: {error.detail}"
+                ) from None
+            raise
         return self._pose_answer(call, question, resolved, solution, ism_ms)
 
     def _engine(self, asked: str) -> str:
@@ -432,7 +440,9 @@ class Gateway:
             template_dir=question.template_dir,
             cad_path=question.ism_cad_path,
             deadline_unix=time.time() + deadline - begun,
+            request_id=call.request_id,
         )
+        self.metrics.stage("ism", found.seconds)
         parse.detections_from_ism(question, found.masks, found.boxes, found.scores, found.object_ids)
         call.detections = len(question.detections)
         return (time.monotonic() - begun) * 1e3

@@ -230,15 +230,6 @@ class SegDataAnswer(msgspec.Struct, kw_only=True):
     error: ErrorBody | msgspec.UnsetType = msgspec.UNSET
 
 
-class Failed(msgspec.Struct, kw_only=True):
-    """Every failure that is not a pose route's: same words, same error."""
-
-    success: bool
-    poses: list[Row]
-    error_message: str
-    error: ErrorBody
-
-
 class ObjectAnswer(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One CAD object."""
 

@@ -18,8 +18,8 @@ from posekit.errors import InvalidInput, TooLarge, UnitsImplausible
 from workers.jobs import read_job
 from workers.messages import Crop, Cut, Failure, Job, MaskSpec, Part, pack
 
-MARGIN = 0.1  # of the mask's box, on every side
-MARGIN_PX = 8  # at least
+MARGIN = 0.2  # of the mask's box, on every side
+MARGIN_PX = 16  # at least
 CROP_PIXELS = 1 << 20  # a larger crop is thinned out: no engine looks at more
 MIN_DEPTH_PX = 33  # valid depth under the mask
 

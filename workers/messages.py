@@ -262,7 +262,7 @@ Answer = PartAnswer | Failure
 
 
 class InspectTask(msgspec.Struct, frozen=True, kw_only=True):
-    """Route /inspect: parse the mesh staged in `folder`, find its unit, judge its health; writes nothing."""
+    """Route /inspect: parse the mesh staged in `folder`, find its unit, judge its health, leave `mesh.safetensors`."""
 
     task_id: str
     folder: str  # holds exactly the client's file(s), already named safely

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+import pointnet2_ext
 from posekit.engine import Engine, ObjectModel, Outcome, Rejection
 from posekit.errors import StoreError
 from workers.engines import load_engine, practise
@@ -44,6 +45,7 @@ class PoseStage(Stage):
             self.state.update(
                 engines={name: engine.version for name, engine in self.engines.items()},
                 device=device,
+                kernels=pointnet2_ext.kernels(device),
                 detections_per_second=min(rates),
                 broken_objects=broken,
             )
