@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNELS := $(wildcard pointnet2_ext/csrc/*)
+BENCHMARKS := bench_furthest_point_sample engine_quick gateway_overhead
 PACKAGES := serve workers posekit pointnet2_ext
 
 .DEFAULT_GOAL := help
@@ -37,7 +38,7 @@ lint: $(READY) ## Check formatting, style and types
 check: lint test ## Everything CI runs: lint, then test
 
 bench: $(READY) ## Run every benchmark (minutes)
-	@set -e; for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+	@set -e; for name in $(BENCHMARKS); do echo "== python -m benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 clean: ## Remove .venv, build outputs and caches; data/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache

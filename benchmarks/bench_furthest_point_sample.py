@@ -1,6 +1,6 @@
 """Furthest-point sampling: what pointnet2_ext runs against its torch reference.
 
-    python benchmarks/bench_furthest_point_sample.py [--device cpu|cuda] [--threads 2] [--json FILE]
+    python -m benchmarks.bench_furthest_point_sample [--device cpu|cuda] [--threads 2] [--json FILE]
 
 Prints the median time of a call and the ratio peer / ours. `--json -` prints the same as JSON instead of the table.
 """

@@ -1,6 +1,6 @@
 """Write a contact sheet of synthetic scenes with their true poses drawn over them.
 
-Usage: python benchmarks/scenes_preview.py --out build/scenes.png --scenes 8
+Usage: python -m benchmarks.scenes_preview --out build/scenes.png --scenes 8
 """
 
 from __future__ import annotations

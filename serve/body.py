@@ -1,4 +1,4 @@
-"""Reading request bodies: limits before reading on, an idle limit, gzip with a bound, multipart in memory or to disk."""
+"""Reading request bodies: limits before reading on, an idle limit, bounded gzip, multipart in memory or to disk."""
 
 from __future__ import annotations
 

@@ -332,7 +332,8 @@ class Gateway:
         limits = self.settings.limits
         declared = call.headers.get("content-length", "")
         limit = limits.body_mb * 2**20
-        size = min(int(declared), limit) if declared.isdigit() else limit
+        plain = declared.isdigit() and "content-encoding" not in call.headers  # a compressed body may become the limit
+        size = min(int(declared), limit) if plain else limit
         if self._in_flight_bytes and self._in_flight_bytes + size > limits.in_flight_mb * 2**20:
             raise ApiError("over_capacity", "the requests in flight take all the memory that they may", retry_after_s=1)
         self.in_flight += 1

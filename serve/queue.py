@@ -196,7 +196,8 @@ class PoseQueue:
         if (self._inside or queued) and (self._rate.is_sure or queued) and ahead_s + alone_s > deadline_s:
             raise ApiError(
                 "over_capacity",
-                f"{self._inside + queued} detections are ahead: {ahead_s:.1f} s of work, the deadline {deadline_s:.3g} s",
+                f"{self._inside + queued} detections are ahead, about {ahead_s:.1f} s of work; "
+                f"the deadline is {deadline_s:.3g} s",
                 retry_after_s=ahead_s + alone_s - deadline_s,
             )
         over = queued + count - self._settings.ceiling_detections

@@ -198,7 +198,7 @@ class Question:
         return scenes.pose_errors(T_est, truth.T_cam_obj, truth.shape.symmetries)
 
 
-def register(url: str, shape: shapes.Shape) -> dict[str, Any]:
+def register(url: str, shape: shapes.Shape, **headers: str) -> dict[str, Any]:
     """Upload one shape's CAD and wait until it is onboarded."""
     answer = httpx.post(
         f"{url}/api/v1/objects",
@@ -207,6 +207,7 @@ def register(url: str, shape: shapes.Shape) -> dict[str, Any]:
             "file": (f"{shape.name}.ply", shapes.mesh_to_ply(shape.mesh)),
             "request": (None, msgspec.json.encode({"name": shape.name})),
         },
+        headers=_named(headers),
         timeout=90,
     )
     assert answer.status_code in (200, 201), answer.text
@@ -227,7 +228,14 @@ def post(
     """POST a request tree as MessagePack (answer in JSON), or as JSON."""
     encode = msgspec.json.encode if as_json else msgspec.msgpack.encode
     content_type = "application/json" if as_json else "application/msgpack"
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
     return httpx.post(
-        f"{url}{route}", content=encode(tree), headers={"Content-Type": content_type, **named}, timeout=timeout
+        f"{url}{route}",
+        content=encode(tree),
+        headers={"Content-Type": content_type, **_named(headers)},
+        timeout=timeout,
     )
+
+
+def _named(headers: dict[str, str]) -> dict[str, str]:
+    """X_API_Key=... as a header."""
+    return {name.replace("_", "-"): value for name, value in headers.items()}

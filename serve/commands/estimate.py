@@ -120,7 +120,11 @@ def table(result: PoseResult) -> Table:
 
 def receipt(result: PoseResult) -> str:
     """Where the time went, in one line."""
-    words = [f"{len(result.poses)} detections in {result.inference_time_s * 1000:.0f} ms", f"engine {result.engine}"]
+    count = len(result.poses)
+    words = [
+        f"{count} detection{'s' if count != 1 else ''} in {result.inference_time_s * 1000:.0f} ms",
+        f"engine {result.engine}",
+    ]
     if result.timing is not None:
         timing = result.timing
         words.append(

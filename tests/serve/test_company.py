@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-from tests.running import Question, RunningServer, post
+from serve import keys
+from tests.running import Question, RunningServer, post, register, wait_until
 
 
 def ask_patiently(
@@ -96,6 +99,37 @@ def test_one_mask_behind_six_large_requests_waits_only_for_the_passes_already_in
         thread.join(240)
     assert [a.status_code for a in answers] == [200] * 6
     assert all(len(a.json()["poses"]) == 40 for a in answers)
+
+
+def test_clients_take_turns(start_server: Callable[..., RunningServer], question: Question, tmp_path: Path) -> None:
+    keys_file = tmp_path / "keys.json"
+    greedy, modest = (keys.add(keys_file, name) for name in ("greedy", "modest"))
+    server = start_server(keys_file=keys_file)
+    shape = question.scene.instances[0].shape
+    register(server.url, shape, X_API_Key=modest)
+    done: dict[str, float] = {}
+
+    def ask(name: str, key: str, count: int) -> None:
+        answer = ask_patiently(server, question.body(indices=[0] * count, deadline_ms=300_000), X_API_Key=key)
+        assert answer.status_code == 200, answer.text[:300]
+        done[name] = time.monotonic()
+
+    threads = [threading.Thread(target=ask, args=(f"greedy {i}", greedy, 24), daemon=True) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    wait_until(
+        lambda: (
+            httpx.get(f"{server.url}/api/v1/status", headers={"X-API-Key": modest}).json()["queue"]["requests"] == 5
+        ),
+        30,
+        "the greedy client's requests to be in",
+    )
+    ask("modest", modest, 40)  # more than any single one of the greedy client's
+    for thread in threads:
+        thread.join(120)
+    before = sum(done[f"greedy {i}"] < done["modest"] for i in range(5))
+    assert len(done) == 6
+    assert before <= 3, "five requests of one client were served before another client's turn came"
 
 
 def test_a_client_that_goes_away_is_not_computed(server: RunningServer, question: Question) -> None:
