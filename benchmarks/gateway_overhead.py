@@ -114,8 +114,7 @@ def main() -> int:
     table = Table(["body", "clients", "gateway ms", "bare Mosec ms", "added ms", "ratio"])
     worst = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        server = RunningServer(Path(folder) / "data", {"log_level": "debug"}).start()
-        try:
+        with RunningServer(Path(folder) / "data", {"log_level": "debug"}) as server:
             port = int(re.findall(r'"backend_started".*?"port":(\d+)', server.log())[-1])
             for name, size in SIZES.items():
                 both = ways(size, server.port, port)
@@ -130,12 +129,10 @@ def main() -> int:
                     table.add(name, clients, ours, bare, ours - bare, ours / bare)
                     if name == "1.5 MB":
                         worst = max(worst, ours - bare)
-        finally:
-            code = server.stop()
     table.print()
     write_json(options.json, {"gateway_overhead": table.as_dicts()})
     print(f"worst at 1.5 MB: {worst:+.2f} ms at the median (limit {options.limit_ms:g} ms)")
-    return 0 if worst <= options.limit_ms and code == 0 else 1
+    return 0 if worst <= options.limit_ms else 1
 
 
 if __name__ == "__main__":

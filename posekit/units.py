@@ -1,8 +1,9 @@
 """The unit doctor: do depth, mask and model fit each other, and if not, which unit was mistaken?
 
 An object of diameter D at depth z spans at most f D / z pixels. So `size_ratio = extent_px * z / (f * D)` lies a little
-below 1 where the units are right and the mask is whole, anywhere below where the object is partly hidden, and a power
-of ten elsewhere where a unit was mistaken. The ratio alone cannot say whether depth or model is wrong; that only shows
+below 1 where the units are right and the mask is whole, lower where the object is partly hidden or seen end-on (but
+even then it spans about its middle extent, so that bounds it from below), and a power of ten elsewhere where a unit
+was mistaken. The ratio alone cannot say whether depth or model is wrong; that only shows
 in how plausible each is by itself: depth cameras read 0.1 to 5 m, objects measure 10 mm to 1.5 m.
 
 A reading's `strangeness` is how many powers of ten it lies outside of what is plausible. A request is refused only
@@ -22,16 +23,18 @@ import numpy.typing as npt
 
 DEPTH_MM = (100.0, 5000.0)
 DIAMETER_MM = (10.0, 1500.0)
-SIZE_RATIO = (0.05, 1.5)  # loose below for hidden objects, above for loose masks
+LEAST_SPAN = 0.3  # of the model's middle extent that a mask spans at least: loose, for hidden objects
+MOST_SPAN = 2.2  # of the model's diameter that a mask spans at most: loose, for loose masks
 FACTORS = (1000.0, 10.0, 25.4, 100.0)  # slips, the likelier first
 
 _ODD = 0.3  # strangeness worth a warning: a factor of two
-_WRONG = 0.6  # strangeness that a slip may explain, where depth or diameter is implausible by itself
-_WRONG_BY_RATIO = 1.0  # where only the ratio is strange: one bad mask can do that
-_MANY = 3  # detections whose agreement makes up for that
+_WRONG = 0.15  # median strangeness of a request that a slip may explain: a factor of 1.4
+_WRONG_ALONE = 0.8  # of one row among good ones: there a bad mask is the likelier reason
 _EXPLAINED = 0.05  # strangeness that a slip may leave
-_TYPICAL_RATIO = 0.5
+_TYPICAL_RATIO = 0.6
 _MIN_PIXELS = 16  # a smaller mask says nothing about sizes
+_SPECK_PX = 200  # and one smaller than this may be a speck: it never is too small
+_MIDDLE_SHARE = 0.3  # of the diameter, where the middle extent is not known: a slender object
 _WHOLE_IMAGE = 0.8  # of the image's longer side: a mask this long outlines no object
 
 
@@ -67,13 +70,15 @@ class _Reading(NamedTuple):
 
     depth_mm: float
     diameter_mm: float
+    middle_mm: float  # the model's second largest extent
     extent_mm: float  # the mask's longer side at that depth
     whole_image: bool
+    speck: bool
 
     def after(self, slip: _Slip) -> _Reading:
         if slip.what == "depth":
             return self._replace(depth_mm=self.depth_mm * slip.factor, extent_mm=self.extent_mm * slip.factor)
-        return self._replace(diameter_mm=self.diameter_mm * slip.factor)
+        return self._replace(diameter_mm=self.diameter_mm * slip.factor, middle_mm=self.middle_mm * slip.factor)
 
     @property
     def ratio(self) -> float:
@@ -85,7 +90,8 @@ class _Reading(NamedTuple):
 
     @property
     def ratio_strange(self) -> float:
-        return _outside(self.ratio, SIZE_RATIO)
+        least = 0.0 if self.speck else LEAST_SPAN * self.middle_mm
+        return _outside(self.extent_mm, (max(least, 1e-12), MOST_SPAN * self.diameter_mm))
 
     @property
     def strangeness(self) -> float:
@@ -111,12 +117,16 @@ def judge(
     fy: float,
     strict: bool = False,
     *,
+    middles_mm: Sequence[float | None] | None = None,
     image_size: tuple[int, int] | None = None,
     depth_scale_given: bool = True,
+    rows_only: bool = False,
 ) -> Verdict:
-    """Judge the units of a request by all of its detections together.
+    """Judge the units of a request by all of its detections together; with `rows_only`, each by itself, as one among
+    others that are not here.
 
-    `diameters_mm` has one entry per observation, None where the detection has no CAD. `image_size` (height, width)
+    `diameters_mm` has one entry per observation, None where the detection has no CAD, and so has `middles_mm`, the
+    second largest extents (a guess is made where they are not known). `image_size` (height, width)
     tells masks that fill the image, which outline nothing. `depth_scale_given` chooses the words: whether the client
     gave depth_scale or depth_unit, or the default was taken. Detections without depth, with a tiny mask or without
     CAD are not judged. `strict` refuses what is otherwise a warning.
@@ -129,34 +139,36 @@ def judge(
         usable = seen.mask_px >= _MIN_PIXELS and seen.valid_px > 0 and seen.mask_extent_px > 0
         if usable and diameter_mm and diameter_mm > 0 and 0 < depth_mm < math.inf and 0 < focal_px < math.inf:
             extent_mm = seen.mask_extent_px * depth_mm / focal_px
-            readings[index] = _Reading(depth_mm, diameter_mm, extent_mm, seen.mask_extent_px >= longest_px)
+            middle_mm = (middles_mm[index] if middles_mm is not None else None) or _MIDDLE_SHARE * diameter_mm
+            whole_image, speck = seen.mask_extent_px >= longest_px, seen.mask_px < _SPECK_PX
+            readings[index] = _Reading(depth_mm, diameter_mm, middle_mm, extent_mm, whole_image, speck)
     rows: list[str | None] = [None] * len(observations)
     if not readings:
         return Verdict(rows=rows)
-    together = list(readings.values())
-    slips = _explanations(together)
-    if slips:
-        return Verdict(rows=rows, request_error=_slip_words(together, slips, depth_scale_given))
-    warnings = _oddities(together)
-    if warnings and strict:
-        return Verdict(rows=rows, request_error=f'{"; ".join(warnings)} (units: "check" would only warn)')
-    if len(together) > 1:
+    warnings: list[str] = []
+    if not rows_only:
+        together = list(readings.values())
+        slips = _explanations(together, _WRONG)
+        if slips:
+            return Verdict(rows=rows, request_error=_slip_words(together, slips, depth_scale_given))
+        warnings = _oddities(together)
+        if warnings and strict:
+            return Verdict(rows=rows, request_error=f'{"; ".join(warnings)} (units: "check" would only warn)')
+    if rows_only or len(readings) > 1:
         for index, reading in readings.items():
-            slips = _explanations([reading])
+            slips = _explanations([reading], _WRONG_ALONE)
             if slips:
                 rows[index] = _slip_words([reading], slips, depth_scale_given)
     return Verdict(rows=rows, warnings=warnings)
 
 
-def _explanations(readings: Sequence[_Reading]) -> list[_Slip]:
-    """The slips that would set right what is wrong: none where nothing is wrong or nothing helps; a depth slip and a
-    model slip where they explain it equally well."""
-    middle = _median_of([reading.strangeness for reading in readings])
+def _explanations(readings: Sequence[_Reading], wrong: float) -> list[_Slip]:
+    """The slips that would set right a strangeness of at least `wrong`: none where there is less or nothing helps; a
+    depth slip and a model slip where they explain it equally well."""
     lengths = _median_of([reading.lengths_strange for reading in readings])
-    only_ratio = lengths < 0.1
-    if only_ratio and _median_of([float(reading.whole_image) for reading in readings]):
+    if lengths < 0.1 and _median_of([float(reading.whole_image) for reading in readings]):
         return []
-    if middle < (_WRONG_BY_RATIO if only_ratio and len(readings) < _MANY else _WRONG):
+    if _median_of([reading.strangeness for reading in readings]) < wrong:
         return []
     if _median_of([reading.ratio_strange for reading in readings]) < 0.1:
         return []
@@ -183,7 +195,7 @@ def _oddities(readings: Sequence[_Reading]) -> list[str]:
         found.append(f"the depth under the masks is {_mm(depth_mm)}, unusual for a depth camera; check depth_scale")
     if _outside(diameter_mm, DIAMETER_MM) > _ODD:
         found.append(f"the model's diameter is {_mm(diameter_mm)}, an unusual size; check model_unit")
-    if _outside(ratio, SIZE_RATIO) > _ODD:
+    if _median_of([reading.ratio_strange for reading in readings]) > 0.05:
         word = "larger" if ratio > 1 else "smaller"
         found.append(
             f"at a depth of {_mm(depth_mm)} the masks span {_mm(extent_mm)}, much {word} than the model's diameter of "

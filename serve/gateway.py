@@ -429,6 +429,10 @@ class Gateway:
         path = inside(self.settings.output_path, text, "output_dir")
         if os.path.isabs(text):
             raise ApiError("invalid", "output_dir is relative to the server's output root", field="output_dir")
+        there = next((folder for folder in (path, *path.parents) if os.path.lexists(folder)), path)
+        if not os.path.isdir(there) or any(len(os.fsencode(name)) > 255 for name in path.parts):
+            detail = "no folder can be made at output_dir: a file is in its way, or its name is too long"
+            raise ApiError("invalid", detail, field="output_dir")
         return path
 
     async def _ask_ism(self, call: Call, question: Question, deadline: float) -> float:

@@ -225,9 +225,11 @@ class Objects:
                 raise ApiError(
                     "onboarding_failed", f"this CAD could not be onboarded: {known.error}", field=choice.field
                 )
-        return Resolved(
-            ObjectRef(object_id=known.stored.object_id, diameter_mm=known.stored.diameter_mm), path_used, waited
+        stored = known.stored
+        ref = ObjectRef(
+            object_id=stored.object_id, diameter_mm=stored.diameter_mm, middle_mm=sorted(stored.extents_mm)[1]
         )
+        return Resolved(ref, path_used, waited)
 
     async def _until(
         self, work: asyncio.Future[T] | Coroutine[Any, Any, T], deadline: float, words: str, known: _Known | None
@@ -249,7 +251,7 @@ class Objects:
         path = inside(self._settings.cad_path, text, field)
         if path.suffix.lower() not in FORMATS:
             raise ApiError("invalid", f"a CAD file ends in {', '.join(FORMATS)}", field=field)
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long for any file
             raise ApiError("no_cad_file", "no CAD file at this path under the CAD root", field=field)
         return path
 
@@ -356,6 +358,7 @@ class Objects:
         except PoseError as error:
             raise from_posekit(error) from None
         self._known.pop(object_id, None)
+        self._onboarding.pop(object_id, None)  # what still runs is nobody's: registered anew, it is onboarded anew
         if known.stored.name is not None:
             self._names.pop(known.stored.name, None)
         log.info("object_removed", object_id=object_id, name=known.stored.name)
@@ -378,14 +381,20 @@ class Objects:
         declared: dict[str, Any] | None = None,
     ) -> tuple[_Known, bool]:
         """A staged CAD -> the object it is, and whether it is new. The staged folder is gone afterwards."""
+        object_id = ""
         try:
             inspected = await self._inspect(staged, cad_format, unit, field)
             object_id = inspected.object_id
             self._check_name(name, object_id)
             known = self._known.get(object_id)
             if known is not None:
+                running = self._onboarding.get(object_id)
+                if running is not None and declared not in (None, known.stored.declared_symmetries):
+                    await asyncio.wait({running})  # or its model, with other symmetries, would come after the change
                 self._update(known, name, declared)
                 return known, False
+            if name is not None:
+                self._names[name] = object_id  # taken from here on, not only once it is stored
             await asyncio.to_thread(self._make_room, staged)
             health = inspected.health
             stored = StoredObject(
@@ -405,6 +414,8 @@ class Objects:
             created = await asyncio.to_thread(self._store.commit, staged, stored)
             if object_id not in self._known:
                 self._learn(stored)
+            if not created:  # another request was faster with the same files
+                self._update(self._known[object_id], name, declared)
             log.info(
                 "object_added",
                 object_id=object_id,
@@ -421,6 +432,8 @@ class Objects:
             ) from None
         finally:
             self.discard(staged)
+            if name is not None and self._names.get(name) == object_id and object_id not in self._known:
+                del self._names[name]
 
     async def _inspect(self, staged: Path, cad_format: str, unit: str, field: str) -> Inspected:
         task = InspectTask(
@@ -508,10 +521,14 @@ class Objects:
             known.started = time.monotonic()
             task = asyncio.create_task(self._run_onboarding(known))
             self._onboarding[object_id] = task
-            task.add_done_callback(
-                lambda done: (self._onboarding.pop(object_id, None), done.cancelled() or done.exception())
-            )
+            task.add_done_callback(lambda done: self._onboarding_ended(object_id, done))
         return task
+
+    def _onboarding_ended(self, object_id: str, task: asyncio.Task[None]) -> None:
+        if self._onboarding.get(object_id) is task:
+            del self._onboarding[object_id]
+        if not task.cancelled():
+            task.exception()  # looked at, also where nobody waited
 
     async def _run_onboarding(self, known: _Known) -> None:
         object_id = known.stored.object_id
@@ -541,7 +558,7 @@ class Objects:
         finally:
             with contextlib.suppress(OSError):
                 (self._backend.run_dir / "progress" / object_id).unlink(missing_ok=True)
-        if object_id not in self._known:
+        if self._known.get(object_id) is not known:
             return  # deleted meanwhile
         known.error = error
         log.error("onboarding_failed", object_id=object_id, name=known.stored.name, error=error)
@@ -579,7 +596,7 @@ def _companions(path: Path, root: Path) -> list[Path]:
     while queue and len(found) < _MAX_COMPANIONS:
         current = queue.pop()
         try:
-            text = current.read_bytes()[: 4 * 2**20] if current.suffix.lower() in (".obj", ".mtl") else b""
+            text = _beginning(current) if current.suffix.lower() in (".obj", ".mtl") else b""
         except OSError:
             continue
         for _, reference in _REFERENCE.findall(text):
@@ -589,6 +606,11 @@ def _companions(path: Path, root: Path) -> list[Path]:
                 found.append(candidate)
                 queue.append(candidate)
     return sorted(found)
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4 * 2**20)
 
 
 def _copy(paths: list[Path], folder: Path) -> list[str]:

@@ -87,7 +87,8 @@ def decode(data: bytes, protocol: Protocol, type_: type[T]) -> T:
         raise validation_error(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         name = "JSON" if protocol == "json" else "MessagePack"
-        hint = " (NaN and Infinity are not JSON)" if protocol == "json" and re.search(rb"NaN|Infinity", data) else ""
+        nan = protocol == "json" and re.search(rb"[\[{,:]\s*-?(NaN|Infinity)", data)
+        hint = " (NaN and Infinity are not JSON)" if nan else ""
         raise ApiError("bad_body", f"the body is not {name}: {error}{hint}") from None
 
 
@@ -262,7 +263,10 @@ def _intrinsics(raw: msgspec.Raw) -> tuple[float, float, float, float, float, fl
         value = [number for row in value for number in row]
     if not isinstance(value, list) or len(value) != 9 or not all(_is_number(number) for number in value):
         raise ApiError("invalid", "cam_K must be 9 numbers in row order, or 3 rows of 3", field=where)
-    K = np.array(value, dtype=np.float64).reshape(3, 3)
+    try:
+        K = np.array([float(number) for number in value], dtype=np.float64).reshape(3, 3)
+    except OverflowError:  # an integer of hundreds of digits
+        K = np.full((3, 3), math.inf)
     if not np.isfinite(K).all():
         raise ApiError("invalid", "cam_K has a number that is not finite", field=where)
     if abs(K[0, 0] * K[1, 1]) < 1e-9 or abs(np.linalg.det(K)) < 1e-9:
@@ -379,6 +383,8 @@ def _detections(
         json_text, png = _mask(bytes(mask), protocol, where)
         if not math.isfinite(score):
             raise ApiError("invalid", "a score must be a finite number", field=where)
+        if isinstance(category, int) and not -(2**63) <= category < 2**63:
+            raise ApiError("invalid", "a category must be an integer of at most 64 bits", field=where)
         specs.append(
             MaskSpec(raw=json_text, png=png, bbox=_box(box, box_format, where), score=float(score), category=category)
         )
@@ -404,7 +410,10 @@ def _box(box: list[float] | None, box_format: str, where: str) -> tuple[float, f
     if not all(math.isfinite(number) for number in box):
         raise ApiError("invalid", "a box has a number that is not finite", field=where)
     x, y, w, h = box
-    return (x, y, w - x, h - y) if box_format == "xyxy" else (x, y, w, h)
+    w, h = (w - x, h - y) if box_format == "xyxy" else (w, h)
+    if not (math.isfinite(w) and math.isfinite(h)):
+        raise ApiError("invalid", "a box is larger than any number", field=where)
+    return x, y, w, h
 
 
 def _mask(data: bytes, protocol: Protocol, where: str) -> tuple[bytes, bytes]:

@@ -185,10 +185,11 @@ class PoseQueue:
         rate = self.detections_per_second
         alone_s = count / rate
         if deadline_s < _LEAST_S or (self._rate.is_sure and alone_s / _SURE > deadline_s):
+            what = f"{count} detections take" if count != 1 else "1 detection takes"
             raise ApiError(
                 "deadline_too_short",
-                f"{count} detection{'s' if count != 1 else ''} take about {alone_s:.1f} s on this server "
-                f"({rate:.3g} a second); the deadline is {deadline_s:.3g} s",
+                f"{what} about {alone_s:.2g} s on this server ({rate:.3g} a second); "
+                f"the deadline is {deadline_s:.3g} s",
                 field="deadline_ms",
             )
         queued = self._queued

@@ -20,14 +20,9 @@ def question() -> Question:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, question: Question) -> Iterator[RunningServer]:
     """One server for all tests that leave it as it was, the demo scene's objects registered by name."""
-    one = RunningServer(tmp_path_factory.mktemp("server") / "data").start()
-    try:
+    with RunningServer(tmp_path_factory.mktemp("server") / "data") as one:
         question.register(one.url)
         yield one
-        assert one.stop() == 0
-    finally:
-        if one.process is not None and one.process.poll() is None:
-            one.kill()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import msgspec
@@ -50,7 +50,19 @@ class RunningServer:
         assert self.process is not None
         return self.process.pid
 
-    def start(self, wait: bool = True) -> RunningServer:
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """A clean stop, which must be one; killed where the block failed."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        if kind is not None:
+            self.kill()
+        else:
+            assert self.stop() == 0, self.log()[-4000:]
+
+    def start(self, wait: bool = True) -> Self:
         """Start it; returns when it is ready."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PEM_")}
         environment |= {f"PEM_{name.upper()}": str(value) for name, value in self.settings.items()}

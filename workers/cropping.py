@@ -16,7 +16,7 @@ from posekit import images, masks, units
 from posekit.engine import Bool, Float32, Float64, UInt8
 from posekit.errors import InvalidInput, TooLarge, UnitsImplausible
 from workers.jobs import read_job
-from workers.messages import Crop, Cut, Failure, Job, MaskSpec, Part, pack
+from workers.messages import Crop, Cut, Failure, Job, MaskSpec, ObjectRef, Part, pack
 
 MARGIN = 0.2  # of the mask's box, on every side
 MARGIN_PX = 16  # at least
@@ -253,21 +253,18 @@ def _judge_units(
     Raises UnitsImplausible where the request as a whole is; only the part that has seen all detections can tell.
     """
 
-    def judge(indices: list[int]) -> units.Verdict:
-        return units.judge(
-            [observed[index] for index in indices],
-            [_diameter_mm(job, index) for index in indices],
-            float(frame.K[0, 0]),
-            float(frame.K[1, 1]),
-            strict=job.units == "strict" and judges_all,
-            image_size=frame.size,
-            depth_scale_given=job.depth_unit_given,
-        )
-
-    if not judges_all:  # each by itself: this is what the part that sees all of them says of each
-        alone = {index: judge([index]).request_error for index in observed}
-        return {index: words for index, words in alone.items() if words is not None}, []
-    verdict = judge(list(observed))
+    references = [_reference(job, index) for index in observed]
+    verdict = units.judge(
+        list(observed.values()),
+        [None if one is None else one.diameter_mm for one in references],
+        float(frame.K[0, 0]),
+        float(frame.K[1, 1]),
+        strict=job.units == "strict",
+        middles_mm=[None if one is None else one.middle_mm for one in references],
+        image_size=frame.size,
+        depth_scale_given=job.depth_unit_given,
+        rows_only=not judges_all,  # as the part that sees all of them would judge each
+    )
     if verdict.request_error is not None:
         field = "cam_params.depth_scale" if "depth_scale" in verdict.request_error else "model_unit"
         raise UnitsImplausible(verdict.request_error, field)
@@ -275,6 +272,6 @@ def _judge_units(
     return wrong, verdict.warnings
 
 
-def _diameter_mm(job: Job, index: int) -> float | None:
-    reference = job.detections[index].object
-    return None if reference is None else job.objects[reference].diameter_mm
+def _reference(job: Job, index: int) -> ObjectRef | None:
+    number = job.detections[index].object
+    return None if number is None else job.objects[number]

@@ -49,6 +49,7 @@ class ObjectRef(msgspec.Struct, frozen=True, kw_only=True):
 
     object_id: str  # content hash: the folder's name in the object store
     diameter_mm: float
+    middle_mm: float | None = None  # the second largest extent, for the unit check
 
 
 class MaskSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -129,7 +129,10 @@ def test_very_deep_messagepack_is_refused_and_not_a_crash(ask: Asker) -> None:
 def test_nan_in_json_is_400_and_the_words_say_so(ask: Asker, word: str) -> None:
     text = json.dumps({"object_id": "wedge", "min_score": 0.5}).replace("0.5", word)
     error = refusal(ask.send("POST", POSE, content=text, headers=JSON), 400, "bad_body")
-    assert "NaN" in error["detail"]
+    assert "are not JSON" in error["detail"]
+    tree = msgspec.json.encode(one(output_dir="NaN, Infinity"))[:-1]  # cut short, and without either as a number
+    error = refusal(ask.send("POST", POSE, content=tree, headers=JSON), 400, "bad_body")
+    assert "are not JSON" not in error["detail"]
 
 
 @pytest.mark.parametrize("field", ["rgb_image", "depth_image", "cad"])
@@ -584,6 +587,42 @@ def test_a_wrong_field_is_422_with_its_path(ask: Asker, name: str) -> None:
         ask.refused(tree, 422, "invalid", field, as_json=as_json)
 
 
+def test_integers_beyond_64_bits_are_422(ask: Asker) -> None:
+    text = msgspec.json.encode(one(**camera(cam_K=[123456, *K[1:]])))
+    huge = text.replace(b"123456", b"9" * 400)
+    refusal(ask.send("POST", POSE, content=huge, headers=JSON), 422, "invalid", "cam_params.cam_K")
+    detections = {"masks": [tiny_question().masks[1]], "object_ids": [123456]}
+    text = msgspec.json.encode(one(detections=detections, objects=..., object_id="wedge"))
+    for digits in (b"9" * 30, b"-" + b"9" * 30):
+        huge = text.replace(b"123456", digits)
+        refusal(ask.send("POST", POSE, content=huge, headers=JSON), 422, "invalid", "detections.masks[0]")
+
+
+def test_extreme_numbers_are_a_row_or_a_refusal_and_never_a_crash(ask: Asker) -> None:
+    mask = tiny_question().masks[1]
+    turned = {"rotation": np.eye(3).tolist(), "translation": [0, 0, 1e300]}
+    for changes in (
+        camera(cam_K=[1e200, 0, 79.5, 0, 1e200, 59.5, 0, 0, 1]),
+        camera(cam_K=[1e-4, 0, 79.5, 0, 1e-4, 59.5, 0, 0, 1]),
+        camera(cam_K=[170, 1e300, 1e300, 0, 170, 59.5, 0, 0, 1]),
+        camera(depth_scale=1e300),
+        camera(depth_scale=1e-300),
+        {"init_poses": [turned]},
+        {"detections": masks_of(mask, scores=[1e308])},
+        {"seed": 2**63 - 1},
+    ):
+        response = ask.post(one(**changes))
+        assert response.status_code in (200, 422), (changes, response.text)
+    wide = masks_of(mask, boxes=[[-1.7e308, 0, 1.7e308, 1]])
+    ask.refused(one(detections=wide, box_format="xyxy"), 422, "invalid", "detections.masks[0]")
+    pixel = one(
+        rgb_image=images.encode_png(np.zeros((1, 1, 3), np.uint8)),
+        depth_image=images.encode_png(np.ones((1, 1), np.uint16)),
+        detections=masks_of([[1]]),
+    )
+    assert ask.poses(pixel)[0]["error"]["code"] == "mask_too_small"
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_none_are_422_in_messagepack(ask: Asker, number: float) -> None:
     mask = tiny_question().masks[1]
@@ -744,6 +783,16 @@ def test_a_symlink_that_leads_out_is_422(ask: Asker, server: RunningServer, tmp_
 
 def test_an_absolute_output_dir_is_422_even_inside_of_its_root(ask: Asker, server: RunningServer) -> None:
     ask.refused(one(output_dir=str(server.data / "outputs" / "here")), 422, "invalid", "output_dir")
+
+
+def test_paths_that_no_file_system_takes_are_refused(ask: Asker, server: RunningServer) -> None:
+    ask.refused(one(objects=..., cad_path="x" * 300 + ".ply"), 404, "no_cad_file", "cad_path")
+    ask.refused(one(objects=..., cad_path="x/" * 2500), 422, "invalid", "cad_path")
+    ask.refused(one(objects=..., cad_path="."), 422, "invalid", "cad_path")
+    ask.refused(one(output_dir="x" * 300), 422, "invalid", "output_dir")
+    (server.data / "outputs" / "a-file").write_text("in the way")
+    ask.refused(one(output_dir="a-file"), 422, "invalid", "output_dir")
+    ask.refused(one(output_dir="a-file/below"), 422, "invalid", "output_dir")
 
 
 def test_an_obj_never_pulls_in_files_from_outside(ask: Asker, server: RunningServer, tmp_path: Path) -> None:

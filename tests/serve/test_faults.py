@@ -86,14 +86,9 @@ class Load:
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory, question: Question) -> Iterator[RunningServer]:
     """A server that these tests may hurt."""
-    one = RunningServer(tmp_path_factory.mktemp("faults") / "data", {"drain_s": 8}).start()
-    try:
+    with RunningServer(tmp_path_factory.mktemp("faults") / "data", {"drain_s": 8}) as one:
         register(one.url, question.scene.instances[0].shape)
         yield one
-        assert one.stop() == 0
-    finally:
-        if one.process is not None and one.process.poll() is None:
-            one.kill()
 
 
 @pytest.fixture

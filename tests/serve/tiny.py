@@ -159,10 +159,10 @@ class Asker:
         return refusal(self.post(tree, **how), status, code, field)
 
     def upload(
-        self, data: bytes, name: str = "part.ply", *, wait: float | None = 60, **request: Any
+        self, data: bytes, file_name: str = "part.ply", *, wait: float | None = 60, **request: Any
     ) -> httpx.Response:
         """POST /api/v1/objects"""
-        files: dict[str, Any] = {"file": (name, data)}
+        files: dict[str, Any] = {"file": (file_name, data)}
         if request:
             files["request"] = (None, msgspec.json.encode(request))
         return self.send("POST", OBJECTS, params={} if wait is None else {"wait": str(wait)}, files=files)
