@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import math
 import os
@@ -265,8 +266,7 @@ class Objects:
             raise ApiError("too_large", f"the CAD file is over {limit} MB", field=field)
 
         async def ingest() -> str:
-            staged = await asyncio.to_thread(self._staged)
-            names = await asyncio.to_thread(_copy, [path, *companions], staged / "source")
+            staged, names = await self._staged_with(lambda folder: _copy([path, *companions], folder), field)
             known, _ = await self._ingest(staged, names, FORMATS[path.suffix.lower()], unit, field=field)
             return known.stored.object_id
 
@@ -280,10 +280,9 @@ class Objects:
         data, cad_format = choice.cad, choice.cad_format
 
         async def ingest() -> str:
-            staged = await asyncio.to_thread(self._staged)
             name = f"model.{cad_format}"
-            await asyncio.to_thread(_write, staged / "source" / name, data)
-            known, _ = await self._ingest(staged, [name], cad_format, unit, field="cad")
+            staged, names = await self._staged_with(lambda folder: _write(folder / name, data), "cad")
+            known, _ = await self._ingest(staged, names, cad_format, unit, field="cad")
             return known.stored.object_id
 
         return ("inline", hashlib.sha256(data).hexdigest(), cad_format, unit), ingest
@@ -368,6 +367,19 @@ class Objects:
             return self._store.stage()
         except PoseError as error:
             raise from_posekit(error) from None
+
+    async def _staged_with(self, fill: Callable[[Path], list[str]], field: str) -> tuple[Path, list[str]]:
+        """A staged folder and the names of the files that `fill` put into its source folder."""
+        staged = await asyncio.to_thread(self._staged)
+        try:
+            return staged, await asyncio.to_thread(fill, staged / "source")
+        except OSError as error:
+            self.discard(staged)
+            if error.errno in (errno.ENOENT, errno.EACCES, errno.EPERM):
+                raise ApiError("no_cad_file", "the server cannot read the CAD file at this path", field=field) from None
+            raise ApiError(
+                "storage_full", "the CAD could not be stored: " + (error.strerror or "disk error"), retry_after_s=30
+            ) from None
 
     async def _ingest(
         self,
@@ -623,8 +635,9 @@ def _copy(paths: list[Path], folder: Path) -> list[str]:
     return names
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes) -> list[str]:
     path.write_bytes(data)
+    return [path.name]
 
 
 def _declared(request: schemas.ObjectRequest) -> dict[str, Any] | None:

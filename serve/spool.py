@@ -40,6 +40,7 @@ class RunDir:
 
     def _make(self, first: Path) -> Path:
         for base in _bases(first):
+            path = None
             try:
                 path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
                 for folder in ("jobs", "workers", "progress"):
@@ -48,6 +49,8 @@ class RunDir:
                 return path
             except OSError as error:
                 log.warning("no_room_for_run_directory", base=str(base), error=error.strerror)
+                if path is not None:
+                    shutil.rmtree(path, ignore_errors=True)
         raise OSError(errno.ENOSPC, "neither /dev/shm nor the temporary folder has room for the server's run directory")
 
     def put(self, name: str, data: bytes) -> str | None:

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,6 @@ from posekit import images, rle
 from serve import keys
 from tests.running import Question, RunningServer, wait_until
 from tests.serve.conftest import Special
-from tests.serve.ism_server import MODES
 from tests.serve.tiny import (
     FULL,
     HEIGHT,
@@ -78,7 +78,9 @@ def png(width: int, height: int, pixels: bytes, *, bits: int = 8, kind: int = 2)
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels, 1)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels, 1)) + chunk(b"IEND", b"")
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- 400: bodies
@@ -130,7 +132,7 @@ def test_nan_in_json_is_400_and_the_words_say_so(ask: Asker, word: str) -> None:
     text = json.dumps({"object_id": "wedge", "min_score": 0.5}).replace("0.5", word)
     error = refusal(ask.send("POST", POSE, content=text, headers=JSON), 400, "bad_body")
     assert "are not JSON" in error["detail"]
-    tree = msgspec.json.encode(one(output_dir="NaN, Infinity"))[:-1]  # cut short, and without either as a number
+    tree = msgspec.json.encode(one(output_dir="NaN/Infinity"))[:-1]  # cut short, and without either as a number
     error = refusal(ask.send("POST", POSE, content=tree, headers=JSON), 400, "bad_body")
     assert "are not JSON" not in error["detail"]
 
@@ -376,7 +378,7 @@ def test_a_body_that_trickles_is_read_to_its_end(special: Special) -> None:
     body = msgspec.json.encode(one())
     cuts = [0, 10, len(body) // 2, len(body) - 1, len(body)]
     with half_sent(special.server, len(body), b"") as connection:
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             connection.sendall(body[start:stop])
             time.sleep(0.3)  # together longer than the limit, each pause shorter
         head = connection.recv(65536)
@@ -552,7 +554,10 @@ WRONG_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "a unit for registered objects": ({"model_unit": "m"}, "model_unit"),
     "a path that is no CAD file": ({"objects": ..., "cad_path": "notes.txt"}, "cad_path"),
     "too few scores": ({"detections": masks_of(tiny_question().masks[1], scores=[])}, "detections.scores"),
-    "too many boxes": ({"detections": masks_of(tiny_question().masks[1], boxes=[[0, 0, 1, 1]] * 2)}, "detections.boxes"),
+    "too many boxes": (
+        {"detections": masks_of(tiny_question().masks[1], boxes=[[0, 0, 1, 1]] * 2)},
+        "detections.boxes",
+    ),
     "a box of three numbers": (
         {"detections": masks_of(tiny_question().masks[1], boxes=[[0, 0, 1]])},
         "detections.boxes[0]",
@@ -708,7 +713,10 @@ def test_the_second_dialect_refuses_with_its_own_names(ask: Asker) -> None:
     ask.refused(tree | {"detections": []}, 422, "invalid", "detections", route=SEG)
     ask.refused(tree | {"seg_data": {"masks": []}}, 422, "invalid", "seg_data", route=SEG)
     ask.refused(tree | {"seg_data": [{"score": 1.0}]}, 422, "invalid", route=SEG)
-    wrong = [{"segmentation": tiny_question().masks[1], "score": 0.1}, {"segmentation": {"size": [1, 1], "counts": "1"}}]
+    wrong = [
+        {"segmentation": tiny_question().masks[1], "score": 0.1},
+        {"segmentation": {"size": [1, 1], "counts": "1"}},
+    ]
     ask.refused(tree | {"seg_data": wrong}, 422, "invalid", "seg_data[1].segmentation", route=SEG)
     bare = np.zeros(HEIGHT * WIDTH - 1, "<f4").tobytes()
     response = ask.post(tree | {"depth_image": bare}, route=SEG)
@@ -853,7 +861,7 @@ def test_one_odd_mask_among_good_ones_is_its_own_rows_matter(ask: Asker, tiny: Q
     assert rows[3]["error"]["code"] in ("units", "no_fit")
 
 
-# ----------------------------------------------------------------------------------------------- 422, 429, 504: deadlines
+# --------------------------------------------------------------------------------------------- 422, 429, 504: deadlines
 
 
 def test_a_deadline_that_even_an_idle_server_could_not_meet_is_422(ask: Asker, tiny: Question) -> None:
@@ -880,7 +888,7 @@ def test_what_is_not_ready_by_its_deadline_is_504_and_who_would_wait_too_long_is
         refusal(slow.result(), 504, "deadline")
 
 
-# ------------------------------------------------------------------------------------------------------- 502, 503: others
+# ----------------------------------------------------------------------------------------------------- 502, 503: others
 
 
 def test_without_an_ism_server_the_full_pipeline_is_503(ask: Asker) -> None:
@@ -888,7 +896,7 @@ def test_without_an_ism_server_the_full_pipeline_is_503(ask: Asker) -> None:
     refusal(ask.post(tree, route=FULL), 503, "no_ism")
 
 
-@pytest.mark.parametrize("mode", sorted(set(MODES) & {"error_in_200", "unsuccessful", "500", "422", "garbage", "unequal"}))
+@pytest.mark.parametrize("mode", ["error_in_200", "unsuccessful", "500", "422", "garbage", "unequal"])
 def test_a_failing_ism_server_is_502_and_never_an_empty_scene(special: Special, mode: str) -> None:
     special.ism.mode = mode
     try:

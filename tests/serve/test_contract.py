@@ -240,7 +240,9 @@ def test_boxes_are_echoed_as_xywh_whatever_they_came_as(ask: Asker, wedge: dict[
 
 @pytest.mark.parametrize("category", [5, "wedge", None, 2**40])
 def test_a_category_is_echoed_whatever_it_is(ask: Asker, category: int | str | None) -> None:
-    tree = one(detections={"masks": [tiny_question().masks[1]], "object_ids": [category]}, objects=..., object_id="wedge")
+    tree = one(
+        detections={"masks": [tiny_question().masks[1]], "object_ids": [category]}, objects=..., object_id="wedge"
+    )
     assert ask.poses(tree, as_json=True)[0]["object_id"] == category
 
 

@@ -115,9 +115,7 @@ class Asker:
     def __exit__(self, *failure: object) -> None:
         self.http.close()
 
-    def send(
-        self, method: str, path: str, *, headers: dict[str, str] | None = None, **content: Any
-    ) -> httpx.Response:
+    def send(self, method: str, path: str, *, headers: dict[str, str] | None = None, **content: Any) -> httpx.Response:
         """Any request; the answer has an id, a timing, and nothing of the server's inside in it."""
         answer = self.http.request(method, path, headers=headers, **content)
         assert answer.headers["X-Request-Id"]
