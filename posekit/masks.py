@@ -230,6 +230,8 @@ def _decode_polygons(value: list[Any], height: int, width: int, field: str | Non
     """The union of the polygons; a pixel is inside where its centre is, by the even-odd rule."""
     if value and all(isinstance(number, (int, float)) for number in value):
         value = [value]
+    if len(value) == height and all(isinstance(row, list) and len(row) == width for row in value):
+        raise InvalidInput("the rows of a mask that is a nested list hold 0 and 1 only", field)
     mask = np.zeros((height, width), dtype=bool)
     work = 0
     for index, numbers in enumerate(value):

@@ -251,10 +251,17 @@ class Backend:
         return True
 
     def _kill_group(self) -> None:
-        """The backend's main process leads its group, so this reaches whatever it has started."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        """SIGKILL to everything that the backend's main process has started (it leads their group), and to itself.
+
+        But not to multiprocessing's resource tracker: it ends by itself when all others have, and removes their
+        semaphores from shared memory before.
+        """
+        if self._process is None:
+            return
+        for pid in sorted(_group(self._process.pid)):  # the main process first: it starts no new ones
+            with contextlib.suppress(OSError):
+                if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
 
     # --------------------------------------------------------------------------------------------------- workers
 
@@ -395,6 +402,18 @@ class Backend:
                 if attempt > retries:
                     raise
                 await asyncio.sleep(0.1)
+
+
+def _group(leader_pid: int) -> list[int]:
+    """The processes of a group."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[2]) == leader_pid:
+                    pids.append(int(entry.name))
+    return pids
 
 
 def _free_port() -> int:

@@ -23,6 +23,9 @@ from serve.settings import Limits
 from workers.messages import MaskSpec
 
 T = TypeVar("T")
+_FOCAL_PX = (1.0, 1e6)  # of any camera
+_FARTHEST_MM = 1e6  # that an initial pose may be
+
 Protocol = Literal["json", "msgpack"]
 Category = int | str | None
 
@@ -271,8 +274,9 @@ def _intrinsics(raw: msgspec.Raw) -> tuple[float, float, float, float, float, fl
         raise ApiError("invalid", "cam_K has a number that is not finite", field=where)
     if abs(K[0, 0] * K[1, 1]) < 1e-9 or abs(np.linalg.det(K)) < 1e-9:
         raise ApiError("invalid", "cam_K is singular: its focal lengths cannot be zero", field=where)
-    if K[0, 0] < 0 or K[1, 1] < 0:
-        raise ApiError("invalid", "cam_K has a negative focal length", field=where)
+    if not (_FOCAL_PX[0] <= K[0, 0] <= _FOCAL_PX[1] and _FOCAL_PX[0] <= K[1, 1] <= _FOCAL_PX[1]):
+        least, most = _FOCAL_PX
+        raise ApiError("invalid", f"the focal lengths in cam_K are pixels, between {least:g} and {most:g}", field=where)
     if not np.allclose(K[2], (0.0, 0.0, 1.0)) or abs(K[1, 0]) > 1e-9:
         raise ApiError("invalid", "cam_K must be [[fx, s, cx], [0, fy, cy], [0, 0, 1]] in row order", field=where)
     a, b, c, d, e, f, g, h, i = (float(x) for x in K.ravel())
@@ -450,6 +454,8 @@ def _init_pose(pose: schemas.InitPose, index: int) -> list[float]:
     where = f"init_poses[{index}]"
     if not (np.isfinite(R).all() and np.isfinite(t).all()):
         raise ApiError("invalid", "an initial pose has a number that is not finite", field=where)
+    if np.abs(t).max() > _FARTHEST_MM:
+        raise ApiError("invalid", "an initial pose is more than a kilometre away", field=f"{where}.translation")
     if not np.allclose(R @ R.T, np.eye(3), atol=1e-3) or np.linalg.det(R) < 0:
         raise ApiError(
             "invalid", "rotation is not a rotation matrix (orthonormal, determinant +1)", field=f"{where}.rotation"

@@ -7,11 +7,13 @@ itself (for the gateway: after its restart), and no process is left behind.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -116,6 +118,12 @@ def answered_again(load: Load, seconds: float = 60.0, more: int = 3) -> None:
     wait_until(lambda: load.good >= before + more, seconds, "right answers after the fault")
 
 
+def semaphores(server: RunningServer) -> set[Path]:
+    """The files in shared memory that the server's processes coordinate through."""
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in server.descendants())
+    return {Path(path) for path in re.findall(r"/dev/shm/sem\.\S+", maps)}
+
+
 @pytest.mark.parametrize("stage", ["pose", "decode", "respond"])
 def test_a_killed_worker_is_replaced_and_its_requests_are_sent_again(
     target: RunningServer, load: Load, stage: str
@@ -130,10 +138,12 @@ def test_a_killed_worker_is_replaced_and_its_requests_are_sent_again(
 
 
 def test_a_killed_mosec_process_takes_nothing_with_it(target: RunningServer, load: Load) -> None:
-    before = set(target.descendants())
+    before, shared = set(target.descendants()), semaphores(target)
+    assert shared
     (main,) = target.children()
     os.kill(main, signal.SIGKILL)
     wait_until(lambda: not any(running(pid) for pid in before), 10, "the old backend's processes to be gone")
+    wait_until(lambda: not any(path.exists() for path in shared), 5, "what they shared to be gone from shared memory")
     answered_again(load)
     load.end()
     target.wait_ready()
@@ -164,7 +174,7 @@ def test_a_worker_stuck_in_native_code_does_not_hold_up_the_stop(
     wait_until(
         lambda: httpx.get(f"{server.url}/api/v1/status").json()["queue"]["requests"] == 1, 10, "the request to be in"
     )
-    everything = server.descendants()
+    everything, shared = server.descendants(), semaphores(server)
     begun = time.monotonic()
     server.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
     wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503, 2, "readyz to say 503 first")
@@ -175,6 +185,7 @@ def test_a_worker_stuck_in_native_code_does_not_hold_up_the_stop(
     assert results[0].status_code == 503
     assert "retry-after" in results[0].headers
     wait_until(lambda: not any(running(pid) for pid in everything), 2, "all processes to be gone")
+    assert not any(path.exists() for path in shared)
 
 
 def test_a_stop_lets_requests_in_flight_finish(start_server: Callable[..., RunningServer], question: Question) -> None:

@@ -167,15 +167,21 @@ def test_once_there_is_room_again_everything_works_and_the_log_goes_on(small: On
     wait_until(lambda: "after-the-flood" in log.read_text(errors="replace"), 5, "the log file is written again")
 
 
-def test_a_server_starts_without_room_in_shared_memory(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "spool", 1) as spool, filled(spool):
-        server = RunningServer(tmp_path / "data", {"spool_dir": spool, "pose_pass_detections": 1}).start()
+def test_a_server_starts_with_both_disks_full(tmp_path: Path) -> None:
+    with (
+        small_disk(tmp_path / "data", 1) as data,
+        small_disk(tmp_path / "spool", 1) as spool,
+        filled(data),
+        filled(spool),
+    ):
+        server = RunningServer(data, {"spool_dir": spool, "pose_pass_detections": 1}).start()
         try:
             assert server.run_dir.parent != spool
-            assert '"no_room_for_run_directory"' in server.log()
+            assert [path.name for path in spool.iterdir()] == ["filler"]
             with Asker(server.url) as client:
-                answer = client.ok(one(objects=..., cad=ascii_ply(tetrahedron(87)), cad_format="ply", init_poses=...))
-                assert len(answer["poses"]) == 1
+                (row,) = client.poses(one(objects={}))
+                assert row["error"]["code"] == "no_cad"
+                refusal(client.upload(ascii_ply(tetrahedron(87))), 503, "storage_full")
             assert server.stop() == 0
         finally:
             if server.process is not None and server.process.poll() is None:
