@@ -113,22 +113,24 @@ def main() -> int:
 
     table = Table(["body", "clients", "gateway ms", "bare Mosec ms", "added ms", "ratio"])
     worst = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        with RunningServer(Path(folder) / "data", {"log_level": "debug"}) as server:
-            port = int(re.findall(r'"backend_started".*?"port":(\d+)', server.log())[-1])
-            for name, size in SIZES.items():
-                both = ways(size, server.port, port)
-                for clients in CLIENTS:
-                    found: dict[str, list[float]] = {way: [] for way in both}
-                    for one in both.values():
-                        run(one, clients, 8)
-                    for _ in range(options.rounds):
-                        for way, one in both.items():
-                            found[way] += run(one, clients, max(options.requests, 4 * clients))
-                    ours, bare = (statistics.median(found[way]) for way in both)
-                    table.add(name, clients, ours, bare, ours - bare, ours / bare)
-                    if name == "1.5 MB":
-                        worst = max(worst, ours - bare)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RunningServer(Path(folder) / "data", {"log_level": "debug"}) as server,
+    ):
+        port = int(re.findall(r'"backend_started".*?"port":(\d+)', server.log())[-1])
+        for name, size in SIZES.items():
+            both = ways(size, server.port, port)
+            for clients in CLIENTS:
+                found: dict[str, list[float]] = {way: [] for way in both}
+                for one in both.values():
+                    run(one, clients, 8)
+                for _ in range(options.rounds):
+                    for way, one in both.items():
+                        found[way] += run(one, clients, max(options.requests, 4 * clients))
+                ours, bare = (statistics.median(found[way]) for way in both)
+                table.add(name, clients, ours, bare, ours - bare, ours / bare)
+                if name == "1.5 MB":
+                    worst = max(worst, ours - bare)
     table.print()
     write_json(options.json, {"gateway_overhead": table.as_dicts()})
     print(f"worst at 1.5 MB: {worst:+.2f} ms at the median (limit {options.limit_ms:g} ms)")

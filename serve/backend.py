@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,7 @@ import aiohttp
 import structlog
 
 from serve import logs
+from serve.tasks import watched
 from workers.settings import Stages, to_environment
 from workers.state import WorkerState, read_states, remove_state
 
@@ -39,6 +41,7 @@ _MOSEC_TIMEOUT_MS = 3_600_000  # never the one that ends a call: deadlines are o
 _CAPACITY = 4096
 _MAX_BODY = 1 << 30
 _SCAN_S = 0.1
+_AWAY_S = 0.3
 _START_LIMIT_S = 300.0
 _BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -94,12 +97,16 @@ class Backend:
         self.workers: dict[int, WorkerState] = {}
         self.on_ready = on_ready
         self.on_worker_death = on_worker_death
+        self.on_fatal: Callable[[], None] = lambda: None  # something that looks after it has itself failed
         self._process: asyncio.subprocess.Process | None = None
         self._port = 0
         self._session: aiohttp.ClientSession | None = None
         self._calls: dict[str, _Call] = {}
         self._pidfds: dict[int, int] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._busy: dict[int, tuple[float | None, float]] = {}  # pid -> its batch's mark, since when on our clock
+        self._staffed = False  # every stage of a pose request has a ready worker
+        self._told_ready = False
+        self._tasks: list[asyncio.Task[Any]] = []
         self._stopping = False
         self._ready = asyncio.Event()
         self._down_since: float | None = time.monotonic()
@@ -113,7 +120,10 @@ class Backend:
             timeout=aiohttp.ClientTimeout(total=None),
             auto_decompress=False,
         )
-        self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._watch())]
+        self._tasks = [
+            watched(self._supervise(), "backend supervisor", self._fatal),
+            watched(self._watch(), "worker watch", self._fatal),
+        ]
 
     async def wait_ready(self) -> None:
         """Until every stage has a worker and every pose worker is warm."""
@@ -121,8 +131,11 @@ class Backend:
 
     @property
     def is_ready(self) -> bool:
-        """Whether calls can be sent right now."""
-        return self._ready.is_set()
+        """Whether pose calls can be sent right now: it is up, and every stage of theirs has a worker."""
+        return self._ready.is_set() and self._staffed
+
+    def _fatal(self) -> None:
+        self.on_fatal()
 
     @property
     def down_s(self) -> float:
@@ -157,18 +170,18 @@ class Backend:
             started = time.monotonic()
             try:
                 await self._launch()
-                readiness = asyncio.create_task(self._become_ready())
+                readiness = watched(self._become_ready(), "backend start", self._fatal)
                 assert self._process is not None
                 returncode = await self._process.wait()
                 readiness.cancel()
                 if self._is_stopping():
                     return
                 log.error("backend_died", track=self.name, returncode=returncode, calls=len(self._calls))
-            except OSError as error:
+            except (OSError, subprocess.SubprocessError) as error:
                 log.error("backend_start_failed", track=self.name, error=str(error))
             was_ready = self._ready.is_set()
             self._ready.clear()
-            self._down_since = self._down_since or time.monotonic()
+            self._told_ready = False
             self.state = "restarting" if was_ready or self.state == "restarting" else "starting"
             self._kill_group()
             self._everything_is_gone()
@@ -234,13 +247,14 @@ class Backend:
                 return
             await asyncio.sleep(0.05)
         self.state = "ready"
-        self._down_since = None
         self._ready.set()
+        self._take_stock()
         log.info(
             "backend_ready", track=self.name, seconds=round(time.monotonic() - begun, 2), workers=self.worker_counts()
         )
         if self.on_ready is not None:
             await self.on_ready()
+        self._told_ready = True
 
     async def _port_is_open(self) -> bool:
         try:
@@ -282,65 +296,94 @@ class Backend:
     async def _watch(self) -> None:
         """Find new workers, and kill those stuck in one batch for longer than they may."""
         while True:
-            for state in read_states(self.run_dir):
-                if state.pid not in self._pidfds:
-                    self._adopt(state)
-                else:
-                    self.workers[state.pid] = state
-                self._kill_if_stuck(state)
+            try:
+                for state in read_states(self.run_dir):
+                    if state.pid not in self._pidfds:
+                        self._adopt(state)
+                    else:
+                        self.workers[state.pid] = state
+                    self._kill_if_stuck(state)
+                if self._take_stock() and self._told_ready and self.on_ready is not None:
+                    await self.on_ready()
+            except OSError as error:  # out of file descriptors, say: they come back
+                log.error("worker_watch_failed", error=str(error))
+                await asyncio.sleep(1.0)
             await asyncio.sleep(_SCAN_S)
 
+    def _take_stock(self) -> bool:
+        """Note whether every stage of a pose request has a worker; true when one has come back just now."""
+        ready = {worker.stage for worker in self.workers.values() if worker.ready}
+        before, self._staffed = self._staffed, ready >= ROUTE_STAGES["/pose"]
+        if self.is_ready:
+            self._down_since = None
+        elif self._down_since is None:
+            self._down_since = time.monotonic()
+        return self._staffed and not before
+
     def _adopt(self, state: WorkerState) -> None:
+        self.workers[state.pid] = state
         try:
             pidfd = os.pidfd_open(state.pid)
         except ProcessLookupError:
-            self.workers[state.pid] = state
             self._worker_died(state.pid)
             return
         self._pidfds[state.pid] = pidfd
-        self.workers[state.pid] = state
         asyncio.get_running_loop().add_reader(pidfd, self._worker_died, state.pid)
 
     def _kill_if_stuck(self, state: WorkerState) -> None:
-        limit_s = {"pose": self.stages.pose.max_seconds, "onboard": self.stages.onboard.max_seconds}.get(
-            state.stage, 60.0
-        )
-        busy_s = 0.0 if state.busy_since_unix is None else time.time() - state.busy_since_unix
+        """Seconds are counted here, on a clock that nobody sets."""
+        if state.busy_since_unix is None:
+            self._busy.pop(state.pid, None)
+            return
+        batch, since = self._busy.get(state.pid, (None, 0.0))
+        if batch != state.busy_since_unix:
+            batch, since = self._busy[state.pid] = (state.busy_since_unix, time.monotonic())
+        busy_s = time.monotonic() - since
+        limit_s = (self.stages.onboard if state.stage in ("inspect", "onboard") else self.stages.pose).max_seconds
         if busy_s > limit_s and state.pid in self._pidfds:
             log.error("worker_stuck", stage=state.stage, pid=state.pid, seconds=round(busy_s), held=len(state.holding))
+            self._busy.pop(state.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(state.pid, signal.SIGKILL)
 
     def _worker_died(self, pid: int) -> None:
-        last = {state.pid: state for state in read_states(self.run_dir)}.get(pid) or self.workers.get(pid)
+        self._close_pidfd(pid)  # whatever happens below, this must not be called again
+        states = read_states(self.run_dir)
+        last = {state.pid: state for state in states}.get(pid) or self.workers.get(pid)
         self._forget(pid)
         if last is None or self._stopping:
             return
-        self.worker_restarts += 1
-        log.error("worker_died", stage=last.stage, pid=pid, held=len(last.holding))
-        if self.on_worker_death is not None:
-            self.on_worker_death(last)
-        held_by_others = {i for s in read_states(self.run_dir) if s.pid != pid and s.alive for i in s.holding}
+        held_by_others = {i for s in states if s.pid != pid and s.alive for i in s.holding}
         for call in list(self._calls.values()):
             if call.call_id in last.holding:
                 call.interrupt(held=True)
             elif last.stage in call.stages and call.call_id not in held_by_others:
                 call.interrupt(held=False)  # perhaps on its way into the dead one: nothing else would ever tell
+        self.worker_restarts += 1
+        self._take_stock()
+        log.error("worker_died", stage=last.stage, pid=pid, held=len(last.holding))
+        if self.on_worker_death is not None:
+            self.on_worker_death(last)
 
     def _everything_is_gone(self) -> None:
         held = {i for state in read_states(self.run_dir) for i in state.holding}
         for pid in list(self.workers):
             self._forget(pid)
+        self._take_stock()
         for call in list(self._calls.values()):
             call.interrupt(held=call.call_id in held)
 
     def _forget(self, pid: int) -> None:
         self.workers.pop(pid, None)
+        self._busy.pop(pid, None)
+        self._close_pidfd(pid)
+        remove_state(self.run_dir, pid)
+
+    def _close_pidfd(self, pid: int) -> None:
         pidfd = self._pidfds.pop(pid, None)
         if pidfd is not None:
             asyncio.get_running_loop().remove_reader(pidfd)
             os.close(pidfd)
-        remove_state(self.run_dir, pid)
 
     # ----------------------------------------------------------------------------------------------------- calls
 
@@ -372,8 +415,10 @@ class Backend:
             async with self._session.post(f"http://127.0.0.1:{self._port}{route}", data=payload) as response:
                 body = await response.read()
         except (aiohttp.ClientError, OSError):
+            await asyncio.sleep(_AWAY_S)  # Mosec's front is gone; its main process will notice, and then we do
             raise Interrupted(held=False) from None
         if response.status in (408, 429, 503):
+            await asyncio.sleep(_AWAY_S)
             raise Interrupted(held=False)
         if response.status != 200:
             raise Refused(f"{route} answered {response.status}: {body[:200]!r}")

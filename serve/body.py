@@ -21,8 +21,10 @@ Receive = Callable[[], Any]  # ASGI receive
 #: A body refused for its size is read on and thrown away up to here, so that its sender gets to see the refusal.
 _DISCARD_SECONDS = 5.0
 _DISCARD_BYTES = 256 * 2**20
+_WHOLE_BODY_S = 120.0  # however steadily it trickles
 _MAX_PARTS = 16
 _MAX_PART_HEADERS = 8 * 1024
+_SMALL_PART = 2**20
 
 
 class ClientGone(Exception):
@@ -66,20 +68,24 @@ async def chunks(
         await discard(receive, idle_s)
         raise ApiError("too_large", f"the {what} is {_mb(int(declared))}; at most {_mb(limit)} are accepted")
     gunzip = zlib.decompressobj(31) if encoding in ("gzip", "x-gzip") else None
-    total = 0
+    total = packed = 0
+    end = time.monotonic() + _WHOLE_BODY_S
     while True:
         try:
-            message = await asyncio.wait_for(receive(), idle_s)
+            message = await asyncio.wait_for(receive(), min(idle_s, max(end - time.monotonic(), 0.0)))
         except TimeoutError:
+            if time.monotonic() >= end:
+                raise ApiError("body_timeout", f"the {what} was not complete after {_WHOLE_BODY_S:g} s") from None
             raise ApiError("body_timeout", f"nothing more of the {what} came for {idle_s:g} s") from None
         if message["type"] == "http.disconnect":
             raise ClientGone
         chunk: bytes = message.get("body", b"")
         more = message.get("more_body", False)
+        packed += len(chunk)
         pieces = _gunzip(gunzip, chunk, limit - total) if gunzip is not None else [chunk]
         for piece in pieces:
             total += len(piece)
-            if total > limit:
+            if total > limit or packed > limit:
                 if more:
                     await discard(receive, idle_s)
                 unpacked = " after gunzip" if gunzip is not None else ""
@@ -94,24 +100,32 @@ async def chunks(
 
 def _gunzip(gunzip: Any, chunk: bytes, room: int) -> list[bytes]:
     """At most a little more than `room` bytes: enough to see that the limit is passed, never the whole bomb."""
+    if gunzip.eof and chunk:
+        raise ApiError("bad_body", "something follows the end of the gzip stream")
     try:
         return [gunzip.decompress(chunk, max(room, 0) + 1)]
     except zlib.error as error:
         raise ApiError("bad_body", f"the body is not gzip: {error}") from None
 
 
-async def discard(receive: Receive, idle_s: float) -> None:
-    """Read on without keeping anything, within bounds: a sender that is cut off mid-body never sees the answer."""
+async def discard(receive: Receive, idle_s: float) -> bool:
+    """Read on without keeping anything, within bounds: a sender that is cut off mid-body never sees the answer.
+
+    Returns whether the body's end was reached, so that the connection can be used again.
+    """
     end = time.monotonic() + _DISCARD_SECONDS
     total = 0
     while total < _DISCARD_BYTES and (left := end - time.monotonic()) > 0:
         try:
             message = await asyncio.wait_for(receive(), min(left, idle_s))
         except TimeoutError:
-            return
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            return
+            return False
+        if message["type"] == "http.disconnect":
+            return False
+        if not message.get("more_body", False):
+            return True
         total += len(message.get("body", b""))
+    return False
 
 
 async def read_all(receive: Receive, headers: Mapping[str, str], *, limit: int, idle_s: float) -> bytes:
@@ -129,14 +143,18 @@ async def read_form(
     *,
     limit: int,
     idle_s: float,
+    parts: frozenset[str],
     files: Mapping[str, Path] | None = None,
 ) -> Form:
-    """A multipart/form-data body. The parts named in `files` are streamed to those paths, the others kept in memory."""
+    """A multipart/form-data body of the named `parts` (others are 422 as soon as they show).
+
+    Those in `files` are streamed to those paths, the others kept in memory: beside a file they must be small.
+    """
     kind, parameters = media_type(headers)
     boundary = parameters.get("boundary", "")
     if kind != "multipart/form-data" or not boundary:
         raise ApiError("unsupported_media_type", "send multipart/form-data with a boundary")
-    sink = _FormSink(files or {})
+    sink = _FormSink(parts, files or {})
     # Bodies are tiny beside their bound on part headers, so the parser's own limits are enough otherwise.
     parser = MultipartParser(boundary.encode(), sink.callbacks())  # type: ignore[arg-type]
     got_any = False
@@ -167,7 +185,8 @@ async def read_form(
 class _FormSink:
     """The multipart parser's callbacks."""
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    def __init__(self, parts: frozenset[str], files: Mapping[str, Path]) -> None:
+        self._known = parts
         self.form = Form()
         self.complete = False
         self._files = files
@@ -221,6 +240,9 @@ class _FormSink:
         name = message.get_param("name", header="content-disposition")
         if not isinstance(name, str) or not name:
             raise ApiError("bad_body", "a part of the multipart body has no name")
+        if name not in self._known:
+            known = ", ".join(sorted(self._known))
+            raise ApiError("invalid", f"unknown part {name[:80]!r}; the parts are {known}", field=name[:80])
         if name in self.form.values or name in self.form.paths:
             raise ApiError("bad_body", f"the part {name!r} is there twice", field=name)
         self._name = name
@@ -238,6 +260,8 @@ class _FormSink:
             self._file.write(memoryview(data)[start:end])
         elif self._buffer is not None:
             self._buffer += memoryview(data)[start:end]
+            if self._files and len(self._buffer) > _SMALL_PART:
+                raise ApiError("too_large", f"the part {self._name!r} is over {_mb(_SMALL_PART)}", field=self._name)
 
     def _part_end(self) -> None:
         if self._buffer is not None:

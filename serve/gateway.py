@@ -34,6 +34,7 @@ from serve.metrics import Metrics
 from serve.objects import Objects, Resolved, inside
 from serve.parse import Question
 from serve.queue import PoseQueue, Solution
+from serve.retention import Outputs
 from serve.settings import Settings
 from serve.spool import RunDir
 from workers.messages import Job, Row
@@ -70,7 +71,7 @@ class Call:
     path: str
     query: dict[str, str]
     headers: dict[str, str]
-    receive: Receive
+    raw_receive: Receive
     peer: str
     request_id: str
     arrived: float
@@ -81,6 +82,23 @@ class Call:
     poses: int | None = None
     timing: schemas.Timing | None = None
     error: str | None = None
+
+    async def tracked_receive(self) -> dict[str, Any]:
+        """ASGI's receive, noting when the body has ended."""
+        message = await self.raw_receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self.body_read = True
+        return message
+
+    @property
+    def receive(self) -> Receive:
+        """What reads the body."""
+        return self.tracked_receive
+
+    @property
+    def sends_body(self) -> bool:
+        """Whether the client announced a body."""
+        return self.headers.get("content-length", "0") != "0" or "transfer-encoding" in self.headers
 
     @property
     def wants_msgpack(self) -> bool:
@@ -122,6 +140,7 @@ class Gateway:
         self.metrics = Metrics(settings.metrics.objects)
         self.objects = Objects(settings, backend, engines)
         self.ism = IsmClient(settings.ism)
+        self.outputs = Outputs(settings.data_path / "outputs.list", settings.storage.output_days)
         self.queue = PoseQueue(
             backend,
             run_dir,
@@ -181,8 +200,11 @@ class Gateway:
             return
         answer.headers["X-Request-Id"] = call.request_id
         answer.headers["Server-Timing"] = _server_timing(call)
-        if not call.body_read and call.method not in ("GET", "HEAD", "DELETE", "OPTIONS"):
-            answer.headers["Connection"] = "close"  # what is left of the body must not be taken for the next request
+        if call.sends_body and not call.body_read:
+            # Whoever is still sending would never see the answer if the connection were closed under the body.
+            patient = call.error != "body_timeout" and "expect" not in call.headers
+            if not (patient and await body.discard(call.receive, self.settings.limits.body_idle_s)):
+                answer.headers["Connection"] = "close"
         headers = [(b"content-type", answer.content_type.encode()), (b"content-length", str(len(answer.body)).encode())]
         headers += [
             (name.lower().encode(), value.encode("latin-1", "replace")) for name, value in answer.headers.items()
@@ -230,7 +252,7 @@ class Gateway:
                 return
             presented = call.headers.get("x-api-key", "")
             scheme, _, token = call.headers.get("authorization", "").partition(" ")
-            if scheme.lower() == "bearer":
+            if scheme.lower() == "bearer" and token.strip():
                 presented = token.strip()
             if not presented:
                 hint = "send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
@@ -275,8 +297,9 @@ class Gateway:
         return Answer(error.status, data, content_type, headers)
 
     def _log(self, call: Call, status: int) -> None:
-        seconds = time.monotonic() - call.arrived
-        self.metrics.request(call.path, status, seconds)
+        now = time.monotonic()
+        seconds = now - call.arrived
+        self.metrics.request(call.path, status, now - call.body_received if call.body_received else seconds)
         pose = call.detections is not None
         logs.log_request(
             request_id=call.request_id,
@@ -354,11 +377,13 @@ class Gateway:
                 f"send {_JSON}, {_MSGPACK} or {_FORM}, not {media or 'a body without a content type'}",
             )
         if media == _FORM:
-            form = await body.read_form(call.receive, call.headers, limit=limit, idle_s=limits.body_idle_s)
-            call.body_read, call.body_received = True, time.monotonic()
+            form = await body.read_form(
+                call.receive, call.headers, limit=limit, idle_s=limits.body_idle_s, parts=parse.FORM_PARTS
+            )
+            call.body_received = time.monotonic()
             return parse.request_from_form(form, kind), "json"
         data = await body.read_all(call.receive, call.headers, limit=limit, idle_s=limits.body_idle_s)
-        call.body_read, call.body_received = True, time.monotonic()
+        call.body_received = time.monotonic()
         protocol: Literal["json", "msgpack"] = "json" if media == _JSON else "msgpack"
         return parse.decode(data, protocol, kind), protocol
 
@@ -393,14 +418,17 @@ class Gateway:
         engine = self._engine(question.engine)
         output_dir = self._output_dir(question.output_dir)
         whole = question.template_dir is not None
-        self.queue.admit(max(len(question.detections), 1 if whole else 0), deadline - time.monotonic())
+        count = max(len(question.detections), 1 if whole else 0)
+        self.queue.admit(call.client, count, deadline - time.monotonic())
         resolved = await asyncio.gather(
             *(self.objects.resolve(c, question.model_unit, deadline) for c in question.choices)
         )
         ism_ms: float | None = None
         if whole:
             ism_ms = await self._ask_ism(call, question, deadline)
-            self.queue.admit(len(question.detections), deadline - time.monotonic())
+        if time.monotonic() >= deadline:
+            raise ApiError("deadline", "the deadline passed before the answer was ready")
+        self.queue.admit(call.client, len(question.detections), deadline - time.monotonic())  # others came meanwhile
         job = self._job(call, question, resolved, engine, output_dir, deadline)
         try:
             solution = await self.queue.solve(job, call.client, deadline)
@@ -411,7 +439,10 @@ class Gateway:
                     "ism_failed", f"the instance-segmentation server sent a mask that cannot be used: {error.detail}"
                 ) from None
             raise
-        return self._pose_answer(call, question, resolved, solution, ism_ms)
+        if output_dir is not None and solution.output_written:
+            self.outputs.wrote(output_dir)
+        found = await asyncio.to_thread(_found_detections, question, solution.rows) if whole else None
+        return self._pose_answer(call, question, resolved, solution, ism_ms, found)
 
     def _engine(self, asked: str) -> str:
         name = self.engine if asked == "auto" else asked
@@ -492,7 +523,13 @@ class Gateway:
         )
 
     def _pose_answer(
-        self, call: Call, question: Question, resolved: list[Resolved], solution: Solution, ism_ms: float | None
+        self,
+        call: Call,
+        question: Question,
+        resolved: list[Resolved],
+        solution: Solution,
+        ism_ms: float | None,
+        found: schemas.FoundDetections | None,
     ) -> Answer:
         rows = solution.rows
         call.poses = sum(row.status == "ok" for row in rows)
@@ -524,8 +561,8 @@ class Gateway:
             )
             if question.visualize and solution.visualization is not None:
                 answer.visualization = solution.visualization
-            if question.template_dir is not None:
-                answer.detections = _found_detections(question, rows)
+            if found is not None:
+                answer.detections = found
             data, content_type = call.encode(answer)
         return Answer(200, data, content_type)
 
@@ -533,43 +570,48 @@ class Gateway:
 
     async def add_object(self, call: Call) -> Answer:
         """`POST /api/v1/objects`"""
-        if self.draining:
-            raise ApiError("draining", "the server is shutting down", retry_after_s=5)
-        if not self.backend.is_ready:
-            raise ApiError("not_ready", "the server is loading; GET /readyz says when it is done", retry_after_s=2)
+        self._check_taking()
         limits = self.settings.limits
         if body.media_type(call.headers)[0] != _FORM:
             raise ApiError("unsupported_media_type", f"send {_FORM} with the mesh as the part `file`")
         wait_s = _seconds(call.query.get("wait"))
         staged = await asyncio.to_thread(self.objects.stage)
         self.in_flight += 1
+        registering = False
         try:
             form = await body.read_form(
                 call.receive,
                 call.headers,
                 limit=limits.object_body_mb * 2**20,
                 idle_s=limits.body_idle_s,
+                parts=frozenset({"file", "request"}),
                 files={"file": staged / "source" / "upload"},
             )
-            call.body_read = True
-            unknown = (form.values.keys() | form.paths.keys()) - {"file", "request"}
-            if unknown:
-                part = min(unknown)
-                raise ApiError("invalid", f"unknown part {part!r}; the parts are file and request", field=part)
             if "file" not in form.paths:
                 raise ApiError(
                     "invalid", "the multipart body needs the mesh as the part `file`, with a file name", field="file"
                 )
             request = parse.decode(form.values.get("request") or b"{}", "json", schemas.ObjectRequest)
             file_name = form.file_names.get("file", "")
-            answer, created = await self.objects.register(staged, file_name, request)
-            if wait_s and answer.status == "onboarding":
-                await self.objects.wait(answer.object_id, wait_s)
-            data, content_type = call.encode(self.objects.get(answer.object_id))
-            return Answer(201 if created else 200, data, content_type, {"Location": _OBJECT + answer.object_id})
+            registering = True  # from here on the folder is the registration's, which goes on when the client does not
+            work = asyncio.ensure_future(self.objects.register(staged, file_name, request))
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())
+            return await self._unless_gone(call, self._registered(call, asyncio.shield(work), wait_s))
         finally:
             self.in_flight -= 1
-            self.objects.discard(staged)
+            if not registering:
+                self.objects.discard(staged)
+
+    async def _registered(
+        self, call: Call, work: Awaitable[tuple[schemas.ObjectAnswer, bool]], wait_s: float
+    ) -> Answer:
+        answer, created = await work
+        end = time.monotonic() + wait_s
+        while answer.status == "onboarding" and not self.draining and (left := end - time.monotonic()) > 0:
+            await self.objects.wait(answer.object_id, min(left, 0.25))
+            answer = self.objects.get(answer.object_id)
+        data, content_type = call.encode(answer)
+        return Answer(201 if created else 200, data, content_type, {"Location": _OBJECT + answer.object_id})
 
     async def list_objects(self, call: Call) -> Answer:
         """`GET /api/v1/objects`"""
@@ -712,7 +754,7 @@ def _call(scope: Scope, receive: Receive) -> Call:
         path=scope["path"],
         query=query,
         headers=headers,
-        receive=receive,
+        raw_receive=receive,
         peer=peer[0] if peer else "unknown",
         request_id=given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12),
         arrived=time.monotonic(),

@@ -53,6 +53,7 @@ _decode_inspected = msgspec.msgpack.Decoder(InspectAnswer).decode
 _decode_onboarded = msgspec.msgpack.Decoder(OnboardAnswer).decode
 _REMEMBERED_SOURCES = 4096
 _MAX_COMPANIONS = 64  # files that an OBJ may refer to
+_INSPECT_S = 120.0  # for reading a mesh, waiting for others included
 
 
 @dataclass
@@ -88,6 +89,7 @@ class Objects:
         self._onboarding: dict[str, asyncio.Task[None]] = {}
         self._ingesting: dict[tuple[Any, ...], asyncio.Task[str]] = {}
         self._sources: dict[tuple[Any, ...], str] = {}  # what a path or an inline CAD turned out to be
+        self._companions: dict[tuple[str, int, int], list[Path]] = {}  # an OBJ's stamp -> the files it refers to
 
     # ------------------------------------------------------------------------------------------------------- start
 
@@ -211,7 +213,7 @@ class Objects:
             if choice.cad_path is not None:
                 path = self._cad_file(choice.cad_path, choice.field)
                 path_used = str(path.relative_to(self._settings.cad_path.resolve()))
-                key, ingest = self._from_path(path, unit, choice.field)
+                key, ingest = await self._from_path(path, unit, choice.field)
             else:
                 key, ingest = self._from_inline(choice, unit)
             known = await self._until(self._once(key, ingest), deadline, "the CAD is still being read", None)
@@ -256,12 +258,15 @@ class Objects:
             raise ApiError("no_cad_file", "no CAD file at this path under the CAD root", field=field)
         return path
 
-    def _from_path(
+    async def _from_path(
         self, path: Path, unit: str, field: str
     ) -> tuple[tuple[Any, ...], Callable[[], Coroutine[Any, Any, str]]]:
-        companions = _companions(path, self._settings.cad_path.resolve())
-        stamps = tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in [path, *companions])
         limit = self._settings.limits.object_body_mb
+        try:
+            companions = await self._companions_of(path)
+            stamps = tuple(_stamp(one) for one in [path, *companions])
+        except OSError:
+            raise ApiError("no_cad_file", "the server cannot read the CAD file at this path", field=field) from None
         if sum(size for _, _, size in stamps) > limit * 2**20:
             raise ApiError("too_large", f"the CAD file is over {limit} MB", field=field)
 
@@ -271,6 +276,17 @@ class Objects:
             return known.stored.object_id
 
         return ("path", stamps, unit), ingest
+
+    async def _companions_of(self, path: Path) -> list[Path]:
+        """The files that belong to a CAD file, found anew only when that has changed."""
+        if path.suffix.lower() != ".obj":
+            return []
+        stamp = _stamp(path)
+        if stamp not in self._companions:
+            if len(self._companions) >= _REMEMBERED_SOURCES:
+                self._companions.pop(next(iter(self._companions)))
+            self._companions[stamp] = await asyncio.to_thread(_companions, path, self._settings.cad_path.resolve())
+        return self._companions[stamp]
 
     def _from_inline(
         self, choice: CadChoice, unit: str
@@ -301,7 +317,10 @@ class Objects:
         if len(self._sources) >= _REMEMBERED_SOURCES:
             self._sources.pop(next(iter(self._sources)))
         self._sources[key] = object_id
-        return self._known[object_id]
+        known = self._known.get(object_id)
+        if known is None:
+            raise ApiError("unknown_object", "the object was removed while this request was coming; send it again")
+        return known
 
     # ------------------------------------------------------------------------------------------------- registration
 
@@ -317,30 +336,32 @@ class Objects:
         self, staged: Path, file_name: str, request: schemas.ObjectRequest
     ) -> tuple[schemas.ObjectAnswer, bool]:
         """An uploaded CAD -> its answer, and whether it is new. Starts the onboarding and does not wait for it."""
-        suffix = Path(file_name).suffix.lower()
-        cad_format = request.cad_format or FORMATS.get(suffix)
-        if cad_format is None:
-            self.discard(staged)
-            raise ApiError(
-                "invalid",
-                f"the file's name does not tell its format; end it in one of {', '.join(FORMATS)}, or send cad_format",
-                field="file",
+        try:
+            suffix = Path(file_name).suffix.lower()
+            cad_format = request.cad_format or FORMATS.get(suffix)
+            if cad_format is None:
+                raise ApiError(
+                    "invalid",
+                    "the file name does not tell the format: "
+                    f"end it in one of {', '.join(FORMATS)}, or send cad_format",
+                    field="file",
+                )
+            if request.name is not None and re.fullmatch(r"[0-9a-f]{64}", request.name):
+                raise ApiError("invalid", "a name must not look like an object id", field="name")
+            name = f"model.{cad_format}"
+            (staged / "source" / "upload").rename(staged / "source" / name)
+            declared = _declared(request)
+            known, created = await self._ingest(
+                staged, [name], cad_format, request.model_unit, field="file", name=request.name, declared=declared
             )
-        if request.name is not None and re.fullmatch(r"[0-9a-f]{64}", request.name):
+            if known.error is not None:  # asked for once more: perhaps the reason is gone
+                known.error = None
+                self._store.clear_failure(known.stored.object_id)
+            if not known.ready:
+                self._onboard(known)
+            return self._answer(known), created
+        finally:
             self.discard(staged)
-            raise ApiError("invalid", "a name must not look like an object id", field="name")
-        name = f"model.{cad_format}"
-        (staged / "source" / "upload").rename(staged / "source" / name)
-        declared = _declared(request)
-        known, created = await self._ingest(
-            staged, [name], cad_format, request.model_unit, field="file", name=request.name, declared=declared
-        )
-        if known.error is not None:  # asked for once more: perhaps the reason is gone
-            known.error = None
-            self._store.clear_failure(known.stored.object_id)
-        if not known.ready:
-            self._onboard(known)
-        return self._answer(known), created
 
     async def wait(self, object_id: str, seconds: float) -> None:
         """Until its onboarding has ended, at most so long."""
@@ -407,7 +428,7 @@ class Objects:
                 return known, False
             if name is not None:
                 self._names[name] = object_id  # taken from here on, not only once it is stored
-            await asyncio.to_thread(self._make_room, staged)
+            await self._make_room()
             health = inspected.health
             stored = StoredObject(
                 object_id=object_id,
@@ -456,9 +477,12 @@ class Objects:
             max_faces=self._settings.onboard.max_faces,
         )
         try:
-            body = await self._backend.call_with_retries(
-                "/inspect", task.task_id, msgspec.msgpack.encode(task), retries=1
-            )
+            call = self._backend.call_with_retries("/inspect", task.task_id, msgspec.msgpack.encode(task), retries=1)
+            body = await asyncio.wait_for(call, _INSPECT_S)
+        except TimeoutError:
+            raise ApiError(
+                "onboarding", "the server did not get to reading this CAD; send it again", retry_after_s=30
+            ) from None
         except Interrupted:
             raise ApiError(
                 "bad_data", "the process that read this mesh died over it, twice; is it a mesh?", field=field
@@ -504,24 +528,27 @@ class Objects:
             self._names[stored.name] = stored.object_id
         known.stored = stored
 
-    def _make_room(self, staged: Path) -> None:
+    async def _make_room(self) -> None:
         """Keep the store below its bound: unnamed objects leave first, least recently used."""
         limit = self._settings.storage.objects_mb * 2**20
-        over = self._store.bytes_used() - limit
-        if over <= 0:
-            return
-        unnamed = sorted((k for k in self._known.values() if k.stored.name is None), key=lambda k: k.last_used)
-        for known in unnamed:
-            if known.stored.object_id in self._onboarding or time.time() - known.last_used < 60:
-                continue
-            self._store.remove(known.stored.object_id)
-            self._known.pop(known.stored.object_id, None)
-            log.warning("object_evicted", object_id=known.stored.object_id, reason="storage.objects_mb is reached")
-            if self._store.bytes_used() <= limit:
-                return
-        raise ApiError(
-            "storage_full", "the object store is full; remove objects that are no longer needed", retry_after_s=60
-        )
+        while await asyncio.to_thread(self._store.bytes_used) > limit:
+            idle = [
+                known
+                for known in self._known.values()
+                if known.stored.name is None
+                and known.stored.object_id not in self._onboarding
+                and time.time() - known.last_used > 60
+            ]
+            if not idle:
+                raise ApiError(
+                    "storage_full",
+                    "the object store is full; remove objects that are no longer needed",
+                    retry_after_s=60,
+                )
+            object_id = min(idle, key=lambda known: known.last_used).stored.object_id
+            self._known.pop(object_id, None)
+            await asyncio.to_thread(self._store.remove, object_id)
+            log.warning("object_evicted", object_id=object_id, reason="storage.objects_mb is reached")
 
     # --------------------------------------------------------------------------------------------------- onboarding
 
@@ -596,13 +623,11 @@ def inside(root: Path, text: str, field: str) -> Path:
     return path
 
 
-_REFERENCE = re.compile(rb"^\s*(mtllib|map_\w+|bump|norm|disp|decal)\s+(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
+_REFERENCE = re.compile(rb"^[ \t]*(mtllib|map_\w+|bump|norm|disp|decal)[ \t]+(\S.*)$", re.MULTILINE | re.IGNORECASE)
 
 
 def _companions(path: Path, root: Path) -> list[Path]:
     """What an OBJ refers to beside itself: material files and their textures, inside the root only."""
-    if path.suffix.lower() != ".obj":
-        return []
     found: list[Path] = []
     queue = [path]
     while queue and len(found) < _MAX_COMPANIONS:
@@ -618,6 +643,12 @@ def _companions(path: Path, root: Path) -> list[Path]:
                 found.append(candidate)
                 queue.append(candidate)
     return sorted(found)
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """What tells a file from what it was before."""
+    status = path.stat()
+    return str(path), status.st_mtime_ns, status.st_size
 
 
 def _beginning(path: Path) -> bytes:
@@ -650,7 +681,9 @@ def _declared(request: schemas.ObjectRequest) -> dict[str, Any] | None:
         orthonormal = all(
             abs(sum(R[i][k] * R[j][k] for k in range(3)) - (i == j)) < 1e-3 for i in range(3) for j in range(3)
         )
-        if not all(map(math.isfinite, numbers)) or not orthonormal or numbers[12:] != [0.0, 0.0, 0.0, 1.0]:
+        cross = (R[0][1] * R[1][2] - R[0][2] * R[1][1], R[0][2] * R[1][0] - R[0][0] * R[1][2])
+        mirrors = cross[0] * R[2][0] + cross[1] * R[2][1] + (R[0][0] * R[1][1] - R[0][1] * R[1][0]) * R[2][2] < 0
+        if not all(map(math.isfinite, numbers)) or not orthonormal or mirrors or numbers[12:] != [0.0, 0.0, 0.0, 1.0]:
             raise ApiError(
                 "invalid",
                 "a discrete symmetry is a rigid 4x4 transform in row order, in millimetres",

@@ -30,6 +30,7 @@ Protocol = Literal["json", "msgpack"]
 Category = int | str | None
 
 _FILE_PARTS = {"rgb": "rgb_image", "depth": "depth_image", "cad": "cad"}
+FORM_PARTS = frozenset({"request", *_FILE_PARTS, *_FILE_PARTS.values()})  # of a multipart request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +122,6 @@ def request_from_form(form: Form, type_: type[T]) -> T:
     document = {name: bytes(raw) for name, raw in tree.items()}
     for part, data in values.items():
         name = _FILE_PARTS.get(part, part)
-        if name not in _FILE_PARTS.values():
-            known = ", ".join([*_FILE_PARTS, "request"])
-            raise ApiError("invalid", f"unknown part {part!r}; the parts are {known}", field=part)
         if name in document:
             raise ApiError("invalid", f"{name} is there twice: as a file and in `request`", field=name)
         document[name] = b'"' + binascii.b2a_base64(data, newline=False) + b'"'
@@ -136,7 +134,7 @@ def request_from_form(form: Form, type_: type[T]) -> T:
 
 def pose_question(request: schemas.PoseRequest, protocol: Protocol, limits: Limits) -> Question:
     """`POST /api/v1/pose_estimation`"""
-    question = _common(request, limits)
+    question = _common(request, protocol, limits)
     specs, listed = _detections(request.detections, protocol, request.box_format, limits)
     question.detections = specs
     if listed:
@@ -158,7 +156,7 @@ def pose_question(request: schemas.PoseRequest, protocol: Protocol, limits: Limi
 
 def full_pipeline_question(request: schemas.FullPipelineRequest, protocol: Protocol, limits: Limits) -> Question:
     """`POST /api/v1/full_pipeline`; its detections come from the ISM server later (`detections_from_ism`)."""
-    question = _common(request, limits)
+    question = _common(request, protocol, limits)
     question.template_dir = request.template_dir
     question.ism_cad_path = request.ism_cad_path
     flat = list(question.K)
@@ -168,9 +166,9 @@ def full_pipeline_question(request: schemas.FullPipelineRequest, protocol: Proto
 
 def seg_data_question(request: schemas.SegDataRequest, protocol: Protocol, limits: Limits) -> Question:
     """`POST /api/v1/pose-estimation`: COCO items above the threshold, the others reported as left out."""
-    question = _common(request, limits)
+    question = _common(request, protocol, limits)
     specs, _ = _detections(request.seg_data, protocol, "xywh", limits, name="seg_data", only_list=True)
-    items = _builtins(request.seg_data, protocol, "seg_data")
+    items = _coco_items(request.seg_data, protocol, "seg_data")
     question.kept = []
     kept: list[MaskSpec] = []
     for index, spec in enumerate(specs):
@@ -205,13 +203,13 @@ def detections_from_ism(
     assign_objects(question)
 
 
-def _common(request: schemas.Common | schemas.SegDataRequest, limits: Limits) -> Question:
+def _common(request: schemas.Common | schemas.SegDataRequest, protocol: Protocol, limits: Limits) -> Question:
     depth_scale_mm, unit_given = _depth_scale(request)
     choices, by_category = _cad_choices(request, limits)
     return Question(
         rgb=_picture(request.rgb_image, "rgb_image"),
         depth=_picture(request.depth_image, "depth_image"),
-        K=_intrinsics(request.cam_params.cam_K),
+        K=_intrinsics(request.cam_params.cam_K, protocol),
         depth_scale_mm=depth_scale_mm,
         depth_unit_given=unit_given,
         detections=[],
@@ -258,10 +256,12 @@ def _depth_scale(request: schemas.Common | schemas.SegDataRequest) -> tuple[floa
     return scale * (1000.0 if params.depth_unit == "m" else 1.0), given
 
 
-def _intrinsics(raw: msgspec.Raw) -> tuple[float, float, float, float, float, float, float, float, float]:
+def _intrinsics(
+    raw: msgspec.Raw, protocol: Protocol
+) -> tuple[float, float, float, float, float, float, float, float, float]:
     """Nine numbers row-major, or three rows of three."""
-    value = _any_builtins(bytes(raw))
     where = "cam_params.cam_K"
+    value: object = _decode_in(bytes(raw), protocol, object, where)
     if isinstance(value, list) and len(value) == 3 and all(isinstance(row, list) and len(row) == 3 for row in value):
         value = [number for row in value for number in row]
     if not isinstance(value, list) or len(value) != 9 or not all(_is_number(number) for number in value):
@@ -426,7 +426,7 @@ def _mask(data: bytes, protocol: Protocol, where: str) -> tuple[bytes, bytes]:
         if data[:1] not in (b"{", b"[", b'"'):
             raise _mask_error(where)
         return data, b""
-    value = msgspec.msgpack.decode(data)
+    value = _decode_in(data, protocol, Any, where)
     if isinstance(value, bytes):
         return b"", value
     if not isinstance(value, dict | list | str):
@@ -480,18 +480,21 @@ def _decode_in(data: bytes, protocol: Protocol, type_: type[T], name: str) -> T:
         return module.decode(data, type=type_)  # type: ignore[no-any-return]
     except msgspec.ValidationError as error:
         raise validation_error(str(error), name) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError, ValueError) as error:
+        raise ApiError("bad_body", f"{name} does not parse: {error}", field=name) from None
 
 
-def _builtins(raw: msgspec.Raw, protocol: Protocol, name: str) -> list[dict[str, Any]]:
-    return _decode_in(bytes(raw), protocol, list[dict[str, Any]], name)
-
-
-def _any_builtins(data: bytes) -> Any:
-    """A small raw field of either protocol (JSON text never starts with a byte that MessagePack gives an array)."""
+def _coco_items(raw: msgspec.Raw, protocol: Protocol, name: str) -> list[dict[str, Any]]:
+    """COCO items as they were sent, unknown keys and all, since the answer repeats them in whichever form it has."""
+    items = _decode_in(bytes(raw), protocol, list[dict[str, Any]], name)
     try:
-        return msgspec.json.decode(data) if data[:1] in b'[{"-0123456789tfn' else msgspec.msgpack.decode(data)
-    except msgspec.DecodeError:
-        return None
+        items = msgspec.json.decode(msgspec.json.encode(items), type=list[dict[str, Any]])
+        msgspec.msgpack.encode(items)
+    except (TypeError, ValueError, OverflowError, msgspec.MsgspecError):
+        raise ApiError(
+            "invalid", f"{name} holds a value that JSON and MessagePack cannot both say", field=name
+        ) from None
+    return items
 
 
 def header_deadline_ms(headers: Mapping[str, str]) -> int | None:

@@ -43,6 +43,7 @@ _SURE_AFTER = 3  # passes that must have been measured, and
 _SURE_FOR_S = 60.0  # how lately: a rate that lets nothing in would never be measured again
 _LONGEST_BACKEND_OUTAGE_S = 60.0
 _PAUSE_BEFORE_RETRY_S = 0.05
+_SLACK_S = 30.0
 
 
 @dataclass
@@ -143,6 +144,7 @@ class PoseQueue:
         self._on_part = on_part  # the answer, and the seconds that its part waited here
         self._waiting: dict[str, list[_Ticket]] = {}  # client -> tickets with pending parts
         self._served: dict[str, float] = {}  # client -> detections it was served, on a common clock
+        self._clock = 0.0  # how far the client stood whose turn it was last
         self._yielded: set[str] = set()  # clients whose last turn went to a starving request
         self._again: list[_Part] = []  # parts of dead workers: alone, and before everything else
         self._alone = False  # such a part is inside
@@ -180,8 +182,8 @@ class PoseQueue:
             p.cost for p in self._again
         )
 
-    def admit(self, count: int, deadline_s: float) -> None:
-        """Raise where `count` more detections could not be answered within `deadline_s`."""
+    def admit(self, client: str, count: int, deadline_s: float) -> None:
+        """Raise where `count` more detections of this client could not be answered within `deadline_s`."""
         rate = self.detections_per_second
         alone_s = count / rate
         if deadline_s < _LEAST_S or (self._rate.is_sure and alone_s / _SURE > deadline_s):
@@ -193,21 +195,41 @@ class PoseQueue:
                 field="deadline_ms",
             )
         queued = self._queued
-        ahead_s = (self._inside + queued) / rate
-        if (self._inside or queued) and (self._rate.is_sure or queued) and ahead_s + alone_s > deadline_s:
+        ahead = self._ahead(client, count)
+        ahead_s = ahead / rate
+        if ahead and (self._rate.is_sure or queued) and ahead_s + alone_s > deadline_s:
             raise ApiError(
                 "over_capacity",
-                f"{self._inside + queued} detections are ahead, about {ahead_s:.1f} s of work; "
-                f"the deadline is {deadline_s:.3g} s",
+                f"{ahead} detections are ahead, about {ahead_s:.1f} s of work; the deadline is {deadline_s:.3g} s",
                 retry_after_s=ahead_s + alone_s - deadline_s,
             )
-        over = queued + count - self._settings.ceiling_detections
-        if queued and over > 0:
+        ceiling = self._settings.ceiling_detections
+        share = ceiling / len(self._waiting.keys() | {client})  # a client that floods the queue does not close it
+        if queued and queued + count > ceiling and self._queued_by(client) + count > share:
             raise ApiError(
                 "over_capacity",
-                f"{queued} detections are queued; at most {self._settings.ceiling_detections} may wait",
-                retry_after_s=over / rate,
+                f"{queued} detections are queued; at most {ceiling} may wait",
+                retry_after_s=(queued + count - ceiling) / rate,
             )
+
+    def _queued_by(self, client: str) -> int:
+        return sum(ticket.remaining for ticket in self._waiting.get(client, []))
+
+    def _ahead(self, client: str, count: int) -> int:
+        """Detections that will be worked on before the last of `count` new ones of this client, turns considered."""
+        mine = sum(t.remaining for t in self._waiting.get(client, []) if t.remaining <= count)
+        standing = self._standing(client)
+        others = sum(
+            min(self._queued_by(other), mine + count + max(0, math.ceil(standing - self._served[other])))
+            for other in self._waiting
+            if other != client
+        )
+        return self._inside + sum(part.cost for part in self._again) + mine + others
+
+    def _standing(self, client: str) -> float:
+        """What a client was served, on the common clock: one that comes (back) starts where the others are."""
+        served = self._served.get(client, 0.0)
+        return served if client in self._waiting else max(served, self._clock)
 
     # ----------------------------------------------------------------------------------------------------- work
 
@@ -231,9 +253,7 @@ class PoseQueue:
         ticket.pending = self._split(ticket)
         parts = len(ticket.pending)
         self._tickets.add(ticket)
-        self._waiting.setdefault(client, []).append(ticket)
-        if client not in self._served:
-            self._served[client] = min(self._served.values(), default=0.0)
+        self._wait(ticket)
         try:
             self._pump()
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + max(deadline - time.monotonic(), 0.0)):
@@ -245,6 +265,13 @@ class PoseQueue:
             raise ApiError("deadline", "the deadline passed before the answer was ready") from None
         finally:
             self._close(ticket)
+
+    def _wait(self, ticket: _Ticket) -> None:
+        """Into the line, unless it stands there already."""
+        self._served[ticket.client] = self._standing(ticket.client)
+        tickets = self._waiting.setdefault(ticket.client, [])
+        if ticket not in tickets:
+            tickets.append(ticket)
 
     def _split(self, ticket: _Ticket) -> list[_Part]:
         count = len(ticket.job.detections)
@@ -298,6 +325,7 @@ class PoseQueue:
             return None
         (self._yielded.add if yielding else self._yielded.discard)(client)
         ticket.pending.pop(0)
+        self._clock = self._served[client]
         self._served[client] += part.cost
         if not ticket.pending:
             self._leave(ticket)
@@ -323,8 +351,10 @@ class PoseQueue:
 
     async def _run(self, part: _Part) -> None:
         ticket = part.ticket
+        limit_s = max(ticket.deadline - time.monotonic(), 0.0) + self._backend.stages.pose.max_seconds + _SLACK_S
         try:
-            answer = _decode_answer(await self._backend.call("/pose", part.part.part_id, _encode(part.part)))
+            call = self._backend.call("/pose", part.part.part_id, _encode(part.part))
+            answer = _decode_answer(await asyncio.wait_for(call, limit_s))
             if isinstance(answer, Failure):
                 self._fail(ticket, from_failure(answer))
             else:
@@ -336,6 +366,9 @@ class PoseQueue:
             part.attempts += interruption.held
             await asyncio.sleep(_PAUSE_BEFORE_RETRY_S)
             self._retry(part, held=interruption.held)
+        except TimeoutError:  # long after its deadline: whoever held it is gone without a trace
+            log.error("part_lost", request_id=ticket.job.request_id, part_id=part.part.part_id)
+            self._fail(ticket, ApiError("deadline", "the deadline passed before the answer was ready"))
         except (BackendError, msgspec.DecodeError) as error:
             log.error("pipeline_error", request_id=ticket.job.request_id, error=str(error))
             self._fail(
@@ -383,9 +416,7 @@ class PoseQueue:
             self._again.append(part)
         else:
             ticket.pending.insert(0, part)
-            tickets = self._waiting.setdefault(ticket.client, [])
-            if ticket not in tickets:
-                tickets.append(ticket)
+            self._wait(ticket)
 
     def _fail(self, ticket: _Ticket, error: ApiError) -> None:
         if not ticket.done.done():
@@ -407,7 +438,9 @@ class PoseQueue:
             if not tickets:
                 del self._waiting[ticket.client]
         if len(self._served) > 1024:  # clients come and go: keep only those that wait
-            self._served = {client: served for client, served in self._served.items() if client in self._waiting}
+            keep = {one.client for one in self._tickets} | self._waiting.keys()
+            self._served = {client: served for client, served in self._served.items() if client in keep}
+            self._yielded &= keep
 
     def _close(self, ticket: _Ticket) -> None:
         self._abandon(ticket)

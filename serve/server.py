@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import importlib.metadata
 import os
+import resource
 import signal
 import socket
 import time
@@ -31,13 +32,13 @@ from serve.errors import ApiError
 from serve.gateway import Gateway
 from serve.settings import Settings, SettingsError, unknown_variables
 from serve.spool import RunDir
+from serve.tasks import watched
 from workers.engines import versions
 
 log = structlog.get_logger()
 
 _BACKEND_GRACE_S = 0.3  # nothing is inside it any more, and its workers would take 2 s to look up
 _CLOSING_S = 1.0  # of the drain limit, kept for closing the port and stopping the backend
-_OUTPUT_FILES = ("detection_pem.json", "poses.npz", "vis_pem.png")
 
 
 class CannotStart(Exception):
@@ -54,6 +55,7 @@ def serve(settings: Settings) -> int:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CannotStart(f"cannot create {error.filename}: {error.strerror}") from None
+    _allow_many_files()
     with _locked(data), contextlib.closing(_listen(settings)) as listener:
         logs.configure(settings.log, data)
         try:
@@ -78,29 +80,46 @@ async def _main(
     _warn_if_open(settings, gateway)
     gateway.objects.load()
 
-    app: Any = gateway
-    if settings.cors_origins:
-        app = CORSMiddleware(
-            app,
-            allow_origins=list(settings.cors_origins),
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Server-Timing", "Retry-After"],
-        )
     server = _Uvicorn(
         uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", server_header=False, timeout_keep_alive=30
+            _with_cors(gateway, settings),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            proxy_headers=False,  # anybody could claim to be somebody else, and take their turns
+            timeout_keep_alive=30,
         )
     )
     stop = _StopSignals()
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    backend.on_fatal = stop.failed
+    serving = watched(server.serve(sockets=[listener]), "http server", stop.failed)
+    serving.add_done_callback(lambda _: stop.asked.set())
     log.info(
         "listening", url=f"http://{host}:{port}", version=__version__, engine=gateway.engine, device=gateway.device
     )
     await backend.start()
-    chores = [asyncio.create_task(gateway.queue.keep_order()), asyncio.create_task(_sweep_outputs(settings))]
-    await asyncio.wait({asyncio.create_task(stop.asked.wait()), serving}, return_when=asyncio.FIRST_COMPLETED)
+    chores = [
+        watched(gateway.queue.keep_order(), "queue", stop.failed),
+        watched(gateway.outputs.sweep_for_ever(), "output retention", stop.failed),
+    ]
+    await stop.asked.wait()
+    if serving.done():
+        stop.exit_code = 1  # nobody asked for that
+    await _drain(settings, gateway, server, serving, stop)
+    for chore in chores:
+        chore.cancel()
+    await asyncio.gather(*chores, return_exceptions=True)
+    await gateway.ism.close()
+    run_dir.remove()
+    log.info("stopped", exit_code=stop.exit_code)
+    return stop.exit_code
 
+
+async def _drain(
+    settings: Settings, gateway: Gateway, server: uvicorn.Server, serving: asyncio.Task[None], stop: _StopSignals
+) -> None:
+    """Nothing new from now on; what is in flight may finish until the limit; then everything stops."""
     deadline = time.monotonic() + settings.drain_s
     gateway.draining = True
     log.info("draining", requests=gateway.in_flight, limit_s=settings.drain_s)
@@ -112,16 +131,22 @@ async def _main(
         await asyncio.sleep(0.2)
     server.should_exit = True
     server.force_exit = gateway.in_flight > 0
-    stopping = asyncio.create_task(backend.stop(_BACKEND_GRACE_S))
+    stopping = asyncio.create_task(gateway.backend.stop(_BACKEND_GRACE_S))
     await asyncio.wait({serving}, timeout=max(deadline - time.monotonic(), 0.5))
     await stopping
-    for chore in chores:
-        chore.cancel()
-    await asyncio.gather(*chores, return_exceptions=True)
-    await gateway.ism.close()
-    run_dir.remove()
-    log.info("stopped")
-    return 0
+
+
+def _with_cors(gateway: Gateway, settings: Settings) -> Any:
+    if not settings.cors_origins:
+        return gateway
+    app: Any = gateway
+    return CORSMiddleware(
+        app,
+        allow_origins=list(settings.cors_origins),
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-Id", "Server-Timing", "Retry-After"],
+    )
 
 
 class _Uvicorn(uvicorn.Server):
@@ -138,9 +163,16 @@ class _StopSignals:
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.insisted = asyncio.Event()
+        self.exit_code = 0
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._signalled, number)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup asks to be left alone
+                loop.add_signal_handler(number, self._signalled, number)
+
+    def failed(self) -> None:
+        """Something without which the server is none has failed: stop, and say so by the exit code."""
+        self.exit_code = 1
+        self.asked.set()
 
     def _signalled(self, number: int) -> None:
         if self.asked.is_set() and number == signal.SIGINT:
@@ -175,6 +207,13 @@ def resolve_devices(settings: Settings) -> tuple[str, ...]:
             f"device {settings.device!r}: this machine offers {count} GPU(s) to torch; use --device cpu or auto"
         )
     return tuple(f"cuda:{index}" for index in chosen)
+
+
+def _allow_many_files() -> None:
+    """Each connection is a file: as many as the system allows, not as few as shells ask for."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _gpus() -> int:
@@ -229,28 +268,3 @@ def _warn_if_open(settings: Settings, gateway: Gateway) -> None:
     with contextlib.suppress(Exception):  # broken keys close the door and are told with each request
         if not loopback and not gateway.keys:
             log.warning("open_to_everyone", host=settings.host, hint="no API keys: `pem keys add NAME` makes one")
-
-
-async def _sweep_outputs(settings: Settings) -> None:
-    """For ever: our files under the output root leave after `storage.output_days`."""
-    while settings.storage.output_days:
-        oldest = time.time() - settings.storage.output_days * 86_400
-        removed = await asyncio.to_thread(_remove_outputs, settings.output_path, oldest)
-        if removed:
-            log.info("outputs_removed", files=removed, older_than_days=settings.storage.output_days)
-        await asyncio.sleep(3600)
-
-
-def _remove_outputs(root: Path, oldest: float) -> int:
-    removed = 0
-    for folder, _, names in os.walk(root, topdown=False):
-        for name in set(names) & set(_OUTPUT_FILES):
-            path = Path(folder, name)
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < oldest:
-                    path.unlink()
-                    removed += 1
-        if removed and Path(folder) != root:
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
-    return removed

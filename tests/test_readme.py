@@ -1,7 +1,7 @@
 """The pages for people: every example in the README and in docs/api.md is run, and what it prints is what they show.
 
-An example that no rule below covers fails its test, so that none can be added untested. The other pages are held to what
-can be checked of them: links, commands, the unit check's words, events, metrics, codes.
+An example that no rule below covers fails its test, so that none can be added untested. The other pages are held to
+what can be checked of them: links, commands, the unit check's words, events, metrics, codes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,13 @@ def run_shell(example: Example, folder: Path, url: str) -> str:
     script = example.text.replace(ADDRESS, url).replace(".venv/bin/", f"{shlex.quote(str(BIN))}/")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PEM_")} | {"PEM_URL": url}
     done = subprocess.run(
-        ["sh", "-eu", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        ["sh", "-eu", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     if example.shown is None:
@@ -194,11 +201,11 @@ def run_shell(example: Example, folder: Path, url: str) -> str:
 
 
 def compare(printed: str, shown: str | None) -> None:
-    """JSON holds what is shown, numbers nearly so; other text is as shown."""
+    """JSON holds what is shown, numbers to the digits shown; other text is as shown."""
     if shown is None:
         return
     try:
-        expected = json.loads(shown)
+        expected = json.loads(shown, parse_float=Decimal)
     except json.JSONDecodeError:
         assert numbers_rounded(printed) == numbers_rounded(shown)
         return
@@ -212,7 +219,7 @@ VARYING = re.compile(r"(_ms|seconds|time|created|request_id|total)$")
 def holds(actual: Any, expected: Any, where: str) -> None:
     """`actual` has everything that `expected` has."""
     if VARYING.search(where):
-        assert type(actual) is type(expected), where
+        assert isinstance(actual, float if isinstance(expected, Decimal) else type(expected)), where
     elif isinstance(expected, dict):
         for name, value in expected.items():
             assert name in actual, f"{where}.{name} is not there"
@@ -221,8 +228,9 @@ def holds(actual: Any, expected: Any, where: str) -> None:
         assert len(actual) == len(expected), where
         for index, value in enumerate(expected):
             holds(actual[index], value, f"{where}[{index}]")
-    elif isinstance(expected, float):
-        assert actual == pytest.approx(expected, rel=0.002, abs=0.02), where
+    elif isinstance(expected, Decimal):
+        last_digit = 10.0 ** int(expected.as_tuple().exponent)
+        assert actual == pytest.approx(float(expected), rel=0.001, abs=1.5 * last_digit), where
     else:
         assert actual == expected, where
 
@@ -232,7 +240,7 @@ def numbers_rounded(text: str) -> str:
     return " ".join(re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.0f}", text).split())
 
 
-# ------------------------------------------------------------------------------------------------------------- all pages
+# ------------------------------------------------------------------------------------------------------------ all pages
 
 
 def test_the_pages_are_found() -> None:

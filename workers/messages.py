@@ -259,6 +259,8 @@ PoseInput = Cut | Failure
 RespondInput = Solved | FinishPart | Failure
 Answer = PartAnswer | Failure
 
+OUTPUT_FILES = ("detection_pem.json", "poses.npz", "vis_pem.png")  # what /pose and /finish write into an output_dir
+
 # ------------------------------------------------------------------------------------------------------- CAD objects
 
 

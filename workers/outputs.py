@@ -18,11 +18,9 @@ from posekit.engine import Float64, Mesh, UInt8
 from posekit.errors import StoreError, StoreFull
 from posekit.rle import encode_rle
 from posekit.store import ObjectStore, write_atomically
-from workers.messages import Job, Row
+from workers.messages import OUTPUT_FILES, Job, Row
 
-PICTURE = "vis_pem.png"
-DETECTIONS = "detection_pem.json"
-POSES = "poses.npz"
+DETECTIONS, POSES, PICTURE = OUTPUT_FILES
 
 
 class Outputs:

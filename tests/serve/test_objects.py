@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import socket
@@ -479,14 +480,14 @@ def test_the_unnamed_leave_first_and_the_longest_unused_of_them(
 
     incoming = store.stage()
     with pytest.raises(ApiError, match="full"):  # all of them were in use a moment ago
-        known._make_room(incoming)
+        asyncio.run(known._make_room())
     now = time.time()
     monkeypatch.setattr(serve_objects.time, "time", lambda: now + 3600)
     known._known[f"{0:064x}"].last_used = now + 3000
-    known._make_room(incoming)
+    asyncio.run(known._make_room())
     assert left() == [0, 1, 3]
     (incoming / "source" / "upload").write_bytes(b"\0" * 1_100_000)
-    known._make_room(incoming)
+    asyncio.run(known._make_room())
     assert left() == [1]  # the one with a name
     assert [folder.name for folder in settings.objects_path.iterdir() if folder != incoming] == [f"{1:064x}"]
 
