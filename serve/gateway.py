@@ -9,107 +9,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import secrets
 import time
-import urllib.parse
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
 import structlog
 
-from posekit import images, masks, rle
 from posekit.errors import PoseError
-from serve import __version__, body, logs, openapi, parse, schemas
+from serve import __version__, answers, body, logs, openapi, parse, schemas
 from serve.backend import Backend
 from serve.body import ClientGone
 from serve.errors import ApiError, from_posekit
+from serve.exchange import FORM, JSON, MSGPACK, Answer, Call, Receive, Scope, Send
 from serve.ism import IsmClient
 from serve.keys import KeyFileError, KeyRing
 from serve.metrics import CONTENT_TYPE as METRICS_TYPE
 from serve.metrics import Metrics
 from serve.objects import Objects, Resolved, inside
 from serve.parse import Question
-from serve.queue import PoseQueue, Solution
+from serve.queue import PoseQueue
 from serve.retention import Outputs
 from serve.settings import Settings
 from serve.spool import RunDir
-from workers.messages import Job, Row
+from workers.messages import Job
 from workers.state import WorkerState
 
 log = structlog.get_logger()
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _OPEN: Final = frozenset({"/livez", "/readyz", "/docs"})  # the docs page asks for a key itself
 _OBJECT: Final = "/api/v1/objects/"
-_JSON, _MSGPACK, _FORM = "application/json", "application/msgpack", "multipart/form-data"
 _INTERNAL: Final = "an internal error happened; the server's log has it under this request's id"
-
-
-@dataclass
-class Answer:
-    """A response on its way out."""
-
-    status: int
-    body: bytes = b""
-    content_type: str = _JSON
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Call:
-    """One HTTP request, and what its log line will say."""
-
-    method: str
-    path: str
-    query: dict[str, str]
-    headers: dict[str, str]
-    raw_receive: Receive
-    peer: str
-    request_id: str
-    arrived: float
-    client: str = ""
-    body_read: bool = False
-    body_received: float = 0.0
-    detections: int | None = None
-    poses: int | None = None
-    timing: schemas.Timing | None = None
-    error: str | None = None
-
-    async def tracked_receive(self) -> dict[str, Any]:
-        """ASGI's receive, noting when the body has ended."""
-        message = await self.raw_receive()
-        if message["type"] == "http.request" and not message.get("more_body", False):
-            self.body_read = True
-        return message
-
-    @property
-    def receive(self) -> Receive:
-        """What reads the body."""
-        return self.tracked_receive
-
-    @property
-    def sends_body(self) -> bool:
-        """Whether the client announced a body."""
-        return self.headers.get("content-length", "0") != "0" or "transfer-encoding" in self.headers
-
-    @property
-    def wants_msgpack(self) -> bool:
-        """Whether the answer is to be MessagePack."""
-        return _MSGPACK in self.headers.get("accept", "")
-
-    def encode(self, value: object) -> tuple[bytes, str]:
-        """A struct in the form that the client accepts, and its content type."""
-        if self.wants_msgpack:
-            return msgspec.msgpack.encode(value), _MSGPACK
-        return msgspec.json.encode(value), _JSON
 
 
 Handler = Callable[["Gateway", Call], Awaitable[Answer]]
@@ -191,7 +123,7 @@ class Gateway:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
             return
-        call = _call(scope, receive)
+        call = Call.of(scope, receive)
         try:
             answer = await self._answer(call)
         except ClientGone:
@@ -199,7 +131,7 @@ class Gateway:
             self._log(call, 499)
             return
         answer.headers["X-Request-Id"] = call.request_id
-        answer.headers["Server-Timing"] = _server_timing(call)
+        answer.headers["Server-Timing"] = call.server_timing
         if call.sends_body and not call.body_read:
             # Whoever is still sending would never see the answer if the connection were closed under the body.
             patient = call.error != "body_timeout" and "expect" not in call.headers
@@ -371,12 +303,12 @@ class Gateway:
         limits = self.settings.limits
         limit = limits.body_mb * 2**20
         media, _ = body.media_type(call.headers)
-        if media not in (_JSON, _MSGPACK, "application/x-msgpack", _FORM):
+        if media not in (JSON, MSGPACK, "application/x-msgpack", FORM):
             raise ApiError(
                 "unsupported_media_type",
-                f"send {_JSON}, {_MSGPACK} or {_FORM}, not {media or 'a body without a content type'}",
+                f"send {JSON}, {MSGPACK} or {FORM}, not {media or 'a body without a content type'}",
             )
-        if media == _FORM:
+        if media == FORM:
             form = await body.read_form(
                 call.receive, call.headers, limit=limit, idle_s=limits.body_idle_s, parts=parse.FORM_PARTS
             )
@@ -384,7 +316,7 @@ class Gateway:
             return parse.request_from_form(form, kind), "json"
         data = await body.read_all(call.receive, call.headers, limit=limit, idle_s=limits.body_idle_s)
         call.body_received = time.monotonic()
-        protocol: Literal["json", "msgpack"] = "json" if media == _JSON else "msgpack"
+        protocol: Literal["json", "msgpack"] = "json" if media == JSON else "msgpack"
         return parse.decode(data, protocol, kind), protocol
 
     def _deadline(self, call: Call, question: Question) -> float:
@@ -401,7 +333,7 @@ class Gateway:
     async def _unless_gone(self, call: Call, work: Awaitable[Answer]) -> Answer:
         """The work's answer; when the client goes away first, the work is dropped."""
         task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(_gone(call.receive))
+        gone = asyncio.ensure_future(call.gone())
         try:
             await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
@@ -441,8 +373,8 @@ class Gateway:
             raise
         if output_dir is not None and solution.output_written:
             self.outputs.wrote(output_dir)
-        found = await asyncio.to_thread(_found_detections, question, solution.rows) if whole else None
-        return self._pose_answer(call, question, resolved, solution, ism_ms, found)
+        found = await asyncio.to_thread(answers.found_detections, question, solution.rows) if whole else None
+        return answers.pose_answer(call, question, resolved, solution, release=self.release, ism_ms=ism_ms, found=found)
 
     def _engine(self, asked: str) -> str:
         name = self.engine if asked == "auto" else asked
@@ -494,7 +426,7 @@ class Gateway:
     ) -> Job:
         limits = self.settings.limits
         refine = ("icp" if engine == "geometric" else "none") if question.refine == "auto" else question.refine
-        height, width = _bare_depth_size(question)
+        height, width = answers.bare_depth_size(question)
         return Job(
             request_id=f"{call.request_id}-{secrets.token_hex(4)}",  # a client may send one id twice
             rgb=question.rgb,
@@ -522,58 +454,14 @@ class Gateway:
             output_dir=str(output_dir) if output_dir is not None else None,
         )
 
-    def _pose_answer(
-        self,
-        call: Call,
-        question: Question,
-        resolved: list[Resolved],
-        solution: Solution,
-        ism_ms: float | None,
-        found: schemas.FoundDetections | None,
-    ) -> Answer:
-        rows = solution.rows
-        call.poses = sum(row.status == "ok" for row in rows)
-        waits = [one.onboard_ms for one in resolved if one.onboard_ms is not None]
-        call.timing = schemas.Timing(
-            decode_ms=_ms(solution.decode_ms),
-            queue_ms=_ms(solution.queue_ms),
-            pose_ms=_ms(solution.pose_ms),
-            respond_ms=_ms(solution.respond_ms),
-            onboard_ms=_ms(max(waits)) if waits else None,
-            ism_ms=_ms(ism_ms) if ism_ms is not None else None,
-            total_ms=_ms((time.monotonic() - call.body_received) * 1e3),
-            batch_detections=solution.batch_detections,
-            batch_requests=solution.batch_requests,
-        )
-        paths = [one.path_used for one in resolved if one.path_used is not None]
-        common: dict[str, Any] = {
-            "success": True,
-            "inference_time": round(time.monotonic() - call.body_received, 6),
-            "cad_path_used": paths[0] if paths else None,
-            "output_dir_used": question.output_dir if solution.output_written else None,
-            "warnings": [*question.warnings, *solution.warnings],
-        }
-        if question.kept is not None:
-            data, content_type = call.encode(_second_dialect(question, rows, common))
-        else:
-            answer = schemas.PoseAnswer(
-                poses=rows, timing=call.timing, engine=solution.engine, release=self.release, **common
-            )
-            if question.visualize and solution.visualization is not None:
-                answer.visualization = solution.visualization
-            if found is not None:
-                answer.detections = found
-            data, content_type = call.encode(answer)
-        return Answer(200, data, content_type)
-
     # ----------------------------------------------------------------------------------------------------- objects
 
     async def add_object(self, call: Call) -> Answer:
         """`POST /api/v1/objects`"""
         self._check_taking()
         limits = self.settings.limits
-        if body.media_type(call.headers)[0] != _FORM:
-            raise ApiError("unsupported_media_type", f"send {_FORM} with the mesh as the part `file`")
+        if body.media_type(call.headers)[0] != FORM:
+            raise ApiError("unsupported_media_type", f"send {FORM} with the mesh as the part `file`")
         wait_s = _seconds(call.query.get("wait"))
         staged = await asyncio.to_thread(self.objects.stage)
         self.in_flight += 1
@@ -744,43 +632,6 @@ ROUTES: Final[dict[str, dict[str, Handler]]] = {
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _call(scope: Scope, receive: Receive) -> Call:
-    headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-    given = headers.get("x-request-id", "")
-    query = dict(urllib.parse.parse_qsl(scope.get("query_string", b"").decode("latin-1")))
-    peer = scope.get("client")
-    return Call(
-        method=scope["method"],
-        path=scope["path"],
-        query=query,
-        headers=headers,
-        raw_receive=receive,
-        peer=peer[0] if peer else "unknown",
-        request_id=given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12),
-        arrived=time.monotonic(),
-    )
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _server_timing(call: Call) -> str:
-    entries = [("total", (time.monotonic() - call.arrived) * 1e3)]
-    if call.timing is not None:
-        parts = {
-            name.removesuffix("_ms"): getattr(call.timing, name)
-            for name in ("decode_ms", "queue_ms", "pose_ms", "respond_ms", "onboard_ms", "ism_ms")
-        }
-        entries += [(name, value) for name, value in parts.items() if value is not None]
-    return ", ".join(f"{name};dur={value:.1f}" for name, value in entries)
-
-
-def _ms(value: float) -> float:
-    return round(value, 3)
-
-
 def _seconds(text: str | None) -> float:
     """`?wait=SECONDS`, at most ten minutes."""
     if text is None:
@@ -796,52 +647,3 @@ def _seconds(text: str | None) -> float:
 
 def _object_in(call: Call) -> str:
     return call.path[len(_OBJECT) :]
-
-
-def _bare_depth_size(question: Question) -> tuple[int, int]:
-    """(height, width) where the second dialect's depth is bare float32, else (0, 0)."""
-    depth = question.depth
-    if question.kept is None or depth[:8] == b"\x89PNG\r\n\x1a\n" or depth[:4] in (b"II*\0", b"MM\0*"):
-        return 0, 0
-    try:
-        info = images.inspect(question.rgb, "rgb_image")
-    except PoseError:
-        return 0, 0  # decode says what is wrong with the colour image
-    return (info.height, info.width) if len(depth) == 4 * info.height * info.width else (0, 0)
-
-
-def _second_dialect(question: Question, rows: list[Row], common: dict[str, Any]) -> schemas.SegDataAnswer:
-    assert question.kept is not None
-    answer = schemas.SegDataAnswer(**common)
-    answer.rejected = [
-        schemas.RejectedDetection(index=i, code=code, detail=detail) for i, code, detail in question.left_out
-    ]
-    for index, spec, row in zip(question.kept, question.detections, rows, strict=True):
-        if row.rotation is not None and row.translation is not None:
-            answer.detections.append(question.coco[index])
-            answer.pose_scores.append(row.confidence * spec.score)
-            answer.pred_rot.append(row.rotation)
-            answer.pred_trans.append(row.translation)
-        elif row.error is not msgspec.UNSET:
-            answer.rejected.append(schemas.RejectedDetection(index=index, code=row.error.code, detail=row.error.detail))
-    answer.rejected.sort(key=lambda item: item.index)
-    answer.num_detections = len(answer.detections)
-    return answer
-
-
-def _as_rle(mask: bytes, height: int, width: int) -> dict[str, Any]:
-    value = masks.parse(mask)
-    if isinstance(value, dict) and isinstance(value.get("counts"), str):
-        return value
-    return dict(rle.encode_rle(masks.decode_mask(value, height, width, None, height * width)))
-
-
-def _found_detections(question: Question, rows: list[Row]) -> schemas.FoundDetections:
-    """The ISM server's detections, masks as compressed RLE whatever they came as."""
-    info = images.inspect(question.rgb, "rgb_image")
-    return schemas.FoundDetections(
-        masks=[_as_rle(spec.raw, info.height, info.width) for spec in question.detections],
-        boxes=[list(row.bbox) for row in rows],
-        scores=[spec.score for spec in question.detections],
-        object_ids=[spec.category for spec in question.detections],
-    )
