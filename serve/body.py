@@ -100,12 +100,14 @@ async def chunks(
 
 def _gunzip(gunzip: Any, chunk: bytes, room: int) -> list[bytes]:
     """At most a little more than `room` bytes: enough to see that the limit is passed, never the whole bomb."""
-    if gunzip.eof and chunk:
-        raise ApiError("bad_body", "something follows the end of the gzip stream")
+    after_its_end = bool(gunzip.eof and chunk)
     try:
-        return [gunzip.decompress(chunk, max(room, 0) + 1)]
+        piece = b"" if after_its_end else gunzip.decompress(chunk, max(room, 0) + 1)
     except zlib.error as error:
         raise ApiError("bad_body", f"the body is not gzip: {error}") from None
+    if after_its_end or gunzip.unused_data:
+        raise ApiError("bad_body", "something follows the end of the gzip stream")
+    return [piece]
 
 
 async def discard(receive: Receive, idle_s: float) -> bool:

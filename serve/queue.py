@@ -144,7 +144,7 @@ class PoseQueue:
         self._on_part = on_part  # the answer, and the seconds that its part waited here
         self._waiting: dict[str, list[_Ticket]] = {}  # client -> tickets with pending parts
         self._served: dict[str, float] = {}  # client -> detections it was served, on a common clock
-        self._clock = 0.0  # how far the client stood whose turn it was last
+        self._clock = 0.0  # what a client's fair share came to, had it waited all the time
         self._yielded: set[str] = set()  # clients whose last turn went to a starving request
         self._again: list[_Part] = []  # parts of dead workers: alone, and before everything else
         self._alone = False  # such a part is inside
@@ -310,7 +310,7 @@ class PoseQueue:
         self._drop_expired()
         if not self._waiting:
             return None
-        client = min(self._waiting, key=lambda name: self._served[name])
+        client = min(self._waiting, key=lambda name: (self._served[name], self._queued_by(name)))
         tickets = self._waiting[client]
         now = time.monotonic()
         starving = [t for t in tickets if now - t.arrived > (t.deadline - t.arrived) / 2]
@@ -325,7 +325,7 @@ class PoseQueue:
             return None
         (self._yielded.add if yielding else self._yielded.discard)(client)
         ticket.pending.pop(0)
-        self._clock = self._served[client]
+        self._clock += part.cost / len(self._waiting)  # always forward: newcomers cannot keep others from their turn
         self._served[client] += part.cost
         if not ticket.pending:
             self._leave(ticket)

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from serve import queue
 from serve.backend import Interrupted, Refused
 from serve.errors import ApiError
 from serve.queue import PoseQueue, Solution
@@ -173,8 +174,6 @@ class Bench:
             deadline_unix=time.time() + deadline_s,
             **job,
         )
-        from serve import queue
-
         task = asyncio.create_task(self.queue.solve(request, client, queue.time.monotonic() + deadline_s))
         self.tasks.append(task)
         await settled()
@@ -274,7 +273,7 @@ async def test_a_new_client_starts_where_the_others_are(tmp_path: Path) -> None:
             await one.ask("new", f"n{index}")
         await one.stage.work_off()
     after = order(one.stage)[before:]
-    assert after[0] == "n", "at once,"
+    assert "n" in after[:2], "at once,"
     assert "nnn" not in after[:8], f"but not for as long as the other was served: {after}"
 
 
@@ -295,7 +294,7 @@ async def test_a_request_past_half_its_deadline_gets_every_second_turn(tmp_path:
         await one.ask("anna", "filler")
         await one.ask("anna", "big", 3 * PASS, deadline_s=100)
         for index in range(4):
-            await one.ask("anna", f"small{index}")
+            await one.ask("anna", f"small{index}", PASS - 1)
         clock.ahead_s += 51
         await one.stage.work_off()
     late = ["big/0", "small0/0", "big/1", "small1/0", "big/2", "small2/0", "small3/0"]
@@ -381,7 +380,7 @@ async def test_nothing_is_sent_to_a_stage_that_is_away_and_everything_when_it_is
         one.queue.wake()
         await settled()
         await one.stage.work_off()
-        assert all(len((await task).rows) == 2 for task in tasks)
+        assert [len((await task).rows) for task in tasks] == [2] * 6
 
 
 @alone
@@ -445,7 +444,8 @@ async def test_the_ceiling_stops_who_floods_and_lets_others_in_up_to_their_share
         await one.ask("flood", "f", 44)
         assert one.queue.waiting_detections == 40
         error = refused(one, "flood", 1, 900.0)
-        assert (error.code, error.retry_after_s) == ("over_capacity", pytest.approx(1 / one.queue.detections_per_second))
+        assert error.code == "over_capacity"
+        assert error.retry_after_s == pytest.approx(1 / one.queue.detections_per_second)
         one.queue.admit("other", 20, 900.0)
         assert refused(one, "other", 21, 900.0).code == "over_capacity"
         await one.ask("other", "o", 20)
@@ -676,16 +676,19 @@ async def test_at_the_end_everything_is_answered_at_once(tmp_path: Path) -> None
 
 
 @alone
-async def test_more_than_a_thousand_clients_one_after_another_take_no_turn_from_one_that_waits(tmp_path: Path) -> None:
+async def test_ever_new_clients_do_not_keep_one_that_waits_from_its_turns(tmp_path: Path) -> None:
     async with bench(tmp_path) as one:
-        patient = await one.ask("patient", "p", 500)
-        for index in range(1100):
-            await one.ask(f"client{index}", f"c{index}", 1)
+        patient = await one.ask("patient", "p", 2000)
+        for index in range(1500):
+            if len(one.queue._waiting) < 3:  # so that the next one waits before the last is served
+                await one.ask(f"client{index}", f"c{index}", 1)
             await one.stage.answer(next(iter(one.stage.inside)))
         assert len(one.queue._served) <= 1026, "who has gone is forgotten"
+        shared = order(one.stage)
         await one.stage.work_off()
-        assert len((await patient).rows) == 500
-    assert order(one.stage)[:1200].count("p") > 100
+        assert len((await patient).rows) == 2000
+    worked = PASS * shared.count("p"), shared.count("c")
+    assert 0.3 < worked[0] / sum(worked) < 0.5, "one of two or three clients"
 
 
 @alone

@@ -6,6 +6,7 @@ The two objects' CAD is part of the demo scene, and so registered on the shared 
 from __future__ import annotations
 
 import functools
+import socket
 from typing import Any
 
 import httpx
@@ -100,6 +101,18 @@ def ascii_ply(vertices: Any, faces: Any = FACES) -> bytes:
     lines += [" ".join(str(x) for x in vertex) for vertex in vertices]
     lines += [" ".join(str(x) for x in (len(face), *face)) for face in faces]
     return ("\n".join(lines) + "\n").encode()
+
+
+def uploading(port: int, data: bytes, *, send: int | None = None) -> socket.socket:
+    """A connection on which (the beginning of) an upload was sent that would wait for its onboarding."""
+    body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.ply"\r\n\r\n' + data + b"\r\n--x--\r\n"
+    head = (
+        f"POST {OBJECTS}?wait=60 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+    )
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(head.encode() + body[:send])
+    return connection
 
 
 class Asker:
