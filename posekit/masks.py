@@ -82,6 +82,8 @@ def parse(spec: object, field: str | None = None) -> object:
             return spec
         if not spec:
             raise BadData("the mask is empty (0 bytes)", field)
+        if spec.startswith(b"\xff\xd8\xff"):
+            raise BadData("the mask is a JPEG, which blurs its edge; send a PNG", field)
         try:
             spec = msgspec.json.decode(spec)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -43,7 +43,8 @@ class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of an object without opening its mesh. Lengths are millimetres."""
 
     object_id: str
-    name: str | None
+    name: str | None  # the latest one it was given
+    aliases: list[str] = []  # those before, which go on working
     cad_format: str
     model_unit: Literal["mm", "m"]
     files: list[str]
@@ -138,15 +139,6 @@ class ObjectStore:
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
         return stored if stored.object_id == object_id else None
-
-    def rename(self, object_id: str, name: str | None) -> None:
-        """Give an object another name; that names are unique is the caller's to see to."""
-        stored = self.get(object_id)
-        if stored is None:
-            raise StoreError("there is no such object")
-        write_atomically(
-            self.folder(object_id) / "object.json", msgspec.json.encode(msgspec.structs.replace(stored, name=name))
-        )
 
     def replace(self, stored: StoredObject) -> None:
         """Write what is known of an object anew (its name, its declared symmetries); StoreError where there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -30,6 +31,7 @@ def pose_answer(
     """The answer of all three pose routes; also notes on `call` what the log is to say."""
     rows = solution.rows
     call.poses = sum(row.status == "ok" for row in rows)
+    call.rejected = dict(Counter(row.error.code for row in rows if row.error is not msgspec.UNSET))
     waits = [one.onboard_ms for one in resolved if one.onboard_ms is not None]
     call.timing = schemas.Timing(
         decode_ms=_ms(solution.decode_ms),

@@ -366,7 +366,11 @@ class Backend:
             self.on_worker_death(last)
 
     def _everything_is_gone(self) -> None:
-        held = {i for state in read_states(self.run_dir) for i in state.holding}
+        try:
+            states = read_states(self.run_dir)
+        except OSError:  # out of file descriptors: then all of it counts as never having arrived
+            states = []
+        held = {i for state in states for i in state.holding}
         for pid in list(self.workers):
             self._forget(pid)
         self._take_stock()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import secrets
 import time
 import urllib.parse
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import msgspec
@@ -29,7 +30,7 @@ class Answer:
     status: int
     body: bytes = b""
     content_type: str = JSON
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass
@@ -51,6 +52,9 @@ class Call:
     poses: int | None = None
     timing: schemas.Timing | None = None
     error: str | None = None
+    detail: str | None = None  # of the error, for the log
+    field: str | None = None  # at fault, likewise
+    rejected: dict[str, int] | None = None  # detections without a pose, by reason
 
     async def receive(self) -> dict[str, Any]:
         """ASGI's receive, noting when the body has ended."""

@@ -217,7 +217,7 @@ class Gateway:
         self._buckets[name] = (tokens - 1.0, now)
 
     def _failed(self, call: Call, error: ApiError) -> Answer:
-        call.error = error.code
+        call.error, call.detail, call.field = error.code, error.detail, error.field
         what = schemas.ErrorBody(code=error.code, detail=error.detail, field=error.field, request_id=call.request_id)
         failed: object = schemas.PoseAnswer(success=False, error_message=error.detail, error=what)
         if call.path == "/api/v1/pose-estimation":
@@ -244,6 +244,9 @@ class Gateway:
             release=self.release if pose else None,
             timing=call.timing,
             error=call.error,
+            detail=call.detail,
+            field=call.field,
+            rejected=call.rejected or None,
             client=call.client,
         )
 

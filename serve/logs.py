@@ -114,10 +114,12 @@ def log_request(
     """The one line of a request.
 
     detections: how many were sent; poses: how many of them were solved; timing: the answer's receipt; error: its code.
+    Further fields (an error's detail and field, the client) are added where they are not None.
     Probes are of level debug, 500 is error, what the operator may want to look at (429, 5xx) is warning.
     """
     level = "error" if status == 500 else "warning" if status == 429 or status > 500 else "info"
-    if route in _QUIET_ROUTES and (status < 400 or status == 503):  # "not yet" is an answer, too
+    progress = method == "GET" and route.startswith("/api/v1/objects/") and status < 400
+    if progress or (route in _QUIET_ROUTES and (status < 400 or status == 503)):  # "not yet" is an answer, too
         level = "debug"
     line: dict[str, Any] = {"id": request_id, "method": method, "route": route, "status": status}
     line["ms"] = round(seconds * 1000, 1)
@@ -129,7 +131,7 @@ def log_request(
         line["timing"] = {k: round(v, 1) if isinstance(v, float) else v for k, v in items.items() if v is not None}
     if error is not None:
         line["error"] = error
-    line.update(fields)
+    line.update({name: value for name, value in fields.items() if value is not None})
     get().log(LEVELS[level], "request", **line)
 
 
@@ -468,6 +470,8 @@ def _missing(count: int) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- console
 
 _COLORS: Final = {"debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "31;1"}
+_STAGES: Final = ("decode_ms", "queue_ms", "pose_ms", "respond_ms", "onboard_ms", "ism_ms")
+_HASH: Final = re.compile(r"([0-9a-f]{12})[0-9a-f]{52}")
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
@@ -501,13 +505,18 @@ class Console:
         color = "32" if status < 400 else "33" if status < 500 else "31"
         columns = [
             self._paint(str(status), color),
-            _safe(rest.pop("method", "")).ljust(4),
-            _safe(rest.pop("route", "")).ljust(24),
+            _safe(rest.pop("method", "")).ljust(6),
+            _HASH.sub(r"\1..", _safe(rest.pop("route", ""))).ljust(24),
             f"{rest.pop('ms', 0.0):9.1f} ms",
         ]
         if "detections" in rest:
             detections = rest.pop("detections")
             columns.append(f"{rest.pop('poses', 0):>3} of {detections:>3} posed")
+        timing = rest.pop("timing", None)
+        if isinstance(timing, Mapping):
+            parts = (f"{name.removesuffix('_ms')} {timing[name]:.0f}" for name in _STAGES if timing.get(name))
+            columns.append(", ".join(parts) + " ms")
+        rest.pop("client", None)  # in the file: it is the same for long
         return "  ".join(columns)
 
     def _paint(self, text: str, code: str) -> str:
@@ -522,6 +531,8 @@ def _value(value: object) -> str:
     if isinstance(value, Mapping):
         return "{" + " ".join(f"{_safe(k)}={_value(v)}" for k, v in value.items()) + "}"
     text = _safe(value)
+    if isinstance(value, str):
+        text = _HASH.sub(r"\1..", text)
     quoted = isinstance(value, str) and (not text or " " in text)
     return '"' + text.replace('"', '\\"') + '"' if quoted else text
 

@@ -114,8 +114,7 @@ class Objects:
         if known.ready:
             known.symmetries = self._read_symmetries(stored.object_id)
         self._known[stored.object_id] = known
-        if stored.name is not None:
-            self._names[stored.name] = stored.object_id
+        self._names |= dict.fromkeys(_names(stored), stored.object_id)
         return known
 
     def _onboarded(self, object_id: str) -> bool:
@@ -379,8 +378,8 @@ class Objects:
             raise from_posekit(error) from None
         self._known.pop(object_id, None)
         self._onboarding.pop(object_id, None)  # what still runs is nobody's: registered anew, it is onboarded anew
-        if known.stored.name is not None:
-            self._names.pop(known.stored.name, None)
+        for name in _names(known.stored):
+            self._names.pop(name, None)
         log.info("object_removed", object_id=object_id, name=known.stored.name)
 
     def _staged(self) -> Path:
@@ -509,10 +508,11 @@ class Objects:
             )
 
     def _update(self, known: _Known, name: str | None, declared: dict[str, Any] | None) -> None:
-        """A known object that is registered once more, perhaps under a (new) name or with other symmetries."""
+        """A known object that is registered once more, perhaps under one more name or with other symmetries."""
         changes: dict[str, Any] = {}
         if name is not None and name != known.stored.name:
             changes["name"] = name
+            changes["aliases"] = [one for one in _names(known.stored) if one != name]  # somebody may be using them
         if declared is not None and declared != known.stored.declared_symmetries:
             changes["declared_symmetries"] = declared
         if not changes:
@@ -522,11 +522,9 @@ class Objects:
         if "declared_symmetries" in changes:
             self._store.remove_models(stored.object_id)
             known.ready, known.symmetries = False, None
-        if known.stored.name is not None:
-            self._names.pop(known.stored.name, None)
-        if stored.name is not None:
-            self._names[stored.name] = stored.object_id
+        self._names |= dict.fromkeys(_names(stored), stored.object_id)
         known.stored = stored
+        log.info("object_changed", object_id=stored.object_id, name=stored.name, aliases=stored.aliases)
 
     async def _make_room(self) -> None:
         """Keep the store below its bound: unnamed objects leave first, least recently used."""
@@ -621,6 +619,11 @@ def inside(root: Path, text: str, field: str) -> Path:
     if not path.is_relative_to(base):
         raise outside
     return path
+
+
+def _names(stored: StoredObject) -> list[str]:
+    """Everything that an object answers to beside its id."""
+    return [*stored.aliases, *([stored.name] if stored.name is not None else [])]
 
 
 _REFERENCE = re.compile(rb"^[ \t]*(mtllib|map_\w+|bump|norm|disp|decal)[ \t]+(\S.*)$", re.MULTILINE | re.IGNORECASE)

@@ -159,7 +159,7 @@ class Stage(Worker):
         if self.spawned:
             _Starts(self.run_dir, self.stage_name, self._slot).forget()
         self.state.ready()
-        self.log.info("ready", seconds=round(time.monotonic() - begun, 3))
+        self.log.info("worker_ready", seconds=round(time.monotonic() - begun, 3))
 
     def deserialize(self, data: bytes) -> Any:
         """From the gateway."""

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -119,10 +120,11 @@ def test_a_broken_folder_makes_way_for_the_object(store):
 
 def test_a_name_can_change(store):
     add(store)
-    store.rename(ID, "cup")
+    store.replace(msgspec.structs.replace(described(), name="cup", aliases=["mug"]))
     assert store.get(ID).name == "cup"
+    assert store.get(ID).aliases == ["mug"]
     with pytest.raises(StoreError, match="no such object"):
-        store.rename(OTHER, "cup")
+        store.replace(msgspec.structs.replace(described(), object_id=OTHER))
 
 
 def test_a_removed_object_is_gone_and_can_come_again(store):
@@ -289,7 +291,7 @@ def test_a_full_disk_says_so_and_leaves_the_old_file_in_place(store, monkeypatch
         raise OSError(code, os.strerror(code), "/some/server/path")
 
     monkeypatch.setattr(store_module.os, "fsync", full)
-    for act in (lambda: store.rename(ID, "cup"), lambda: store.save_model(model()), lambda: store.fail(ID, "x")):
+    for act in (lambda: store.replace(described()), lambda: store.save_model(model()), lambda: store.fail(ID, "x")):
         with pytest.raises(StoreFull, match="full") as caught:
             act()
         assert "/some" not in caught.value.detail
