@@ -24,11 +24,11 @@ from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 import httpx
-import numpy.typing as npt
 
 from serve.client_steps import DEFAULT_URL, Steps, Verbs, object_path
 from serve.client_wire import (
     BadInput,
+    Camera,
     ClientOptions,
     ConnectionFailed,
     DeadlinePassed,
@@ -49,6 +49,7 @@ from serve.client_wire import (
     RequestRefused,
     ServerFailed,
     TimedOut,
+    check_options,
 )
 from serve.schemas import ObjectAnswer, Status, Version
 
@@ -84,7 +85,8 @@ class Client(Verbs):
     """A connection to a PEM server; `with Client(url) as pem:` closes it. Safe to share between threads."""
 
     def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
-        """See ClientOptions."""
+        """No `api_key` = the variable PEM_API_KEY, where it is set ("" = none at all). For the rest see ClientOptions."""
+        check_options(type(self).__name__, options, ClientOptions, "url", "api_key")
         super().__init__(url, api_key, **options)
         self._http = httpx.Client(**self._http_arguments)
         self.objects = Objects(self)
@@ -105,16 +107,17 @@ class Client(Verbs):
         self,
         rgb: Picture,
         depth: Picture,
-        K: npt.ArrayLike,
+        K: Camera,
         masks: Sequence[Mask] | None = None,
         **options: Unpack[DetectionOptions],
     ) -> PoseResult:
         """The pose of each detection, in the order given.
 
-        rgb: (H, W, 3) uint8, or the bytes of a PNG or JPEG. depth: (H, W) uint16 as the sensor gave it, or floats with
-        `depth_scale`, or the bytes of a 16-bit PNG or float TIFF; 0 and NaN = no reading. K: (3, 3) pixels. masks: each
-        (H, W) bool, a COCO RLE, PNG bytes, or a list of polygons; none at all is a valid question.
-        For the rest see PoseOptions and DetectionOptions.
+        rgb: (H, W, 3) uint8, or a PNG or JPEG. depth: (H, W) uint16 as the sensor gave it, or floats with `depth_scale`
+        or `depth_unit="m"`, or a 16-bit PNG or float TIFF; 0 and NaN = no reading. K: (3, 3) pixels, or a loaded
+        camera.json, a dict with `cam_K` whose `depth_scale` and `depth_unit` hold unless the options say otherwise.
+        masks: each (H, W) bool, a PNG, a COCO RLE, or a list of polygons; none at all is a valid question.
+        Image files go by their path (str or Path) or as bytes. For the rest see PoseOptions and DetectionOptions.
         """
         return self._run(self._estimate(rgb, depth, K, masks, options))
 
@@ -122,7 +125,7 @@ class Client(Verbs):
         self,
         rgb: Picture,
         depth: Picture,
-        K: npt.ArrayLike,
+        K: Camera,
         *,
         template_dir: str,
         ism_cad_path: str | None = None,
@@ -181,6 +184,7 @@ class Objects:
 
         Adding what the server already has is quick. Raises OnboardingFailed.
         """
+        check_options("add", options, ObjectOptions, "cad")
         return self._client._run(self._client._add(cad, **options))
 
     def list(self) -> list[ObjectAnswer]:
@@ -200,7 +204,8 @@ class AsyncClient(Verbs):
     """The verbs of Client, to await: `async with AsyncClient(url) as pem:`."""
 
     def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
-        """See ClientOptions."""
+        """No `api_key` = the variable PEM_API_KEY, where it is set ("" = none at all). For the rest see ClientOptions."""
+        check_options(type(self).__name__, options, ClientOptions, "url", "api_key")
         super().__init__(url, api_key, **options)
         self._http = httpx.AsyncClient(**self._http_arguments)
         self.objects = AsyncObjects(self)
@@ -221,7 +226,7 @@ class AsyncClient(Verbs):
         self,
         rgb: Picture,
         depth: Picture,
-        K: npt.ArrayLike,
+        K: Camera,
         masks: Sequence[Mask] | None = None,
         **options: Unpack[DetectionOptions],
     ) -> PoseResult:
@@ -232,7 +237,7 @@ class AsyncClient(Verbs):
         self,
         rgb: Picture,
         depth: Picture,
-        K: npt.ArrayLike,
+        K: Camera,
         *,
         template_dir: str,
         ism_cad_path: str | None = None,
@@ -288,6 +293,7 @@ class AsyncObjects:
 
     async def add(self, cad: str | Path | bytes, **options: Unpack[ObjectOptions]) -> ObjectAnswer:
         """See Objects.add."""
+        check_options("add", options, ObjectOptions, "cad")
         return await self._client._run(self._client._add(cad, **options))
 
     async def list(self) -> list[ObjectAnswer]:

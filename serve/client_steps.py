@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import ipaddress
+import os
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -25,15 +26,19 @@ from serve import __version__
 from serve.client_wire import (
     JSON,
     MSGPACK,
+    Camera,
     ConnectionFailed,
+    DetectionOptions,
     Mask,
     OnboardingFailed,
     Overloaded,
     PemError,
     Picture,
+    PoseOptions,
     PoseResult,
     Progress,
     TimedOut,
+    check_options,
     decoded,
     pose_request,
     pose_result,
@@ -42,6 +47,7 @@ from serve.client_wire import (
 from serve.schemas import CadFormat, ObjectAnswer, ObjectList, Unit
 
 DEFAULT_URL: Final = "http://127.0.0.1:8003"
+KEY_VARIABLE: Final = "PEM_API_KEY"  # the API key of a client that is given none
 T = TypeVar("T")
 
 _GRACE_S: Final = 2.0  # beyond a deadline, for the server's 504 to arrive
@@ -169,6 +175,8 @@ class Verbs:
         self._deadline_s = deadline_s
         self._use_json = use_json
         headers = {"User-Agent": f"pem-client/{__version__}"}
+        if api_key is None:
+            api_key = os.environ.get(KEY_VARIABLE)
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
         # A proxy set in the environment is never meant for a server on this machine.
@@ -247,8 +255,9 @@ class Verbs:
         return pose_result((yield from self._exchange(call)))
 
     def _estimate(
-        self, rgb: Picture, depth: Picture, K: npt.ArrayLike, masks: Sequence[Mask] | None, options: Mapping[str, Any]
+        self, rgb: Picture, depth: Picture, K: Camera, masks: Sequence[Mask] | None, options: Mapping[str, Any]
     ) -> Steps[PoseResult]:
+        check_options("estimate", options, DetectionOptions, "rgb", "depth", "K", "masks")
         if masks is None and options.get("detections") is None:
             raise ValueError("give masks, or detections as SAM-6D writes them")
         body = pose_request(rgb, depth, K, masks, options)
@@ -258,11 +267,12 @@ class Verbs:
         self,
         rgb: Picture,
         depth: Picture,
-        K: npt.ArrayLike,
+        K: Camera,
         template_dir: str,
         ism_cad_path: str | None,
         options: Mapping[str, Any],
     ) -> Steps[PoseResult]:
+        check_options("full_pipeline", options, PoseOptions, "rgb", "depth", "K", "template_dir", "ism_cad_path")
         body = pose_request(
             rgb, depth, K, None, {**options, "template_dir": template_dir, "ism_cad_path": ism_cad_path}
         )
@@ -333,7 +343,10 @@ class Verbs:
             on_progress=on_progress,
         )
         call = _Call(method="POST", path="/api/v1/objects", upload=upload)
-        added = decoded((yield from self._exchange(call)), ObjectAnswer)
+        response = yield from self._exchange(call)
+        added = decoded(response, ObjectAnswer)
+        if on_progress is not None and response.status_code == httpx.codes.OK:  # a new one is 201
+            on_progress("already known", 1.0)
         if not wait:
             return added
         end = time.monotonic() + wait_timeout_s

@@ -5,6 +5,7 @@ No connection is made here; see `serve/client.py`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,9 @@ _BY_STATUS: Final[dict[int, type[RequestRefused]]] = {
 
 # ------------------------------------------------------------------------------------------------------------ questions
 
-Picture = npt.NDArray[Any] | bytes
-Mask = npt.NDArray[Any] | Rle | Mapping[str, Any] | bytes | Sequence[Any]
+Picture = npt.NDArray[Any] | bytes | str | Path  # an array, the bytes of an image file, or its path
+Camera = npt.ArrayLike | Mapping[str, Any]  # K (3, 3), or a loaded camera.json
+Mask = npt.NDArray[Any] | Rle | Mapping[str, Any] | bytes | str | Path | Sequence[Any]
 Progress = Callable[[str, float], None]  # what is going on ("upload", "onboarding"), 0..1
 
 
@@ -122,7 +124,7 @@ class PoseOptions(TypedDict, total=False):
     cad_format: CadFormat  # of `cad`; taken from a file's name where it is left out
     objects: Mapping[int | str, str | Mapping[str, str]]  # category -> object id or name, or {"cad_path": ...}
     model_unit: Unit  # of `cad` or `cad_path`: "mm" unless told
-    depth_scale: float  # raw value x this = millimetres (metres with depth_unit="m"); required for float depth
+    depth_scale: float  # raw value x this = millimetres (metres with depth_unit="m"); float depth needs one of the two
     depth_unit: Literal["mm", "m"]
     engine: Literal["geometric", "sam6d", "auto"]
     refine: Literal["auto", "icp", "none"]
@@ -142,7 +144,8 @@ class DetectionOptions(PoseOptions, total=False):
     box_format: Literal["xywh", "xyxy"]
     scores: npt.ArrayLike  # (n,)
     object_ids: Sequence[int | str | None]  # categories
-    init_poses: Sequence[npt.ArrayLike | None]  # T_cam_obj_mm (4, 4) to refine without a search; None = search
+    #: T_cam_obj_mm (4, 4), a Pose, or {"rotation": (3, 3), "translation": (3,) mm}: refined without a search; None = search
+    init_poses: Sequence[npt.ArrayLike | Pose | Mapping[str, npt.ArrayLike] | None]
     detections: Sequence[Mapping[str, Any]]  # SAM-6D's list in place of masks
 
 
@@ -156,7 +159,7 @@ class ObjectOptions(TypedDict, total=False):
     symmetries_continuous: Sequence[Mapping[str, npt.ArrayLike]]  # {"axis": (3,), "offset": (3,)} each
     wait: bool  # until it is ready; True unless told
     wait_timeout_s: float  # 600 unless told
-    on_progress: Progress
+    on_progress: Progress  # told of "upload" and "onboarding", and of "already known" once where it is
 
 
 class ClientOptions(TypedDict, total=False):
@@ -176,17 +179,30 @@ _PLAIN: Final = (
 )
 
 
+def check_options(verb: str, given: Mapping[str, Any], kind: type, *named: str) -> None:
+    """TypeError for an option that `kind` (a TypedDict) lacks, with the nearest of its own and of those `named`."""
+    known = [*named, *kind.__annotations__]
+    for option in given:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+            raise TypeError(f"{verb}() has no option {option!r}; {hint}")
+
+
 def pose_request(
-    rgb: Picture, depth: Picture, K: npt.ArrayLike, masks: Sequence[Mask] | None, options: Mapping[str, Any]
+    rgb: Picture, depth: Picture, K: Camera, masks: Sequence[Mask] | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The body of a pose request, pictures encoded, masks as RLE; `masks` is None where there are none to send.
 
     ValueError and TypeError say what cannot be sent, before anything is.
     """
+    camera = _camera(K, options)
+    if camera.get("depth_unit") == "m" and isinstance(depth, np.ndarray) and depth.dtype.kind == "f":
+        camera.setdefault("depth_scale", 1.0)
     body: dict[str, Any] = {
         "rgb_image": encode_rgb(rgb),
-        "depth_image": encode_depth(depth, options.get("depth_scale")),
-        "cam_params": _camera(K, options),
+        "depth_image": encode_depth(depth, camera.get("depth_scale")),
+        "cam_params": camera,
     }
     given = {name: value for name, value in options.items() if value is not None}
     body |= {name: value for name, value in given.items() if name in _PLAIN}
@@ -209,24 +225,24 @@ def pose_request(
 
 
 def encode_rgb(rgb: Picture) -> bytes:
-    """A colour image as the server takes it: (H, W, 3) or (H, W) uint8 as PNG, bytes (a PNG or JPEG) as they are."""
-    if isinstance(rgb, bytes):
-        return rgb
+    """A colour image as the server takes it: (H, W, 3) or (H, W) uint8 as PNG, a PNG or JPEG (bytes or path) as it is."""
+    if not isinstance(rgb, np.ndarray):
+        return _file_bytes("rgb", rgb)
     if rgb.dtype != np.uint8 or not (rgb.ndim == 2 or (rgb.ndim == 3 and rgb.shape[2] == 3)):
         raise ValueError(f"rgb must be (H, W, 3) uint8 in RGB order, not {rgb.shape} {rgb.dtype}")
     return imagefiles.write_png(rgb)
 
 
 def encode_depth(depth: Picture, depth_scale: float | None) -> bytes:
-    """A depth image as the server takes it, without loss: (H, W) integers as 16-bit PNG, (H, W) floats as TIFF, bytes
-    (a 16-bit PNG or float TIFF) as they are."""
-    if isinstance(depth, bytes):
-        return depth
+    """A depth image as the server takes it, without loss: (H, W) integers as 16-bit PNG, (H, W) floats as TIFF, a 16-bit
+    PNG or float TIFF (bytes or path) as it is."""
+    if not isinstance(depth, np.ndarray):
+        return _file_bytes("depth", depth)
     if depth.ndim != 2:
         raise ValueError(f"depth must be (H, W), not {depth.shape}")
     if depth.dtype.kind == "f":
         if depth_scale is None:
-            raise ValueError("float depth needs depth_scale: 1000 where it holds metres, 1 where it holds millimetres")
+            raise ValueError('float depth needs depth_unit="m" where it holds metres, depth_scale=1 where millimetres')
         return imagefiles.write_float_tiff(depth)
     if depth.dtype == np.uint8:
         raise ValueError("8-bit depth has lost its data; give the sensor's 16-bit or float values")
@@ -236,7 +252,9 @@ def encode_depth(depth: Picture, depth_scale: float | None) -> bytes:
 
 
 def encode_mask(mask: Mask) -> Any:
-    """A mask as the server takes it: an (H, W) array becomes a COCO RLE, every other form goes as it is."""
+    """A mask as the server takes it: an (H, W) array becomes a COCO RLE, a path the file's bytes, the rest goes as it is."""
+    if isinstance(mask, str | Path):
+        return Path(mask).read_bytes()
     if not isinstance(mask, np.ndarray):
         return dict(mask) if isinstance(mask, Mapping) else mask
     if mask.ndim != 2:
@@ -244,13 +262,28 @@ def encode_mask(mask: Mask) -> Any:
     return encode_rle(mask != 0)
 
 
-def _camera(K: npt.ArrayLike, options: Mapping[str, Any]) -> dict[str, Any]:
+def _file_bytes(what: str, file: Any) -> bytes:
+    if isinstance(file, bytes):
+        return file
+    if isinstance(file, str | Path):
+        return Path(file).read_bytes()
+    raise TypeError(f"{what} must be an array, the bytes of an image file or its path, not {type(file).__name__}")
+
+
+def _camera(K: Camera, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`cam_params`: what a camera file says of the depth holds where the options do not say otherwise."""
+    said: dict[str, Any] = {}
+    if isinstance(K, Mapping):
+        if "cam_K" not in K:
+            raise TypeError(f"K is a dict without cam_K (it has {', '.join(map(str, K)) or 'nothing'}); give (3, 3) pixels")
+        said, K = dict(K), K["cam_K"]
     matrix = np.asarray(K, dtype=np.float64)
     if matrix.size != 9:
         raise ValueError(f"K must be (3, 3), not {matrix.shape}")
-    camera: dict[str, Any] = {"cam_K": matrix.ravel().tolist()}
-    camera |= {name: options[name] for name in ("depth_scale", "depth_unit") if options.get(name) is not None}
-    return camera
+    said |= {name: value for name, value in options.items() if value is not None}
+    return {"cam_K": matrix.ravel().tolist()} | {
+        name: said[name] for name in ("depth_scale", "depth_unit") if said.get(name) is not None
+    }
 
 
 def _cad(cad: bytes | str | Path, cad_format: str | None) -> tuple[bytes, str]:
@@ -273,13 +306,21 @@ def _columns(masks: Sequence[Mask], options: Mapping[str, Any]) -> dict[str, Any
     return columns
 
 
-def _init_pose(T_cam_obj_mm: npt.ArrayLike | None) -> dict[str, Any] | None:
-    if T_cam_obj_mm is None:
+def _init_pose(pose: npt.ArrayLike | Pose | Mapping[str, npt.ArrayLike] | None) -> dict[str, Any] | None:
+    if pose is None:
         return None
-    T = np.asarray(T_cam_obj_mm, dtype=np.float64)
-    if T.shape != (4, 4):
-        raise ValueError(f"an initial pose must be (4, 4), not {T.shape}")
-    return {"rotation": T[:3, :3].tolist(), "translation": T[:3, 3].tolist()}
+    if isinstance(pose, Mapping):
+        if set(pose) != {"rotation", "translation"}:
+            raise ValueError(f"an initial pose as a dict has rotation and translation, not {', '.join(map(str, pose))}")
+        R, t_mm = (np.asarray(pose[name], dtype=np.float64) for name in ("rotation", "translation"))
+    else:
+        T = np.asarray(pose.T_cam_obj_mm if isinstance(pose, Pose) else pose, dtype=np.float64)
+        if T.shape != (4, 4):
+            raise ValueError(f"an initial pose must be (4, 4), not {T.shape}")
+        R, t_mm = T[:3, :3], T[:3, 3]
+    if R.shape != (3, 3) or t_mm.shape != (3,):
+        raise ValueError(f"an initial pose has a rotation (3, 3) and a translation (3,), not {R.shape} and {t_mm.shape}")
+    return {"rotation": R.tolist(), "translation": t_mm.tolist()}
 
 
 # -------------------------------------------------------------------------------------------------------------- answers
@@ -293,7 +334,7 @@ class Hypothesis:
     confidence: float
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Pose:
     """One detection's answer, in the order sent. `R`, `t_mm` and `T_cam_obj_mm` raise NoPose where it was rejected."""
 
@@ -308,6 +349,12 @@ class Pose:
     ambiguous: bool
     hypotheses: tuple[Hypothesis, ...]
     row: Row  # as the server wrote it
+
+    def __repr__(self) -> str:
+        if not self.ok:
+            return f"Pose({self.status}, object={self.object_id!r}, error={self.error.code if self.error else None})"
+        t_mm = ", ".join(f"{value:.1f}" for value in self.t_mm)
+        return f"Pose({self.status}, object={self.object_id!r}, t_mm=({t_mm}), confidence={self.confidence:.2f})"
 
     @property
     def ok(self) -> bool:
@@ -333,7 +380,7 @@ class Pose:
         return _matrix(self.row.rotation, self.row.translation)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PoseResult:
     """The answer to a pose request: one pose or rejection per detection, in the order sent."""
 
@@ -347,6 +394,10 @@ class PoseResult:
     visualization: bytes | None  # PNG, with visualize=True
     detections: FoundDetections | None  # what the ISM server found (full_pipeline)
     answer: PoseAnswer  # as the server wrote it
+
+    def __repr__(self) -> str:
+        rows = "".join(f"\n  {pose.index}: {pose!r}" for pose in self.poses)
+        return f"PoseResult({len(self.poses)} pose{'' if len(self.poses) == 1 else 's'}, engine={self.engine}){rows}"
 
     def overlay(self) -> npt.NDArray[np.uint8]:
         """The visualization as (H, W, 3) uint8; ValueError where none was asked for."""

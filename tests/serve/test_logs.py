@@ -130,15 +130,14 @@ def test_a_terminal_gets_aligned_columns_in_colour(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv("NO_COLOR", raising=False)
     terminal = Terminal()
     logs.configure(Log(), tmp_path, stream=terminal)
-    timing = {"decode_ms": 12.4, "queue_ms": 3.0, "pose_ms": 140.6, "respond_ms": 0.0, "total_ms": 160.0}
+    timing = {"decode_ms": 12.4, "queue_ms": 0.0, "pose_ms": 140.6, "respond_ms": 0.0, "total_ms": 160.0}
     request(detections=12, poses=11, timing=timing, client="key robot-1")
     request(route="/api/v1/objects", status=404, error="unknown_object")
     logs.shutdown()
     plain = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in terminal.getvalue().splitlines()]
     assert "\x1b[" in terminal.getvalue()
     assert [line[12:] for line in plain] == [
-        " info    200  POST    /api/v1/pose_estimation       182.3 ms   11 of  12 posed  decode 12, queue 3, pose 141 ms"
-        " id=r-1",
+        " info    200  POST    /api/v1/pose_estimation       182.3 ms   11 of  12 posed  decode 12, pose 141 ms id=r-1",
         " info    404  POST    /api/v1/objects               182.3 ms id=r-1 error=unknown_object",
     ]
 
