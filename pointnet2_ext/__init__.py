@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
             raise
         raise ImportError(
             f"pointnet2_ext.{name} needs torch, which is not installed here; "
-            'install the server part with: pip install "pem-server[server]"'
+            'install the server part in the project folder with: pip install ".[server]"'
         ) from error
     return getattr(ops, name)
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import typer
 from rich.markup import escape
@@ -18,9 +18,16 @@ from serve.commands import estimate as estimate_command
 from serve.commands import keys as keys_commands
 from serve.commands import objects as objects_commands
 
+#: error code -> what to do about it on the command line; the server's own words are about the request
+_HINTS: Final[dict[str, str]] = {
+    "units": "on the command line: --depth-scale, --depth-unit m, --model-unit m",
+    "unknown_object": "`pem objects list` shows the names; `pem objects add FILE --name NAME` registers one",
+    "key_missing": "give the key with --api-key or the variable PEM_API_KEY",
+    "key_wrong": "give the key with --api-key or the variable PEM_API_KEY",
+}
+
 app = typer.Typer(
     name="pem",
-    help="PEM Server: an RGB-D frame, masks and a CAD model in, 6D poses out. Try `pem demo` first.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -30,19 +37,27 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `pem`. Exits 0, 1 where something failed or was refused, 2 where it was used wrongly."""
     try:
-        app(args=arguments, prog_name="pem")
+        app(args=arguments, prog_name=common.program())
     except client.RequestRefused as error:
         words = f"the server refused: {error}"
+        if hint := _hint(error):
+            words += f"\n{hint}"
         if error.request_id:
             words += f"\n(request id {error.request_id}, for the server's log)"
         _leave(words, 1)
     except client.ConnectionFailed as error:
-        hint = "" if isinstance(error, client.TimedOut) else "\nStart one with `pem serve`, or name another with --url."
-        _leave(f"{error}{hint}", 1)
+        hint = f"\nStart one with `{common.program()} serve`, or name another with --url."
+        _leave(f"{error}{'' if isinstance(error, client.TimedOut) else hint}", 1)
     except client.PemError as error:
         _leave(str(error), 1)
     except (settings.SettingsError, keys.KeyFileError, ValueError) as error:
         _leave(str(error), 2)
+
+
+def _hint(error: client.RequestRefused) -> str | None:
+    if (error.code, error.field) == ("invalid", "name") and "belongs to object" in error.detail:
+        return "`pem objects remove NAME` frees it"
+    return _HINTS.get(error.code)
 
 
 def _leave(words: str, code: int) -> NoReturn:
@@ -56,13 +71,15 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    help=f"PEM Server: an RGB-D frame, masks and a CAD model in, 6D poses out. Try `{common.program()} demo` first."
+)
 def top(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """PEM Server: an RGB-D frame, masks and a CAD model in, 6D poses out. Try `pem demo` first."""
+    """What comes before any command."""
 
 
 @app.command()
@@ -93,7 +110,7 @@ def serve(
 
       pem serve --host 0.0.0.0 --data-dir /var/lib/pem --device cuda
 
-      pem serve --config configs/server.toml --engine geometric
+      pem serve --config configs/cpu.toml --engine geometric
     """
     in_tables = {"PEM_LOG_FORMAT": log_format, "PEM_ISM_URL": ism_url}
     given = {
@@ -136,6 +153,7 @@ def demo(
         from serve.demo import run
     except ImportError as error:
         _need_server_extra(error)
+    common.check_folder(out)
     raise typer.Exit(run(out, keep=keep, json=json))
 
 
@@ -196,7 +214,8 @@ def _need_server_extra(error: ImportError) -> NoReturn:
     missing = (error.name or "").split(".")[0]
     if missing in ("serve", "workers", "posekit", "pointnet2_ext", ""):
         raise error
-    common.fail(f"this needs {missing}, which the base install leaves out: pip install 'pem-server[server]'")
+    install = """run `pip install ".[server]"` in the project's folder"""
+    common.fail(f"this needs {missing}, which the base install leaves out: {install}")
 
 
 if __name__ == "__main__":

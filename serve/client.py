@@ -85,7 +85,7 @@ class Client(Verbs):
     """A connection to a PEM server; `with Client(url) as pem:` closes it. Safe to share between threads."""
 
     def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
-        """No `api_key` = the variable PEM_API_KEY, where it is set ("" = none at all). For the rest see ClientOptions."""
+        """Without `api_key` that of the variable PEM_API_KEY, where it is set ("" = no key). See ClientOptions."""
         check_options(type(self).__name__, options, ClientOptions, "url", "api_key")
         super().__init__(url, api_key, **options)
         self._http = httpx.Client(**self._http_arguments)
@@ -204,7 +204,7 @@ class AsyncClient(Verbs):
     """The verbs of Client, to await: `async with AsyncClient(url) as pem:`."""
 
     def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
-        """No `api_key` = the variable PEM_API_KEY, where it is set ("" = none at all). For the rest see ClientOptions."""
+        """Without `api_key` that of the variable PEM_API_KEY, where it is set ("" = no key). See ClientOptions."""
         check_options(type(self).__name__, options, ClientOptions, "url", "api_key")
         super().__init__(url, api_key, **options)
         self._http = httpx.AsyncClient(**self._http_arguments)

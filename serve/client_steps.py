@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from serve import __version__
 from serve.client_wire import (
+    ALREADY_KNOWN,
     JSON,
     MSGPACK,
     Camera,
@@ -346,7 +347,7 @@ class Verbs:
         response = yield from self._exchange(call)
         added = decoded(response, ObjectAnswer)
         if on_progress is not None and response.status_code == httpx.codes.OK:  # a new one is 201
-            on_progress("already known", 1.0)
+            on_progress(ALREADY_KNOWN, 1.0)
         if not wait:
             return added
         end = time.monotonic() + wait_timeout_s

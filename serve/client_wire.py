@@ -110,6 +110,7 @@ Picture = npt.NDArray[Any] | bytes | str | Path  # an array, the bytes of an ima
 Camera = npt.ArrayLike | Mapping[str, Any]  # K (3, 3), or a loaded camera.json
 Mask = npt.NDArray[Any] | Rle | Mapping[str, Any] | bytes | str | Path | Sequence[Any]
 Progress = Callable[[str, float], None]  # what is going on ("upload", "onboarding"), 0..1
+ALREADY_KNOWN: Final = "already known"  # told once, at 1.0, of an object that the server had before
 
 
 class PoseOptions(TypedDict, total=False):
@@ -144,7 +145,7 @@ class DetectionOptions(PoseOptions, total=False):
     box_format: Literal["xywh", "xyxy"]
     scores: npt.ArrayLike  # (n,)
     object_ids: Sequence[int | str | None]  # categories
-    #: T_cam_obj_mm (4, 4), a Pose, or {"rotation": (3, 3), "translation": (3,) mm}: refined without a search; None = search
+    #: refined without a search (None = search): T_cam_obj_mm (4, 4), a Pose, or a dict of rotation and translation (mm)
     init_poses: Sequence[npt.ArrayLike | Pose | Mapping[str, npt.ArrayLike] | None]
     detections: Sequence[Mapping[str, Any]]  # SAM-6D's list in place of masks
 
@@ -159,7 +160,7 @@ class ObjectOptions(TypedDict, total=False):
     symmetries_continuous: Sequence[Mapping[str, npt.ArrayLike]]  # {"axis": (3,), "offset": (3,)} each
     wait: bool  # until it is ready; True unless told
     wait_timeout_s: float  # 600 unless told
-    on_progress: Progress  # told of "upload" and "onboarding", and of "already known" once where it is
+    on_progress: Progress  # told of "upload", "onboarding", and ALREADY_KNOWN
 
 
 class ClientOptions(TypedDict, total=False):
@@ -184,7 +185,7 @@ def check_options(verb: str, given: Mapping[str, Any], kind: type, *named: str) 
     known = [*named, *kind.__annotations__]
     for option in given:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
             raise TypeError(f"{verb}() has no option {option!r}; {hint}")
 
@@ -225,7 +226,7 @@ def pose_request(
 
 
 def encode_rgb(rgb: Picture) -> bytes:
-    """A colour image as the server takes it: (H, W, 3) or (H, W) uint8 as PNG, a PNG or JPEG (bytes or path) as it is."""
+    """A colour image as the server takes it: (H, W, 3) or (H, W) uint8 as PNG, a file (bytes or path) as it is."""
     if not isinstance(rgb, np.ndarray):
         return _file_bytes("rgb", rgb)
     if rgb.dtype != np.uint8 or not (rgb.ndim == 2 or (rgb.ndim == 3 and rgb.shape[2] == 3)):
@@ -234,8 +235,8 @@ def encode_rgb(rgb: Picture) -> bytes:
 
 
 def encode_depth(depth: Picture, depth_scale: float | None) -> bytes:
-    """A depth image as the server takes it, without loss: (H, W) integers as 16-bit PNG, (H, W) floats as TIFF, a 16-bit
-    PNG or float TIFF (bytes or path) as it is."""
+    """A depth image as the server takes it, without loss: (H, W) integers as 16-bit PNG, (H, W) floats as TIFF, a file
+    (16-bit PNG or float TIFF, bytes or path) as it is."""
     if not isinstance(depth, np.ndarray):
         return _file_bytes("depth", depth)
     if depth.ndim != 2:
@@ -252,7 +253,7 @@ def encode_depth(depth: Picture, depth_scale: float | None) -> bytes:
 
 
 def encode_mask(mask: Mask) -> Any:
-    """A mask as the server takes it: an (H, W) array becomes a COCO RLE, a path the file's bytes, the rest goes as it is."""
+    """A mask as the server takes it: an (H, W) array becomes a COCO RLE, a path its bytes, the rest goes as it is."""
     if isinstance(mask, str | Path):
         return Path(mask).read_bytes()
     if not isinstance(mask, np.ndarray):
@@ -275,7 +276,7 @@ def _camera(K: Camera, options: Mapping[str, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {}
     if isinstance(K, Mapping):
         if "cam_K" not in K:
-            raise TypeError(f"K is a dict without cam_K (it has {', '.join(map(str, K)) or 'nothing'}); give (3, 3) pixels")
+            raise TypeError(f"K is a dict without cam_K (it has {', '.join(map(str, K)) or 'nothing'})")
         said, K = dict(K), K["cam_K"]
     matrix = np.asarray(K, dtype=np.float64)
     if matrix.size != 9:
@@ -319,7 +320,7 @@ def _init_pose(pose: npt.ArrayLike | Pose | Mapping[str, npt.ArrayLike] | None) 
             raise ValueError(f"an initial pose must be (4, 4), not {T.shape}")
         R, t_mm = T[:3, :3], T[:3, 3]
     if R.shape != (3, 3) or t_mm.shape != (3,):
-        raise ValueError(f"an initial pose has a rotation (3, 3) and a translation (3,), not {R.shape} and {t_mm.shape}")
+        raise ValueError(f"an initial pose is a rotation (3, 3) and a translation (3,), not {R.shape}, {t_mm.shape}")
     return {"rotation": R.tolist(), "translation": t_mm.tolist()}
 
 

@@ -136,7 +136,7 @@ def _demo(out: Path, keep: bool, people: Console, report: _Report) -> None:
         with report.timed("scene"), common.spinner("drawing the scene"):
             scene = demo_scene()
         _write_inputs(out, scene)
-        with _server(data, report) as url, Client(url, timeout_s=_ANSWER_LIMIT_S) as client:
+        with _server(data, report) as url, Client(url, "", timeout_s=_ANSWER_LIMIT_S) as client:
             onboarding_s = _register(client, scene, report)
             report.result = result = _ask(client, scene, report)
         report.found = [
@@ -178,7 +178,7 @@ def _server(data: Path, report: _Report) -> Iterator[str]:
 
 def _wait_for_start(child: subprocess.Popen[bytes], url: str, output: Path) -> None:
     end = time.monotonic() + _START_LIMIT_S
-    with Client(url, timeout_s=5.0, retries=0) as client, common.spinner(f"starting a server at {url}"):
+    with Client(url, "", timeout_s=5.0, retries=0) as client, common.spinner(f"starting a server at {url}"):
         while not client.ready():
             if child.poll() is not None:
                 raise DemoFailed(f"the server ended with code {child.returncode}; its log:\n{_tail(output)}")
@@ -278,11 +278,12 @@ def _tell(people: Console, out: Path, report: _Report, result: PoseResult) -> No
     name = report.found[0].name
     overlay = out / "overlay.png"
     people.print(f"overlay: [bold]{escape(str(overlay))}[/]" if overlay.exists() else "no overlay was drawn")
+    pem = common.program()
     people.print(
-        f"\nThe same by hand, once `pem serve` runs:\n"
+        f"\nThe same by hand, once `{pem} serve` runs:\n"
         f"  curl -s http://127.0.0.1:8003/api/v1/pose_estimation -F rgb=@{out}/rgb.png -F depth=@{out}/depth.png \\\n"
         f"    -F cad=@{out}/{name}.ply -F 'request=<{out}/request.json'\n"
-        f"  pem estimate --rgb {out}/rgb.png --depth {out}/depth.png --camera {out}/camera.json \\\n"
+        f"  {pem} estimate --rgb {out}/rgb.png --depth {out}/depth.png --camera {out}/camera.json \\\n"
         f"    --cad {out}/{name}.ply --mask {out}/mask.png --out {out}/again.png\n",
         markup=False,
         soft_wrap=True,

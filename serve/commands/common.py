@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from serve.client import DEFAULT_URL, Client
+from serve.client_wire import ALREADY_KNOWN
 
 Url = Annotated[str, typer.Option("--url", envvar="PEM_URL", help="Where the server is.")]
 ApiKey = Annotated[
@@ -34,6 +37,19 @@ Config = Annotated[
 
 URL_DEFAULT = DEFAULT_URL
 WIDE = 150  # columns of a table that goes into a file or a pipe
+
+
+def program() -> str:
+    """How the `pem` in use is called from the current folder: by its name where that finds it, else by its path."""
+    here = Path.cwd()
+    python = Path(sys.executable)
+    if python.is_relative_to(here):
+        python = python.relative_to(here)
+    script = python.with_name("pem")
+    if not script.exists():
+        return f"{python} -m serve.cli"
+    found = shutil.which("pem")
+    return "pem" if found is not None and os.path.samefile(found, script) else str(script)
 
 
 def stdout() -> Console:
@@ -82,8 +98,20 @@ def write_json(target: str | None, value: Any) -> None:
         write_file(Path(target), data)
 
 
+def check_folder(*paths: Path | str | None) -> None:
+    """Leave where a result's folder does not exist and is not ours to make: only those below the current one are."""
+    here = Path.cwd()
+    for path in paths:
+        if path is None or path == "-":
+            continue
+        folder = Path(os.path.abspath(path)).parent
+        if not folder.is_dir() and not folder.is_relative_to(here):
+            fail(f"cannot write {path}: there is no folder {folder}; make it first", 2)
+
+
 def write_file(path: Path, data: bytes) -> None:
-    """Write a result, making its folder."""
+    """Write a result, making its folder where it lies below the current one."""
+    check_folder(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -107,6 +135,8 @@ def phases(what: str) -> Iterator[Callable[[str, float], None]]:
         tasks: dict[str, Any] = {}
 
         def show(phase: str, fraction: float) -> None:
+            if phase == ALREADY_KNOWN:
+                return
             if phase not in tasks:
                 tasks[phase] = progress.add_task(f"{phase} of {escape(what)}", total=1.0)
             progress.update(tasks[phase], completed=fraction)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from json import JSONDecodeError, loads
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 import numpy as np
@@ -21,7 +22,8 @@ def estimate(
     rgb: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The colour image: PNG or JPEG.")],
     depth: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Depth: 16-bit PNG or float TIFF.")],
     camera: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="JSON with cam_K and depth_scale, as SAM-6D has it.")
+        Path,
+        typer.Option(exists=True, dir_okay=False, help="JSON with cam_K and depth_scale, as SAM-6D or BOP have it."),
     ],
     cad: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="The CAD model: PLY, OBJ, STL, GLB, OFF or zip.")
@@ -74,8 +76,9 @@ def estimate(
         common.fail("say which object it is: by --cad FILE or by --object NAME (one of them)", 2)
     if (detections is None) == (not mask):
         common.fail("say where the object is: by --mask FILE (repeatable) or by --detections FILE (one of them)", 2)
-    K, scale, unit = _read_camera(camera)
-    chosen = {
+    common.check_folder(out, json)
+    K, scale, unit = read_camera(camera)
+    chosen: dict[str, Any] = {
         "depth_scale": depth_scale if depth_scale is not None else scale,
         "depth_unit": depth_unit if depth_unit is not None else unit,
         "engine": engine,
@@ -84,10 +87,12 @@ def estimate(
         "seed": seed,
         "deadline_ms": deadline_ms,
         "visualize": True if out is not None else None,
-        **_objects(objects or [], detections is not None),
     }
     if detections is not None:
+        chosen |= _objects_of_detections(objects or [])
         chosen["detections"] = _read_detections(detections)
+    else:
+        chosen |= _object_of_masks(objects or [], cad, len(mask or ()))
     masks = [common.read_file(path) for path in mask] if mask else None
     with common.connect(url, api_key) as client:
         if cad is not None:
@@ -180,27 +185,63 @@ def _register(client: Client, cad: Path, model_unit: Unit | None) -> str:
         return client.objects.add(cad, **options).object_id
 
 
-def _objects(names: list[str], by_category: bool) -> dict[str, Any]:
+def _objects_of_detections(names: list[str]) -> dict[str, Any]:
+    """`--object NAME`, or CATEGORY=NAME for each category of the detections; nothing with --cad."""
     if not names:
         return {}
     if len(names) == 1 and "=" not in names[0]:
         return {"object_id": names[0]}
-    if not by_category or not all("=" in name for name in names):
-        common.fail(
-            "several objects are told apart by the detections' categories: --detections, --object CATEGORY=NAME", 2
-        )
+    if not all("=" in name for name in names):
+        common.fail("several objects are told apart by the detections' categories: --object CATEGORY=NAME for each", 2)
     return {"objects": dict(name.split("=", 1) for name in names)}
 
 
-def _read_camera(path: Path) -> tuple[Float64, float | None, str | None]:
-    """(K, depth_scale, depth_unit) of a camera file."""
-    example = '{"cam_K": [fx, 0, cx, 0, fy, cy, 0, 0, 1], "depth_scale": 1.0}'
+def _object_of_masks(names: list[str], cad: Path | None, count: int) -> dict[str, Any]:
+    """The one object of all masks; its name (or CATEGORY, or the stem of --cad) becomes the detections' category."""
+    if len(names) > 1:
+        common.fail(
+            "masks are all of one object; several are told apart by --detections and --object CATEGORY=NAME for each", 2
+        )
+    if not names:
+        return {} if cad is None else {"object_ids": [cad.stem] * count}
+    category, _, name = names[0].rpartition("=")
+    return {"object_id": name, "object_ids": [category or name] * count}
+
+
+def read_camera(path: Path) -> tuple[Float64, float | None, str | None]:
+    """(K, depth_scale, depth_unit) of a camera file: SAM-6D's, BOP's camera.json or one image's scene_camera.json."""
     try:
-        content = msgspec.json.decode(common.read_file(path), type=dict[str, Any])
-        K = np.array(content["cam_K"], dtype=np.float64).reshape(3, 3)
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        common.fail(f"{path} is no camera file; it looks like {example}", 2)
+        content = loads(common.read_file(path))
+    except JSONDecodeError as error:
+        _no_camera(path, f"it is broken JSON, at line {error.lineno}, column {error.colno}: {error.msg}")
+    except UnicodeDecodeError:
+        _no_camera(path, "it is no text")
+    if not isinstance(content, dict):
+        _no_camera(path, "it holds no {...}")
+    if content and all(isinstance(entry, dict) for entry in content.values()):
+        if len(content) > 1:
+            _no_camera(path, f"it holds {len(content)} cameras, and one image has one: keep only its entry")
+        (content,) = content.values()
+    if "cam_K" in content:
+        numbers = content["cam_K"]
+    else:
+        missing = [name for name in ("fx", "fy", "cx", "cy") if name not in content]
+        if len(missing) == 4:
+            _no_camera(path, "it has no cam_K")
+        if missing:
+            _no_camera(path, f"it has no {' and no '.join(missing)} (nor a cam_K)")
+        fx, fy, cx, cy = (content[name] for name in ("fx", "fy", "cx", "cy"))
+        numbers = [fx, 0, cx, 0, fy, cy, 0, 0, 1]
+    try:
+        K = np.array(numbers, dtype=np.float64).reshape(3, 3)
+    except (TypeError, ValueError):
+        _no_camera(path, "its cam_K is not 9 numbers" if "cam_K" in content else "fx, fy, cx and cy must be numbers")
     return K, content.get("depth_scale"), content.get("depth_unit")
+
+
+def _no_camera(path: Path, why: str) -> NoReturn:
+    example = '{"cam_K": [fx, 0, cx, 0, fy, cy, 0, 0, 1], "depth_scale": 1.0}'
+    common.fail(f"{path} is no camera file: {why}; one looks like {example}", 2)
 
 
 def _read_detections(path: Path) -> list[dict[str, Any]]:

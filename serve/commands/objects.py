@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from serve.client import ObjectOptions
+from serve.client_wire import ALREADY_KNOWN
 from serve.commands import common
 from serve.schemas import ObjectAnswer, Unit
 
@@ -38,9 +39,17 @@ def add(
         options["name"] = name
     if model_unit is not None:
         options["model_unit"] = model_unit
+    told: set[str] = set()
     with common.connect(url, api_key) as client, common.phases(file.name) as show:
-        options["on_progress"] = show
+
+        def progress(phase: str, fraction: float) -> None:
+            told.add(phase)
+            show(phase, fraction)
+
+        options["on_progress"] = progress
         added = client.objects.add(file, **options)
+    if ALREADY_KNOWN in told and json != "-":
+        common.note(f"{file.name} was already known to the server")
     _show(added, json)
 
 
@@ -66,7 +75,7 @@ def list_(json: common.Json = None, url: common.Url = common.URL_DEFAULT, api_ke
             item.model_unit,
             f"{item.health.diameter_mm:.1f}",
             f"{item.health.faces:,}",
-            str(len(item.health.warnings) or "-"),
+            _count(len(item.health.warnings), "warning"),
         )
     common.stdout().print(rows)
 
@@ -117,6 +126,10 @@ def _show(item: ObjectAnswer, json: str | None) -> None:
     if item.error:
         rows.add_row("[red]error[/]", escape(item.error))
     common.stdout().print(rows)
+
+
+def _count(number: int, what: str) -> str:
+    return "-" if number == 0 else f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _status(item: ObjectAnswer) -> str:

@@ -83,7 +83,7 @@ def test_without_torch_the_first_use_says_what_to_install():
     answer = run_python(code)
     assert answer.returncode != 0
     assert "pointnet2_ext.kernel_for needs torch, which is not installed here" in answer.stderr
-    assert 'pip install "pem-server[server]"' in answer.stderr
+    assert 'pip install ".[server]"' in answer.stderr
 
 
 @pytest.mark.skipif(pointnet2_ext.kernel_for("cpu") == "reference", reason="no compiled kernels here")

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
 from posekit import images
 from posekit.rle import encode_rle
 from posekit.scenes import demo_scene
 from posekit.shapes import SHAPES, mesh_to_ply
 from serve import __version__, cli, imagefiles
-from serve.commands.estimate import rotation_vector_deg
+from serve.commands import common
+from serve.commands.estimate import read_camera, rotation_vector_deg
 from tests.running import RunningServer
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +70,40 @@ def test_the_version_is_told(pem: Pem) -> None:
 def test_help_teaches(pem: Pem, command: list[str]) -> None:
     done = pem(*command, "--help")
     assert done.code == 0
-    assert "Usage: pem" in done.out
+    assert f"Usage: {common.program()}" in done.out
+
+
+def test_every_settings_file_that_help_names_exists() -> None:
+    def texts(command: Any) -> Iterator[str]:
+        yield command.help or ""
+        for option in command.params:
+            yield getattr(option, "help", None) or ""
+        for below in getattr(command, "commands", {}).values():
+            yield from texts(below)
+
+    named = re.findall(r"configs/[\w./-]*\w", "\n".join(texts(typer.main.get_command(cli.app))))
+    assert named
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_the_program_is_called_by_its_path_where_its_name_does_not_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "venv" / "bin" / "pem"
+    script.parent.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "executable", str(script.with_name("python")))
+    assert common.program() == "venv/bin/python -m serve.cli"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    assert common.program() == "venv/bin/pem"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert common.program() == "pem"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert common.program() == str(script)
 
 
 def test_help_of_serve_imports_nothing_heavy() -> None:
@@ -201,12 +237,47 @@ def test_estimate_says_what_is_missing(pem: Pem, files: Path, arguments: list[st
     assert words in done.err
 
 
-def test_a_camera_file_that_is_none_shows_one(pem: Pem, files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"fx": 600, "cx": 3}', "no fy and no cy"),
+        ('{"K": []}', "no cam_K"),
+        ('{"cam_K": [1, 2]}', "not 9 numbers"),
+        ('{\n"cam_K": [1, 2,, 3]}', "line 2, column 1"),
+        ("[1, 2]", "no {...}"),
+        ('{"0": {"cam_K": []}, "1": {"cam_K": []}}', "2 cameras"),
+    ],
+)
+def test_a_camera_file_that_is_none_says_why_and_shows_one(
+    pem: Pem, files: Path, tmp_path: Path, text: str, words: str
+) -> None:
     wrong = tmp_path / "camera.json"
-    wrong.write_text('{"fx": 600}')
+    wrong.write_text(text)
     arguments = ["--rgb", files / "rgb.png", "--depth", files / "depth.png", "--camera", wrong]
     done = pem("estimate", *arguments, "--object", "x", "--mask", files / "mask.png")
-    assert (done.code, "cam_K" in done.err) == (2, True)
+    assert (done.code, '{"cam_K": [fx' in done.err) == (2, True)
+    assert words in done.err
+
+
+def test_the_forms_of_a_camera_file_mean_the_same(tmp_path: Path) -> None:
+    flat = {"cam_K": [600, 0, 31, 0, 500, 23, 0, 0, 1], "depth_scale": 0.1}
+    named = {"fx": 600, "fy": 500, "cx": 31, "cy": 23, "depth_scale": 0.1, "width": 64, "height": 48}
+    path = tmp_path / "camera.json"
+    for content in (flat, named, {"7": {**flat, "cam_R_w2c": [1]}}):
+        path.write_text(json.dumps(content))
+        K, scale, unit = read_camera(path)
+        assert K.tolist() == [[600, 0, 31], [0, 500, 23], [0, 0, 1]]
+        assert (scale, unit) == (0.1, None)
+
+
+def test_no_folder_is_made_outside_the_current_one(pem: Pem, files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "overlay.png"
+    choice = ["--object", "x", "--mask", files / "mask.png", "--url", NOWHERE]
+    for arguments in (["--out", out], ["--json", out]):
+        done = pem("estimate", *frame(files), *choice, *arguments)
+        assert (done.code, "make it first" in done.err) == (2, True)
+    assert pem("demo", "--out", tmp_path / "new" / "demo").code == 2
+    assert not out.parent.exists()
 
 
 @pytest.mark.parametrize("vector", [[0, 0, 0], [10, -20, 30], [180, 0, 0], [0, 120, 127], [1e-4, 0, 0]], ids=str)
@@ -222,8 +293,11 @@ def test_a_rotation_vector_is_read_off_any_rotation(vector: list[float]) -> None
 # ---------------------------------------------------------------------------------------------- against a real server
 
 
-def test_files_in_table_and_overlay_out(server: RunningServer, pem: Pem, files: Path, tmp_path: Path) -> None:
-    overlay, answer = tmp_path / "seen" / "overlay.png", tmp_path / "answer.json"
+def test_files_in_table_and_overlay_out(
+    server: RunningServer, pem: Pem, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overlay, answer = Path("seen", "overlay.png"), tmp_path / "answer.json"
     masks = ["--mask", files / "mask.png", "--mask", files / "empty.png"]
     output = ["--out", overlay, "--json", answer, "--url", server.url]
     done = pem("estimate", *frame(files), "--cad", files / "housing.ply", *masks, *output)
@@ -233,7 +307,7 @@ def test_files_in_table_and_overlay_out(server: RunningServer, pem: Pem, files: 
     assert "inliers" in done.out
     assert images.decode_color(overlay.read_bytes(), 10).shape == demo_scene().rgb.shape
     rows = json.loads(answer.read_text())["poses"]
-    assert [row["status"] for row in rows] == ["ok", "rejected"]
+    assert [(row["object_id"], row["status"]) for row in rows] == [("housing", "ok"), ("housing", "rejected")]
     np.testing.assert_allclose(rows[0]["translation"], demo_scene().instances[0].T_cam_obj[:3, 3] * 1000, atol=2)
 
 
@@ -244,12 +318,34 @@ def test_detections_of_sam6d_are_taken_as_they_are(server: RunningServer, pem: P
     assert (row["status"], row["object_id"], row["bbox"]) == ("ok", 5, [0, 0, 5, 5])
 
 
+def test_one_object_for_the_masks_is_named_in_the_answer(server: RunningServer, pem: Pem, files: Path) -> None:
+    arguments = ["estimate", *frame(files), "--mask", files / "mask.png", "--url", server.url]
+    assert " housing " in pem(*arguments, "--object", "housing").out
+    (row,) = pem(*arguments, "--object", "5=housing", "--json", "-").json()["poses"]
+    assert (row["status"], row["object_id"]) == ("ok", "5")
+
+
+def test_a_wrong_unit_is_told_in_options_of_the_command_line(server: RunningServer, pem: Pem, files: Path) -> None:
+    choice = ["--object", "housing", "--mask", files / "mask.png", "--depth-scale", 0.001, "--url", server.url]
+    done = pem("estimate", *frame(files), *choice)
+    assert done.code == 1
+    assert "\non the command line: --depth-scale, --depth-unit m, --model-unit m\n" in done.err
+
+
 def test_objects_from_file_to_removal(server: RunningServer, pem: Pem, tmp_path: Path) -> None:
     file = tmp_path / "tee.ply"
     file.write_bytes(mesh_to_ply(SHAPES["tee"]().mesh))
     at = ["--url", server.url]
+    first = pem("objects", "add", file, "--name", "cli-tee", *at)
+    assert "already known" not in first.err
+    again = pem("objects", "add", file, "--name", "cli-tee", *at)
+    assert "tee.ply was already known" in again.err
     added = pem("objects", "add", file, "--name", "cli-tee", "--json", "-", *at).json()
     assert added["status"] == "ready"
+    other = tmp_path / "wedge.ply"
+    other.write_bytes(mesh_to_ply(SHAPES["wedge"]().mesh))
+    taken = pem("objects", "add", other, "--name", "cli-tee", *at)
+    assert (taken.code, "`pem objects remove NAME` frees it" in taken.err) == (1, True)
     listed = pem("objects", "list", "--json", "-", *at).json()["objects"]
     assert added["object_id"] in [item["object_id"] for item in listed]
     assert "cli-tee" in pem("objects", "list", *at).out
@@ -258,6 +354,7 @@ def test_objects_from_file_to_removal(server: RunningServer, pem: Pem, tmp_path:
     gone = pem("objects", "show", "cli-tee", *at)
     assert gone.code == 1
     assert "404" in gone.err
+    assert "\n`pem objects list` shows the names" in gone.err
     assert "request id" in gone.err
 
 
@@ -276,6 +373,7 @@ def test_a_running_server_asks_for_the_key_that_was_just_made(
     key = pem("keys", "add", "robot", "--data-dir", server.data).out.strip()
     refused = pem(*at)
     assert (refused.code, "401 key_missing" in refused.err) == (1, True)
+    assert "\ngive the key with --api-key or the variable PEM_API_KEY\n" in refused.err
     assert pem(*at, "--api-key", key).code == 0
     pem("keys", "add", "other", "--data-dir", server.data)
     pem("keys", "revoke", "robot", "--data-dir", server.data)

@@ -292,6 +292,86 @@ def test_a_cad_file_brings_its_format(tmp_path: Path) -> None:
     assert (body["cad"], body["cad_format"]) == (b"ply", "ply")
 
 
+def test_pictures_and_masks_may_be_paths(tmp_path: Path) -> None:
+    for name in ("rgb", "depth", "mask"):
+        (tmp_path / name).write_bytes(name.encode())
+    body = client_wire.pose_request(tmp_path / "rgb", str(tmp_path / "depth"), K, [tmp_path / "mask"], {})
+    assert (body["rgb_image"], body["depth_image"], body["detections"]["masks"]) == (b"rgb", b"depth", [b"mask"])
+
+
+def test_a_loaded_camera_file_is_a_camera() -> None:
+    camera = {"cam_K": K.ravel().tolist(), "depth_scale": 0.1}
+    assert client_wire.pose_request(RGB, DEPTH, camera, [], {})["cam_params"] == camera
+    told = client_wire.pose_request(RGB, DEPTH, camera, [], {"depth_scale": 2.0})["cam_params"]
+    assert told == {**camera, "depth_scale": 2.0}
+
+
+def test_float_metres_need_no_scale() -> None:
+    metres = DEPTH.astype(np.float32) / 1000
+    camera = client_wire.pose_request(RGB, metres, K, [], {"depth_unit": "m"})["cam_params"]
+    assert (camera["depth_unit"], camera["depth_scale"]) == ("m", 1.0)
+    assert "depth_scale" not in client_wire.pose_request(RGB, DEPTH, K, [], {"depth_unit": "m"})["cam_params"]
+
+
+def test_an_answered_pose_can_be_an_initial_pose(script: tuple[str, Script]) -> None:
+    url, played = script
+    row = {"object_id": "can", "cad_id": "9f", "status": "ok", "confidence": 0.976, "bbox": [1, 2, 3, 4]}
+    where = {"rotation": np.eye(3).tolist(), "translation": [1.25, -2.0, 544.06]}
+    played.answers = [(200, {}, {"success": True, "engine": "geometric", "poses": [{**row, **where}]})]
+    with client.Client(url) as pem:
+        result = pem.estimate(RGB, DEPTH, K, [MASK], object_id="x")
+        pem.estimate(RGB, DEPTH, K, [MASK, MASK], object_id="x", init_poses=[result.poses[0], where])
+    assert msgspec.msgpack.decode(played.seen[1][3])["init_poses"] == [where, where]
+    shown = "Pose(ok, object='can', t_mm=(1.2, -2.0, 544.1), confidence=0.98)"
+    assert repr(result.poses[0]) == shown
+    assert repr(result) == f"PoseResult(1 pose, engine=geometric)\n  0: {shown}"
+
+
+def test_an_unknown_option_is_named_with_the_nearest_known_one() -> None:
+    frame = (RGB, DEPTH, K)
+    with client.Client("http://127.0.0.1:9", retries=0) as pem:
+        with pytest.raises(TypeError, match=r"estimate\(\) has no option 'hypothesis'; did you mean 'hypotheses'\?"):
+            pem.estimate(*frame, [MASK], hypothesis=3)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match="'min_scores'; did you mean 'min_score'"):
+            pem.estimate(*frame, [MASK], min_scores=0.9)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match="'mask'; did you mean 'masks'"):
+            pem.estimate(*frame, mask=[MASK])  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match="'xyz'; it takes rgb, depth"):
+            pem.full_pipeline(*frame, template_dir="t", xyz=1)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match="'unit'; did you mean 'model_unit'"):
+            pem.objects.add("mug.ply", unit="m")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="'timeout'; did you mean 'timeout_s'"):
+        client.Client(timeout=3)  # type: ignore[call-arg]
+
+    async def ask() -> None:
+        async with client.AsyncClient("http://127.0.0.1:9") as pem:
+            with pytest.raises(TypeError, match="'min_scores'; did you mean 'min_score'"):
+                await pem.estimate(*frame, [MASK], min_scores=0.9)  # type: ignore[call-arg]
+            with pytest.raises(TypeError, match="'nam'; did you mean 'name'"):
+                await pem.objects.add("mug.ply", nam="mug")  # type: ignore[call-arg]
+
+    asyncio.run(ask())
+
+
+def test_the_key_comes_from_the_environment_where_none_is_given(
+    script: tuple[str, Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, played = script
+    played.answers = [(200, {}, {})]
+    monkeypatch.setenv("PEM_API_KEY", "pem_env")
+    for key in (None, "pem_given", ""):
+        with client.Client(url, key) as pem:
+            pem.openapi()
+    keys = [headers.get("authorization") for _, _, headers, _ in played.seen]
+    assert keys == ["Bearer pem_env", "Bearer pem_given", None]
+
+
+@pytest.mark.parametrize("wrong", [{"fx": 600.0}, {}], ids=str)
+def test_a_dict_that_is_no_camera_is_named(wrong: dict[str, float]) -> None:
+    with pytest.raises(TypeError, match="without cam_K"):
+        client_wire.pose_request(RGB, DEPTH, wrong, [], {})
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -307,6 +387,8 @@ def test_a_cad_file_brings_its_format(tmp_path: Path) -> None:
         ({"cad": b"ply"}, "cad_format"),
         ({"detections": [{}]}, "not both"),
         ({"init_poses": [np.eye(3)]}, r"\(4, 4\)"),
+        ({"init_poses": [{"rotation": np.eye(3)}]}, "rotation and translation"),
+        ({"init_poses": [{"rotation": np.eye(4), "translation": [0, 0, 0]}]}, r"\(3, 3\)"),
     ],
 )
 def test_what_cannot_be_right_is_not_sent(change: dict[str, Any], words: str) -> None:
@@ -332,6 +414,7 @@ def test_a_rejected_row_has_no_pose_to_mistake_for_one(script: tuple[str, Script
     assert not pose.ok
     assert pose.error is not None
     assert pose.error.code == "mask_too_small"
+    assert repr(pose) == "Pose(rejected, object=5, error=mask_too_small)"
     for name in ("R", "t_mm", "T_cam_obj_mm"):
         with pytest.raises(client.NoPose, match="mask_too_small: 12 valid"):
             getattr(pose, name)
@@ -406,7 +489,7 @@ def test_client_and_command_line_work_in_a_base_install(tmp_path: Path) -> None:
     assert "no server answers at http://127.0.0.1:9" in done.stdout, done.stderr
     serve = run(python, "-m", "serve.cli", "serve", "--data-dir", str(tmp_path / "data"))
     assert serve.returncode == 1
-    assert "pip install 'pem-server[server]'" in serve.stderr
+    assert 'pip install ".[server]"' in serve.stderr
     assert "Traceback" not in serve.stderr
 
 
