@@ -72,7 +72,8 @@ async def chunks(
     end = time.monotonic() + _WHOLE_BODY_S
     while True:
         try:
-            message = await asyncio.wait_for(receive(), min(idle_s, max(end - time.monotonic(), 0.0)))
+            async with asyncio.timeout(min(idle_s, max(end - time.monotonic(), 0.0))):
+                message = await receive()
         except TimeoutError:
             if time.monotonic() >= end:
                 raise ApiError("body_timeout", f"the {what} was not complete after {_WHOLE_BODY_S:g} s") from None
@@ -119,7 +120,8 @@ async def discard(receive: Receive, idle_s: float) -> bool:
     total = 0
     while total < _DISCARD_BYTES and (left := end - time.monotonic()) > 0:
         try:
-            message = await asyncio.wait_for(receive(), min(left, idle_s))
+            async with asyncio.timeout(min(left, idle_s)):
+                message = await receive()
         except TimeoutError:
             return False
         if message["type"] == "http.disconnect":
