@@ -37,7 +37,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `pem`. Exits 0, 1 where something failed or was refused, 2 where it was used wrongly."""
     try:
-        app(args=arguments, prog_name=common.program())
+        app(args=arguments, prog_name="pem")
     except client.RequestRefused as error:
         words = f"the server refused: {error}"
         if hint := _hint(error):
