@@ -159,7 +159,6 @@ async def read_form(
     if kind != "multipart/form-data" or not boundary:
         raise ApiError("unsupported_media_type", "send multipart/form-data with a boundary")
     sink = _FormSink(parts, files or {})
-    # Bodies are tiny beside their bound on part headers, so the parser's own limits are enough otherwise.
     parser = MultipartParser(boundary.encode(), sink.callbacks())  # type: ignore[arg-type]
     got_any = False
     try:
@@ -167,11 +166,9 @@ async def read_form(
             got_any = True
             try:
                 parser.write(chunk)
-            except ApiError:
+            except (ApiError, OSError):  # the sink's
                 raise
-            except OSError:
-                raise
-            except Exception as error:  # the parser's own errors share no base with a stable name
+            except Exception as error:  # the parser's: whatever it trips over, the body is at fault
                 raise ApiError("bad_body", f"the multipart body does not parse: {error}") from None
         if not got_any:
             raise ApiError("bad_body", "the body is empty")
