@@ -24,7 +24,7 @@ from posekit import images
 from posekit.errors import BadData, InvalidInput, TooLarge
 from posekit.rle import Rle, encode_rle
 
-__all__ = ["Rle", "decode_mask", "encode_rle", "mask_box", "parse", "peek_size"]
+__all__ = ["Rle", "decode_mask", "encode_rle", "mask_box", "parse"]
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
@@ -62,15 +62,6 @@ def decode_mask(spec: object, height: int, width: int, field: str | None, max_pi
     if rows is not None:
         return _decode_rows(rows, height, width, field)
     return _decode_polygons(value, height, width, field)
-
-
-def peek_size(spec: object, height: int, width: int, field: str | None = None) -> int:
-    """How many pixels a mask would decode to, by its header alone; polygons fill the image's height x width.
-
-    For bounding the masks of a request together before any is decoded. Raises BadData and InvalidInput for what
-    `decode_mask` would refuse for its form.
-    """
-    return _pixels(parse(spec, field), height, width, field)
 
 
 def parse(spec: object, field: str | None = None) -> object:

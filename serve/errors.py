@@ -96,3 +96,14 @@ def from_failure(failure: Failure) -> ApiError:
     """The client's view of a failure that came out of the pipeline."""
     code = FAILURE_CODES[failure.kind]
     return ApiError(code, failure.detail, field=failure.field, retry_after_s=30 if code == "storage_full" else None)
+
+
+def internal_error() -> ApiError:
+    """Our bug; whoever returns this has logged what happened."""
+    return ApiError("internal", "an internal error happened; the server's log has it under this request's id")
+
+
+def worker_lost() -> ApiError:
+    """The process that held a request died, once more than it may."""
+    detail = "the process that held this request died, and so did its retries"
+    return ApiError("worker_lost", detail, retry_after_s=5)

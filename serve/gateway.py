@@ -22,7 +22,7 @@ from posekit.errors import PoseError
 from serve import __version__, answers, body, logs, openapi, parse, schemas
 from serve.backend import Backend
 from serve.body import ClientGone
-from serve.errors import ApiError, from_posekit
+from serve.errors import ApiError, from_posekit, internal_error
 from serve.exchange import FORM, JSON, MSGPACK, Answer, Call, Receive, Scope, Send
 from serve.ism import IsmClient
 from serve.keys import KeyFileError, KeyRing
@@ -41,7 +41,6 @@ log = structlog.get_logger()
 
 _OPEN: Final = frozenset({"/livez", "/readyz", "/docs"})  # the docs page asks for a key itself
 _OBJECT: Final = "/api/v1/objects/"
-_INTERNAL: Final = "an internal error happened; the server's log has it under this request's id"
 
 
 Handler = Callable[["Gateway", Call], Awaitable[Answer]]
@@ -159,7 +158,7 @@ class Gateway:
             raise
         except Exception:
             log.exception("request_failed", id=call.request_id, route=call.path)
-            return self._failed(call, ApiError("internal", _INTERNAL))
+            return self._failed(call, internal_error())
 
     def _route(self, call: Call) -> Handler:
         path = call.path

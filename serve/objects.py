@@ -28,7 +28,7 @@ from posekit.errors import PoseError, StoreError
 from posekit.store import ObjectStore, StoredObject
 from serve import schemas
 from serve.backend import Backend, BackendError, Interrupted
-from serve.errors import ApiError, from_failure, from_posekit
+from serve.errors import ApiError, from_failure, from_posekit, internal_error
 from serve.parse import CadChoice
 from serve.settings import Settings
 from workers.messages import (
@@ -488,9 +488,7 @@ class Objects:
             ) from None
         except BackendError as error:
             log.error("inspect_failed", error=str(error))
-            raise ApiError(
-                "internal", "an internal error happened; the server's log has it under this request's id"
-            ) from None
+            raise internal_error() from None
         answer: InspectAnswer = _decode_inspected(body)
         if isinstance(answer, Failure):
             refused = from_failure(answer)

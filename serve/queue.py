@@ -24,7 +24,7 @@ import msgspec
 import structlog
 
 from serve.backend import Backend, BackendError, Interrupted
-from serve.errors import ApiError, from_failure
+from serve.errors import ApiError, from_failure, internal_error, worker_lost
 from serve.settings import Queue as QueueSettings
 from serve.spool import RunDir
 from workers.messages import Answer, Failure, FinishPart, Job, Part, PartAnswer, PassRecord, Row
@@ -371,16 +371,10 @@ class PoseQueue:
             self._fail(ticket, ApiError("deadline", "the deadline passed before the answer was ready"))
         except (BackendError, msgspec.DecodeError) as error:
             log.error("pipeline_error", request_id=ticket.job.request_id, error=str(error))
-            self._fail(
-                ticket,
-                ApiError("internal", "an internal error happened; the server's log has it under this request's id"),
-            )
+            self._fail(ticket, internal_error())
         except Exception:
             log.exception("queue_error", request_id=ticket.job.request_id)
-            self._fail(
-                ticket,
-                ApiError("internal", "an internal error happened; the server's log has it under this request's id"),
-            )
+            self._fail(ticket, internal_error())
         finally:
             ticket.running -= 1
             self._inside -= part.cost
@@ -400,9 +394,7 @@ class PoseQueue:
         if part.attempts > self._settings.retries:
             self._fail(
                 ticket,
-                ApiError(
-                    "worker_lost", "the process that held this request died, and so did its retries", retry_after_s=5
-                ),
+                worker_lost(),
             )
             return
         log.warning(
@@ -465,9 +457,7 @@ class PoseQueue:
                     "/finish", message.part_id, _encode(message), retries=self._settings.retries
                 )
             except Interrupted:
-                raise ApiError(
-                    "worker_lost", "the process that held this request died, and so did its retries", retry_after_s=5
-                ) from None
+                raise worker_lost() from None
         answer = _decode_answer(body)
         if isinstance(answer, Failure):
             raise from_failure(answer)

@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 
 from posekit import images
 from posekit.errors import BadData, InvalidInput, PoseError, TooLarge
-from posekit.masks import decode_mask, encode_rle, mask_box, peek_size
+from posekit.masks import decode_mask, encode_rle, mask_box
 
 ANY = 1e9  # pixels: no limit
 RNG = np.random.default_rng(3)
@@ -301,14 +301,6 @@ def test_a_mask_without_a_pixel_is_a_mask(spec):
 def test_what_is_no_form_of_mask_is_refused_with_the_forms(spec):
     with pytest.raises(InvalidInput, match="send a COCO RLE object, a base64 PNG, a nested 0/1 list or a list"):
         decode(spec)
-
-
-def test_the_size_is_known_before_decoding():
-    assert peek_size(encode_rle(MASK), 12, 20) == 240
-    assert peek_size({"size": [10_000, 10_000], "counts": "x"}, 12, 20) == 100_000_000
-    assert peek_size(images.encode_png(MASK[1:]), 12, 20) == 220
-    assert peek_size(b'"' + base64.b64encode(images.encode_png(MASK)) + b'"', 12, 20) == 240
-    assert peek_size([[1, 2, 3, 4, 5, 6]], 12, 20) == 240
 
 
 def test_the_box_is_that_of_pycocotools():
