@@ -27,7 +27,7 @@ Paint = Rgb | Callable[[Float64], npt.NDArray[Any]]  # one colour, or vertices (
 class Shape:
     """An object whose every property is known.
 
-    `symmetries` are those of the geometry; colours may tell symmetric poses apart.
+    `symmetries` of those in SHAPES are the geometry's; their colours may tell symmetric poses apart.
     """
 
     name: str
@@ -36,26 +36,31 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
+class Part:
+    """A closed surface with its colours: what objects are assembled from."""
+
     vertices: Float64  # (V, 3) mm
     faces: Int32  # (F, 3), counter-clockwise seen from outside
     colors: UInt8  # (V, 3)
 
-    def moved(self, offset: Sequence[float] = (0, 0, 0), R: Float64 | None = None) -> _Part:
+    def moved(self, offset: Sequence[float] = (0, 0, 0), R: Float64 | None = None) -> Part:
+        """The part turned by R (3, 3) about the origin, then shifted by `offset` mm."""
         vertices = self.vertices if R is None else self.vertices @ R.T
-        return _Part(vertices=vertices + np.asarray(offset, dtype=np.float64), faces=self.faces, colors=self.colors)
+        return Part(vertices=vertices + np.asarray(offset, dtype=np.float64), faces=self.faces, colors=self.colors)
 
 
 # Outlines: (n, 2) mm, counter-clockwise.
 
 
-def _circle(radius: float, center: tuple[float, float] = (0, 0), segments: int | None = None) -> Float64:
+def circle(radius: float, center: tuple[float, float] = (0, 0), segments: int | None = None) -> Float64:
+    """A circle; with few `segments` a regular polygon, its first corner towards +x."""
     count = segments or max(24, int(np.ceil(2 * np.pi * radius / EDGE_MM)))
     angle = np.arange(count) * 2 * np.pi / count
     return np.asarray(center) + radius * np.stack([np.cos(angle), np.sin(angle)], axis=1, dtype=np.float64)
 
 
-def _rectangle(width: float, height: float, center: tuple[float, float] = (0, 0), corner: float = 0) -> Float64:
+def rectangle(width: float, height: float, center: tuple[float, float] = (0, 0), corner: float = 0) -> Float64:
+    """`width` along x and `height` along y, its corners rounded with the radius `corner`."""
     w, h = width / 2 - corner, height / 2 - corner
     centers = np.array([[w, h], [-w, h], [-w, -h], [w, -h]]) + center
     if not corner:
@@ -95,9 +100,9 @@ def _inside(points: Float64, loops: Sequence[Float64]) -> npt.NDArray[np.bool_]:
 # Solids.
 
 
-def _extrude(
+def extrude(
     outline: Float64, height: float, paint: Paint, holes: Sequence[Float64] = (), edge: float = EDGE_MM
-) -> _Part:
+) -> Part:
     """A prism from z = 0 to `height`; holes are outlines inside `outline`, each in any direction."""
     from scipy.spatial import Delaunay, cKDTree
 
@@ -141,10 +146,10 @@ def _extrude(
     for below, above in itertools.pairwise(starts):
         faces.append(np.stack([below + here, below + ahead, above + ahead], axis=1))
         faces.append(np.stack([below + here, above + ahead, above + here], axis=1))
-    return _painted(vertices, np.concatenate(faces), paint)
+    return painted(vertices, np.concatenate(faces), paint)
 
 
-def _revolve(profile: Sequence[tuple[float, float]], paint: Paint, edge: float = EDGE_MM) -> _Part:
+def revolve(profile: Sequence[tuple[float, float]], paint: Paint, edge: float = EDGE_MM) -> Part:
     """Turn a profile of (radius, z) about z; it runs from the axis to the axis, with the outside to its right."""
     line = _resample(np.asarray(profile, dtype=np.float64), edge, closed=False)
     segments = max(48, int(np.ceil(2 * np.pi * line[:, 0].max() / edge)))
@@ -166,10 +171,10 @@ def _revolve(profile: Sequence[tuple[float, float]], paint: Paint, edge: float =
         faces.append(np.stack([below, above_ahead, above], axis=1))
     all_faces = np.concatenate(faces)
     a, b, c = all_faces.T
-    return _painted(np.asarray(vertices), all_faces[(a != b) & (b != c) & (a != c)], paint)
+    return painted(np.asarray(vertices), all_faces[(a != b) & (b != c) & (a != c)], paint)
 
 
-def _bent(part: _Part, radius: float) -> _Part:
+def bent(part: Part, radius: float) -> Part:
     """Bend a part that stands along z around the y axis, its middle line becoming an arc of `radius` about x = 0.
 
     Height z becomes the angle z / radius, from the +x axis towards +z.
@@ -177,11 +182,12 @@ def _bent(part: _Part, radius: float) -> _Part:
     x, y, z = part.vertices.T
     angle = z / radius
     vertices = np.stack([(radius + x) * np.cos(angle), y, (radius + x) * np.sin(angle)], axis=1)
-    return _Part(vertices=vertices, faces=part.faces, colors=part.colors)
+    return Part(vertices=vertices, faces=part.faces, colors=part.colors)
 
 
-def _box(size: Sequence[float], paint: Paint, center: Sequence[float] = (0, 0, 0)) -> _Part:
-    part = _extrude(_rectangle(size[0], size[1]), size[2], paint)
+def box(size: Sequence[float], paint: Paint, center: Sequence[float] = (0, 0, 0)) -> Part:
+    """A cuboid around `center`. A paint that asks for places sees it standing on z = 0, around the z axis."""
+    part = extrude(rectangle(size[0], size[1]), size[2], paint)
     return part.moved((center[0], center[1], center[2] - size[2] / 2))
 
 
@@ -191,12 +197,14 @@ def _clockwise(loop: Float64) -> Float64:
     return loop[::-1] if signed > 0 else loop
 
 
-def _painted(vertices: Float64, faces: npt.NDArray[Any], paint: Paint) -> _Part:
+def painted(vertices: Float64, faces: npt.NDArray[Any], paint: Paint) -> Part:
+    """A part from (V, 3) mm and (F, 3)."""
     colors = paint(vertices) if callable(paint) else np.tile(np.asarray(paint), (len(vertices), 1))
-    return _Part(vertices=vertices, faces=faces.astype(np.int32), colors=np.asarray(colors, dtype=np.uint8))
+    return Part(vertices=vertices, faces=faces.astype(np.int32), colors=np.asarray(colors, dtype=np.uint8))
 
 
-def _assembled(name: str, parts: Sequence[_Part], symmetries: Symmetries | None = None) -> Shape:
+def assembled(name: str, parts: Sequence[Part], symmetries: Symmetries | None = None) -> Shape:
+    """One object of several parts, in metres; `symmetries` in metres, None where there are none."""
     offsets = np.cumsum([0, *(len(part.vertices) for part in parts)])
     faces = [part.faces + offset for part, offset in zip(parts, offsets, strict=False)]
     mesh = Mesh(
@@ -210,7 +218,7 @@ def _assembled(name: str, parts: Sequence[_Part], symmetries: Symmetries | None 
 # Paint.
 
 
-def _bands(axis: int, width: float, *colors: Rgb) -> Paint:
+def bands(axis: int, width: float, *colors: Rgb) -> Paint:
     """Stripes of `width` mm across an axis."""
 
     def paint(vertices: Float64) -> npt.NDArray[Any]:
@@ -249,7 +257,7 @@ def rotation(axis: Sequence[float], degrees: float) -> Float64:
     return np.asarray(np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * (cross @ cross), dtype=np.float64)
 
 
-def _turns(axis: Sequence[float], count: int, point_mm: Sequence[float] = (0, 0, 0)) -> tuple[Float64, ...]:
+def turns(axis: Sequence[float], count: int, point_mm: Sequence[float] = (0, 0, 0)) -> tuple[Float64, ...]:
     """The `count - 1` rotations about an axis through a point that map the object onto itself."""
     point = np.asarray(point_mm) / 1000
     found = []
@@ -261,7 +269,7 @@ def _turns(axis: Sequence[float], count: int, point_mm: Sequence[float] = (0, 0,
     return tuple(found)
 
 
-_ABOUT_Z = Symmetries(continuous=((np.array([0.0, 0.0, 1.0]), np.zeros(3)),))
+ABOUT_Z = Symmetries(continuous=((np.array([0.0, 0.0, 1.0]), np.zeros(3)),))
 
 
 # The objects.
@@ -270,11 +278,11 @@ _ABOUT_Z = Symmetries(continuous=((np.array([0.0, 0.0, 1.0]), np.zeros(3)),))
 def _bracket() -> Shape:
     """Steel angle 110 x 70 x 50 mm; the origin lies in the outer corner."""
     steel, dark = (150, 158, 168), (70, 80, 96)
-    long = _extrude(_rectangle(110, 50, (55, 25)), 7, steel, [_circle(7, (45, 25)), _circle(9, (85, 25))])
-    short = _extrude(_rectangle(70, 50, (35, 25)), 7, dark, [_rectangle(26, 12, (42, 25), corner=5)])
+    long = extrude(rectangle(110, 50, (55, 25)), 7, steel, [circle(7, (45, 25)), circle(9, (85, 25))])
+    short = extrude(rectangle(70, 50, (35, 25)), 7, dark, [rectangle(26, 12, (42, 25), corner=5)])
     upright = short.moved((7, 0, 0), rotation((0, 1, 0), -90))
-    rib = _extrude(np.array([[0.0, 0.0], [34, 0], [0, 34]]), 6, (214, 122, 40), edge=3)
-    return _assembled("bracket", [long, upright, rib.moved((6, 9, 6), rotation((1, 0, 0), 90))])
+    rib = extrude(np.array([[0.0, 0.0], [34, 0], [0, 34]]), 6, (214, 122, 40), edge=3)
+    return assembled("bracket", [long, upright, rib.moved((6, 9, 6), rotation((1, 0, 0), 90))])
 
 
 def _mug() -> Shape:
@@ -287,22 +295,22 @@ def _mug() -> Shape:
         return np.where((wave & outside)[:, None], (36, 110, 168), (238, 232, 220))
 
     profile = [(0, 0), (36, 0), (40, 4), (40, 93), (39, 95), (37.5, 95), (36.5, 93), (36.5, 7), (34, 5), (0, 5)]
-    handle = _extrude(_circle(5.5, segments=20), 26 * np.pi, (36, 110, 168))
-    around = _bent(handle, 26).moved((0, 0, 0), rotation((0, 1, 0), 90)).moved((38, 0, 48))
-    return _assembled("mug", [_revolve(profile, paint), around])
+    handle = extrude(circle(5.5, segments=20), 26 * np.pi, (36, 110, 168))
+    around = bent(handle, 26).moved((0, 0, 0), rotation((0, 1, 0), 90)).moved((38, 0, 48))
+    return assembled("mug", [revolve(profile, paint), around])
 
 
 def _flange() -> Shape:
     """Flange of 120 mm with a hub, six holes and a notch in the rim."""
     notch = np.array([[52.0, 7.0], [52, -7]])
-    rim = _circle(60)
+    rim = circle(60)
     rim = rim[np.abs(np.arctan2(rim[:, 1], rim[:, 0])) > 0.12]
     outline = np.concatenate([notch[::-1], rim[np.argsort(np.mod(np.arctan2(rim[:, 1], rim[:, 0]), 2 * np.pi))]])
     angles = np.radians(30 + 60 * np.arange(6))
-    holes = [_circle(6, (44 * float(np.cos(a)), 44 * float(np.sin(a)))) for a in angles]
-    plate = _extrude(np.roll(outline, -1, axis=0), 12, (168, 172, 176), [*holes, _circle(20)])
-    hub = _extrude(_circle(30), 26, (120, 128, 140), [_circle(20)])
-    return _assembled("flange", [plate, hub.moved((0, 0, 11))])
+    holes = [circle(6, (44 * float(np.cos(a)), 44 * float(np.sin(a)))) for a in angles]
+    plate = extrude(np.roll(outline, -1, axis=0), 12, (168, 172, 176), [*holes, circle(20)])
+    hub = extrude(circle(30), 26, (120, 128, 140), [circle(20)])
+    return assembled("flange", [plate, hub.moved((0, 0, 11))])
 
 
 def _gear() -> Shape:
@@ -317,16 +325,16 @@ def _gear() -> Shape:
         ring = np.hypot(vertices[:, 0], vertices[:, 1])
         return np.where(((ring > 24) & (ring < 35))[:, None], (150, 96, 30), (206, 150, 60))
 
-    wheel = _extrude(outline, 16, paint, [_circle(9)])
-    hub = _extrude(_circle(18), 14, (206, 150, 60), [_circle(9)])
-    return _assembled("gear", [wheel, hub.moved((0, 0, 15))], Symmetries(discrete=_turns((0, 0, 1), teeth)))
+    wheel = extrude(outline, 16, paint, [circle(9)])
+    hub = extrude(circle(18), 14, (206, 150, 60), [circle(9)])
+    return assembled("gear", [wheel, hub.moved((0, 0, 15))], Symmetries(discrete=turns((0, 0, 1), teeth)))
 
 
 def _bolt() -> Shape:
     """Hexagon bolt of 90 mm; the six-fold symmetry is that of its head."""
-    head = _extrude(_circle(21, segments=6), 14, (172, 172, 178))
-    shank = _revolve([(0, 0), (10, 0), (11.5, 2), (11.5, 76), (0, 76)], _bands(2, 4, (120, 122, 128), (150, 152, 160)))
-    return _assembled("bolt", [head.moved((0, 0, 75)), shank], Symmetries(discrete=_turns((0, 0, 1), 6)))
+    head = extrude(circle(21, segments=6), 14, (172, 172, 178))
+    shank = revolve([(0, 0), (10, 0), (11.5, 2), (11.5, 76), (0, 76)], bands(2, 4, (120, 122, 128), (150, 152, 160)))
+    return assembled("bolt", [head.moved((0, 0, 75)), shank], Symmetries(discrete=turns((0, 0, 1), 6)))
 
 
 def _bottle() -> Shape:
@@ -335,7 +343,7 @@ def _bottle() -> Shape:
     paint = _steps(2, (35, green), (100, (240, 226, 180)), (108, (190, 60, 50)), (172, green), (0, (210, 60, 48)))
     arc = [(33 - 20 * (1 - np.cos(a)), 118 + 32 * np.sin(a)) for a in np.linspace(0, np.pi / 2, 12)]
     profile = [(0, 0), (30, 0), (33, 3), (33, 118), *arc[1:], (13, 172), (15.5, 172), (15.5, 190), (0, 190)]
-    return _assembled("bottle", [_revolve(profile, paint)], _ABOUT_Z)
+    return assembled("bottle", [revolve(profile, paint)], ABOUT_Z)
 
 
 def _stepped() -> Shape:
@@ -343,7 +351,7 @@ def _stepped() -> Shape:
     steps = [(0, 0), (120, 0), (120, 16), (86, 16), (86, 34), (60, 34), (60, 58), (26, 58), (26, 72), (0, 72)]
     outline = np.array(steps, dtype=np.float64)
     paint = _steps(1, (16.5, (64, 92, 150)), (34.5, (92, 130, 190)), (58.5, (150, 178, 214)), (0, (226, 232, 238)))
-    return _assembled("stepped", [_extrude(outline, 60, paint).moved((-50, -30, -30))])
+    return assembled("stepped", [extrude(outline, 60, paint).moved((-50, -30, -30))])
 
 
 def _carton() -> Shape:
@@ -358,57 +366,57 @@ def _carton() -> Shape:
         label = (np.abs(x) < 40) & (np.abs(y) < 14) & (np.abs(z) > 29)
         return np.where(label[:, None], (40, 44, 60), colors[nearest])
 
-    symmetries = Symmetries(discrete=_turns((1, 0, 0), 2) + _turns((0, 1, 0), 2) + _turns((0, 0, 1), 2))
-    return _assembled("carton", [_box((130, 90, 60), paint)], symmetries)
+    symmetries = Symmetries(discrete=turns((1, 0, 0), 2) + turns((0, 1, 0), 2) + turns((0, 0, 1), 2))
+    return assembled("carton", [box((130, 90, 60), paint)], symmetries)
 
 
 def _tee() -> Shape:
     """T-profile, 100 mm long; half a turn about its stem maps it onto itself."""
     outline = np.array([[-40.0, 50], [-40, 38], [-6, 38], [-6, 0], [6, 0], [6, 38], [40, 38], [40, 50]])
-    part = _extrude(outline, 100, _bands(2, 12.5, (186, 190, 196), (126, 134, 146))).moved((0, -28, -50))
-    return _assembled("tee", [part], Symmetries(discrete=_turns((0, 1, 0), 2)))
+    part = extrude(outline, 100, bands(2, 12.5, (186, 190, 196), (126, 134, 146))).moved((0, -28, -50))
+    return assembled("tee", [part], Symmetries(discrete=turns((0, 1, 0), 2)))
 
 
 def _adapter() -> Shape:
     """Conical adapter, 100 mm wide and 84 mm high, hollow."""
     profile = [(0, 6), (0, 0), (50, 0), (50, 14), (44, 14), (22, 58), (22, 84), (17, 84), (17, 58), (36, 20), (0, 20)]
     paint = _steps(2, (14.5, (60, 64, 74)), (36, (226, 140, 40)), (58.5, (236, 186, 70)), (0, (60, 64, 74)))
-    return _assembled("adapter", [_revolve(profile[1:], paint).moved((0, 0, -42))], _ABOUT_Z)
+    return assembled("adapter", [revolve(profile[1:], paint).moved((0, 0, -42))], ABOUT_Z)
 
 
 def _elbow() -> Shape:
     """Pipe elbow with a collar at each end and a longer straight piece at one of them."""
     copper, brass = (190, 108, 70), (214, 172, 84)
-    ring, bore = _circle(17), _circle(13)
-    arc = _bent(_extrude(ring, 45 * np.pi / 2, copper, [bore]), 45)
-    straight = _extrude(ring, 40, copper, [bore]).moved((45, 0, -40))
-    collar = _extrude(_circle(23), 12, brass, [bore])
+    ring, bore = circle(17), circle(13)
+    arc = bent(extrude(ring, 45 * np.pi / 2, copper, [bore]), 45)
+    straight = extrude(ring, 40, copper, [bore]).moved((45, 0, -40))
+    collar = extrude(circle(23), 12, brass, [bore])
     far = collar.moved((0, 0, 0), rotation((0, 1, 0), -90)).moved((0, 0, 45))
     parts = [arc, straight, collar.moved((45, 0, -46)), far]
-    return _assembled("elbow", [part.moved((-25, 0, -15)) for part in parts])
+    return assembled("elbow", [part.moved((-25, 0, -15)) for part in parts])
 
 
 def _wedge() -> Shape:
     """Wedge of 110 x 50 x 44 mm."""
     outline = np.array([[0.0, 0], [110, 0], [110, 8], [14, 44], [0, 44]])
     paint = _checks(14, (184, 52, 66), (232, 216, 206))
-    return _assembled("wedge", [_extrude(outline, 50, paint).moved((-45, -18, -25))])
+    return assembled("wedge", [extrude(outline, 50, paint).moved((-45, -18, -25))])
 
 
 def _housing() -> Shape:
     """Pump housing of 150 mm, without any symmetry: the demo's object."""
     blue, steel, orange, dark = (38, 98, 168), (176, 182, 190), (232, 128, 36), (52, 58, 70)
-    holes = [_circle(5, (x, y)) for x, y in ((-58, -34), (-58, 34), (58, -34), (58, 34))]
-    base = _extrude(_rectangle(136, 88, corner=10), 12, steel, holes)
-    body = _revolve([(0, 0), (33, 0), (33, 44), (29, 50), (22, 50), (22, 30), (0, 30)], blue).moved((-24, 2, 11))
-    lid = _extrude(_circle(14, segments=6), 10, orange).moved((-24, 2, 40))
-    pipe = _extrude(_circle(13), 52, blue, [_circle(9)]).moved((0, 0, 0), rotation((0, 1, 0), 90)).moved((4, 2, 34))
-    collar = _extrude(_circle(20), 8, orange, [_circle(9)]).moved((0, 0, 0), rotation((0, 1, 0), 90)).moved((54, 2, 34))
-    post = _box((16, 20, 30), dark, (40, -26, 26))
-    plug = _revolve([(0, 0), (7, 0), (7, 14), (0, 14)], orange).moved((40, -26, 40))
-    rib = _extrude(np.array([[0.0, 0], [30, 0], [0, 26]]), 8, blue, edge=3)
+    holes = [circle(5, (x, y)) for x, y in ((-58, -34), (-58, 34), (58, -34), (58, 34))]
+    base = extrude(rectangle(136, 88, corner=10), 12, steel, holes)
+    body = revolve([(0, 0), (33, 0), (33, 44), (29, 50), (22, 50), (22, 30), (0, 30)], blue).moved((-24, 2, 11))
+    lid = extrude(circle(14, segments=6), 10, orange).moved((-24, 2, 40))
+    pipe = extrude(circle(13), 52, blue, [circle(9)]).moved((0, 0, 0), rotation((0, 1, 0), 90)).moved((4, 2, 34))
+    collar = extrude(circle(20), 8, orange, [circle(9)]).moved((0, 0, 0), rotation((0, 1, 0), 90)).moved((54, 2, 34))
+    post = box((16, 20, 30), dark, (40, -26, 26))
+    plug = revolve([(0, 0), (7, 0), (7, 14), (0, 14)], orange).moved((40, -26, 40))
+    rib = extrude(np.array([[0.0, 0], [30, 0], [0, 26]]), 8, blue, edge=3)
     rib = rib.moved((-28, 32, 11), rotation((1, 0, 0), 90) @ rotation((0, 1, 0), 0)).moved((0, 8, 0))
-    return _assembled("housing", [base, body, lid, pipe, collar, post, plug, rib])
+    return assembled("housing", [base, body, lid, pipe, collar, post, plug, rib])
 
 
 SHAPES: dict[str, Callable[[], Shape]] = {

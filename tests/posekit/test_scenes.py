@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
+from posekit.engine import Bool
 from posekit.render import render
 from posekit.scenes import (
+    MaskQuality,
     Scene,
     degrade_mask,
     demo_scene,
@@ -16,6 +20,8 @@ from posekit.scenes import (
     segment_by_depth,
 )
 from posekit.shapes import SHAPES, rotation
+
+QUALITIES = get_args(MaskQuality)
 
 
 def pose(R: np.ndarray, t: tuple[float, float, float] = (0.02, -0.05, 0.7)) -> np.ndarray:
@@ -129,27 +135,67 @@ def test_many_detections_are_as_many_as_asked(n: int) -> None:
     assert all(item.mask.sum() >= 300 for item in scene.instances)
 
 
-def test_masks_degrade_as_named(clean: Scene) -> None:
-    masks = [item.mask for item in clean.instances]
-    exact = degrade_mask(masks[0], "exact", np.random.default_rng(0))
-    assert np.array_equal(exact, masks[0])
-    assert exact is not masks[0]
-    noisy = degrade_mask(masks[0], "noisy", np.random.default_rng(0))
-    assert 0.7 < overlap(noisy, masks[0]) < 0.99
-    assert np.array_equal(noisy, degrade_mask(masks[0], "noisy", np.random.default_rng(0)))
-    spilt = degrade_mask(masks[0], "under", np.random.default_rng(0))
-    assert spilt.sum() > masks[0].sum()
-    assert (spilt & masks[0]).sum() == masks[0].sum()
-    left, right = np.zeros((2, 60, 60), np.bool_)
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_a_degraded_mask_is_a_new_one_and_the_same_for_a_seed(clean: Scene, quality: MaskQuality) -> None:
+    mask, *others = (item.mask for item in clean.instances)
+    before = mask.copy()
+    first, again = (degrade_mask(mask, quality, np.random.default_rng(0), others) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.shares_memory(first, mask)
+    assert np.array_equal(mask, before)
+    assert np.array_equal(first, mask) == (quality == "exact")
+
+
+@pytest.mark.parametrize("radius", [8, 25, 120])
+def test_noisy_masks_overlap_the_true_ones_to_four_fifths_whatever_their_size(clean: Scene, radius: int) -> None:
+    y, x = np.mgrid[:300, :320]
+    disc = (x - 160) ** 2 + (y - 150) ** 2 < radius**2
+    rng = np.random.default_rng(1)
+    shared = [overlap(degrade_mask(disc, "noisy", rng), disc) for _ in range(20)]
+    shared += [overlap(degrade_mask(item.mask, "noisy", rng), item.mask) for item in clean.instances]
+    assert 0.76 < np.mean(shared) < 0.84
+    assert min(shared) > 0.68
+    assert max(shared) < 0.93
+
+
+def blocks() -> tuple[Bool, Bool, Bool]:
+    """Three masks in a row: 20 x 20 pixels, 20 x 17 close to it, 20 x 10 far from both."""
+    left, right, far = np.zeros((3, 60, 100), np.bool_)
     left[20:40, 10:30] = True
     right[20:40, 33:50] = True
-    assert np.array_equal(degrade_mask(left, "under", np.random.default_rng(0), [right]), left | right)
+    far[20:40, 80:90] = True
+    return left, right, far
 
 
-def test_an_empty_mask_stays_empty() -> None:
+def test_under_segmentation_takes_a_fifth_of_each_close_neighbour_from_its_near_side() -> None:
+    left, right, far = blocks()
+    under = degrade_mask(left, "under", np.random.default_rng(0), [right, far])
+    gained = under & ~left
+    assert np.array_equal(under & left, left)
+    assert gained.sum() == round(0.2 * right.sum())
+    assert gained[:, 33:37].sum() == gained.sum()
+
+
+def test_under_segmentation_without_a_neighbour_spills_over_the_border() -> None:
+    left, _, far = blocks()
+    under = degrade_mask(left, "under", np.random.default_rng(0), [far])
+    assert np.array_equal(under & left, left)
+    assert under.sum() == round(1.2 * left.sum())
+    assert not under[:, 33:].any()
+
+
+def test_merging_swallows_the_close_neighbour_whole() -> None:
+    left, right, far = blocks()
+    assert np.array_equal(degrade_mask(left, "merged", np.random.default_rng(0), [far, right]), left | right)
+    alone = degrade_mask(left, "merged", np.random.default_rng(0), [far])
+    assert alone.sum() > 1.5 * left.sum()
+    assert not (alone & far).any()
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_an_empty_mask_stays_empty(quality: MaskQuality) -> None:
     empty = np.zeros((40, 50), np.bool_)
-    for quality in ("exact", "noisy", "under"):
-        assert not degrade_mask(empty, quality, np.random.default_rng(0)).any()  # type: ignore[arg-type]
+    assert not degrade_mask(empty, quality, np.random.default_rng(0), [~empty]).any()
 
 
 def test_pose_errors_are_the_angle_and_the_distance() -> None:
