@@ -102,9 +102,10 @@ class Hypothesis:
 class Evidence:
     """Why the engine believes in a pose."""
 
-    inlier_fraction: float  # of the observed points: how many lie on the model
-    residual_mm: float  # median distance of those points to the model
+    inlier_fraction: float  # of the readings under the mask: how many the pose explains
+    residual_mm: float  # median difference between the depth read and the pose's
     visible_overlap: float  # of the model's surface that should be visible: how much was seen there
+    free_space_violation: float  # of the same: how much the camera saw through, to something behind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,27 +12,35 @@ import torch
 from torch import Tensor
 
 
-def backproject(depth_m: Tensor, K: Tensor) -> Tensor:
-    """The point each pixel saw, in the camera frame.
+def backproject(u: Tensor, v: Tensor, depth_m: Tensor, K: Tensor) -> Tensor:
+    """The points that pixels (u, v) saw at a depth, in the camera frame.
 
-    depth_m: (h, w), metres; K: (3, 3), pixels. Returns (h, w, 3); a pixel without reading (0) gives the origin.
+    u, v, depth_m: (..., N) pixels and metres; K: (3, 3), or (B, 3, 3) for a leading dimension B. Returns (..., N, 3); a
+    pixel without reading (0) gives the origin.
     """
-    h, w = depth_m.shape
-    u = torch.arange(w, device=depth_m.device, dtype=depth_m.dtype)
-    v = torch.arange(h, device=depth_m.device, dtype=depth_m.dtype)
-    y = (v - K[1, 2]) / K[1, 1]
-    x = (u[None, :] - K[0, 2] - K[0, 1] * y[:, None]) / K[0, 0]
-    return torch.stack((x * depth_m, y[:, None] * depth_m, depth_m), dim=-1)
+    k = _entries(K, u.dim())
+    y = (v - k[1, 2]) / k[1, 1]
+    x = (u - k[0, 2] - k[0, 1] * y) / k[0, 0]
+    return torch.stack((x * depth_m, y * depth_m, depth_m), dim=-1)
 
 
 def project(points_cam: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
     """Pixel coordinates (u, v) of camera-frame points.
 
-    points_cam: (..., 3), metres. Returns two (...) tensors; points at or behind the camera land far outside any image.
+    points_cam: (..., 3), metres; K: (3, 3), or (B, 3, 3) for a leading dimension B. Returns two (...) tensors; points
+    at or behind the camera land far outside any image.
     """
     x, y, z = points_cam.unbind(-1)
+    k = _entries(K, z.dim())
     z = torch.where(z > 1e-6, z, torch.full_like(z, 1e-6))
-    return (K[0, 0] * x + K[0, 1] * y) / z + K[0, 2], K[1, 1] * y / z + K[1, 2]
+    return (k[0, 0] * x + k[0, 1] * y) / z + k[0, 2], k[1, 1] * y / z + k[1, 2]
+
+
+def _entries(K: Tensor, dimensions: int) -> Tensor:
+    """K's entries as (3, 3, ...), each of which broadcasts against a tensor of that many dimensions."""
+    if K.dim() == 2:
+        return K
+    return K.permute(1, 2, 0).reshape(3, 3, len(K), *(1,) * (dimensions - 1))
 
 
 def rotation_from_vector(omega: Tensor) -> Tensor:

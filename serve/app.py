@@ -42,7 +42,7 @@ def build(stages: settings.Stages) -> Server:
     pose = stage(
         PoseStage,
         list(stages.devices),
-        threads=stages.pose.threads,
+        threads=1,
         batch=stages.pose.batch_requests,
         wait_ms=stages.pose.batch_wait_ms,
     )

@@ -673,4 +673,4 @@ def _tensor(name: str, datatype: str, *shape: int) -> Json:
     return {"name": name, "datatype": datatype, "shape": list(shape)}
 
 
-_METADATA: Final = model_metadata(version="0.1.0", release="geometric-1", engine="geometric")
+_METADATA: Final = model_metadata(version="0.1.0", release="geometric-2", engine="geometric")

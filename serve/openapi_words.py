@@ -139,9 +139,10 @@ FIELDS: Final[dict[str, dict[str, str]]] = {
         "error": "Why there is no pose.",
     },
     "RowEvidence": {
-        "inlier_fraction": "Of the observed points: how many lie on the model.",
-        "residual_mm": "Median distance of those points to the model.",
+        "inlier_fraction": "Of the readings under the mask: how many the pose explains.",
+        "residual_mm": "Median difference between the depth read and the depth of the posed model.",
         "visible_overlap": "Of the model's surface that should be visible: how much was seen there.",
+        "free_space_violation": "Of the same: where the camera saw through it, to something behind.",
     },
     "RowError": {"code": "A closed list, which the metrics share.", "detail": "In words, with the numbers."},
     "RowHypothesis": {
@@ -281,7 +282,7 @@ _ROW: Final[Json] = {
     "confidence": 0.93,
     "bbox": [211.0, 145.0, 88.0, 102.0],
     "status": "ok",
-    "evidence": {"inlier_fraction": 0.91, "residual_mm": 1.4, "visible_overlap": 0.88},
+    "evidence": {"inlier_fraction": 0.91, "residual_mm": 1.4, "visible_overlap": 0.88, "free_space_violation": 0.02},
     "ambiguous": False,
 }
 _REJECTED: Final[Json] = {
@@ -314,7 +315,7 @@ _POSE_ANSWER: Final[Json] = {
     "warnings": [],
     "engine": "geometric",
     "degraded": False,
-    "release": "geometric-1",
+    "release": "geometric-2",
 }
 _OBJECT: Final[Json] = {
     "object_id": _ID,
@@ -413,12 +414,12 @@ EXAMPLES: Final[dict[str, dict[str, Json]]] = {
             "uptime": 3601.2,
             "version": "0.1.0",
             "engine": "geometric",
-            "release": "geometric-1",
+            "release": "geometric-2",
             "kernels": {"furthest_point_sample": "compiled", "ball_query": "compiled"},
             "tracks": {
                 "production": {
                     "state": "ready",
-                    "release": "geometric-1",
+                    "release": "geometric-2",
                     "workers": {"decode": 2, "pose": 1, "respond": 1, "inspect": 1, "onboard": 1},
                     "restarts": 0,
                 }
@@ -432,7 +433,7 @@ EXAMPLES: Final[dict[str, dict[str, Json]]] = {
         "default": {
             "version": "0.1.0",
             "engine": "geometric",
-            "release": "geometric-1",
+            "release": "geometric-2",
             "checkpoint": None,
             "sha256": None,
         }

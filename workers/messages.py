@@ -180,6 +180,7 @@ class RowEvidence(msgspec.Struct, frozen=True, kw_only=True):
     inlier_fraction: float
     residual_mm: float
     visible_overlap: float
+    free_space_violation: float
 
 
 class RowError(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,6 +23,8 @@ from workers.models import ModelCache
 from workers.settings import objects_path
 from workers.work import Item, Work, with_passes
 
+MOST_THREADS = 4  # taken without being asked for: the other stages want cores, too
+
 
 class PoseStage(Stage):
     """Everything that one device computes."""
@@ -35,10 +37,11 @@ class PoseStage(Stage):
         with self.starting():
             own = self.settings.pose
             device = os.environ.get(DEVICE) or "cpu"
+            threads = own.threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
             self.engines: dict[str, Engine] = {
-                name: load_engine(name, device=device, threads=own.threads) for name in self.settings.engines
+                name: load_engine(name, device=device, threads=threads) for name in self.settings.engines
             }
-            limit_threads(own.threads)
+            limit_threads(1)  # of each of them
             self.models = ModelCache(objects_path(self.settings), limit_bytes=own.object_cache_mb * 1_000_000)
             broken = self.models.warm_up(self.engines.values())
             rates = [practise(e, own.pass_detections, self.run_dir / "practice") for e in self.engines.values()]

@@ -23,6 +23,7 @@ def make_row(crop: Crop, outcome: Outcome, *, min_score: float, hypotheses: int)
         inlier_fraction=float(outcome.evidence.inlier_fraction),
         residual_mm=float(outcome.evidence.residual_mm),
         visible_overlap=float(outcome.evidence.visible_overlap),
+        free_space_violation=float(outcome.evidence.free_space_violation),
     )
     if outcome.confidence < min_score:
         detail = f"confidence {outcome.confidence:.3f} is below min_score {min_score:g}"

@@ -36,7 +36,7 @@ class Pose(Table, frozen=True):
     pass_detections: Count = 8  # instances in one pass of the engine; halved on out-of-memory
     batch_requests: Count = 16  # requests that Mosec may gather into one batch
     batch_wait_ms: Annotated[int, Meta(ge=1, le=1000)] = 3
-    threads: Count = 1  # torch threads of a CPU pose worker; more only pay where nothing else wants the cores
+    threads: Annotated[int, Meta(ge=0)] = 0  # detections that a CPU works on at a time; 0 = its cores, at most 4
     object_cache_mb: Megabytes = 1024  # object models held in memory, least recently used leave first
     max_seconds: Seconds = 120.0  # a worker stuck in one batch for longer is killed and replaced
 

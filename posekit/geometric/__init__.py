@@ -1,3 +1,3 @@
 """The engine that needs no weights: depth, mask and CAD in, pose out. Importing this package is cheap."""
 
-VERSION = "1"
+VERSION = "2"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +15,7 @@ import torch
 from posekit.engine import (
     Estimate,
     Evidence,
+    Float32,
     Float64,
     Hypothesis,
     Instance,
@@ -20,35 +26,43 @@ from posekit.engine import (
     Rejection,
     Symmetries,
 )
-from posekit.geometric import onboard
-from posekit.geometric.model import Prepared, prepare
-from posekit.geometric.observe import Observation, observe
-from posekit.geometric.refine import Poses, refine
-from posekit.geometric.search import search
+from posekit.geometric import VERSION, onboard
+from posekit.geometric.compare import Comparison, compare, decided, likelihood, margins
+from posekit.geometric.model import Prepared, Shelf, prepare
+from posekit.geometric.observe import Cleaned, Observations, clean, together
+from posekit.geometric.poses import Poses
+from posekit.geometric.refine import polish, refine
+from posekit.geometric.score import score, tolerance_m
+from posekit.geometric.search import distinct, search
 from posekit.geometric.symmetry import pose_difference
-from posekit.geometric.verify import Scores, confidence, score, tolerance_m
 from posekit.geometry import nearest_rotation
 
-NO_FIT = 0.02  # confidence at which there is nothing to stand for
-RIVAL_DEG = 15.0  # a runner-up this far away, modulo symmetries, is another answer
-RIVAL_SHARE = 0.98  # of the winner's score: as good as the winner
+NO_FIT = 0.01  # evidence under which there is nothing to stand for
+COMPARED = 8  # poses that are drawn and compared with the picture
+RIVAL_DEG = 10.0  # a runner-up this far away, modulo symmetries, is another answer
+RIVAL_SHARE = 0.1  # of the diameter: or as far off as this
+UNDECIDED = 2.0  # standard deviations between two answers, below which they are ambiguous
+MOST_TOGETHER = 64  # instances in one pass on a GPU
 
 
 class GeometricEngine:
     """Engine without weights (`posekit.engine.Engine`).
 
-    Instances are worked on one after the other with the same shapes whatever their number, so that an answer has the
-    same bits alone and in company.
+    On a GPU, instances of different objects and requests share every step. On a CPU they are worked on one after the
+    other, so that an answer has the same bits alone and in company.
     """
 
     name = "geometric"
-    version = "1"
+    version = VERSION
 
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
-        """`device`: as torch names it. `threads`: torch's CPU threads for this process; None leaves them alone."""
+        """`device`: as torch names it. `threads`: instances that a CPU works on at a time, None = torch's number."""
         self.device = device
-        if threads is not None:
-            torch.set_num_threads(threads)
+        count = torch.get_num_threads() if threads is None else threads
+        self._pool = None
+        if torch.device(device).type == "cpu":
+            torch.set_num_threads(1)  # instance by instance pays better than within one
+            self._pool = ThreadPoolExecutor(count, thread_name_prefix="pose") if count > 1 else None
 
     def onboard(self, object_id: str, mesh: Mesh, symmetries: Symmetries | None, progress: Progress) -> ObjectModel:
         """Sample the surface, build its field and views, find its symmetries (unless `symmetries` are declared)."""
@@ -66,10 +80,35 @@ class GeometricEngine:
         """Put a model's tensors onto the device, once; returns the bytes they take."""
         return self._prepared(model).nbytes
 
-    @torch.inference_mode()
     def estimate(self, instances: Sequence[Instance], models: Mapping[str, ObjectModel]) -> list[Outcome]:
         """One outcome per instance, in order."""
-        return [self._solve(instance, models.get(instance.object_id)) for instance in instances]
+        if torch.device(self.device).type == "cpu":
+            run = map if self._pool is None else self._pool.map
+            return [outcomes[0] for outcomes in run(lambda instance: self._estimate([instance], models), instances)]
+        return self._estimate(instances, models)
+
+    @torch.inference_mode()
+    def _estimate(self, instances: Sequence[Instance], models: Mapping[str, ObjectModel]) -> list[Outcome]:
+        outcomes: dict[int, Outcome] = {}
+        tasks: list[_Task] = []
+        for index, instance in enumerate(instances):
+            stored = models.get(instance.object_id)
+            if stored is None:
+                detail = f"no model of object {instance.object_id} is loaded"
+                outcomes[index] = Rejection(code="no_cad", detail=detail)
+                continue
+            model = self._prepared(stored)
+            cleaned = clean(instance, model.diameter_m)
+            if isinstance(cleaned, Rejection):
+                outcomes[index] = cleaned
+            else:
+                tasks.append(_Task(index, instance, model, cleaned, _start(instance)))
+        tasks.sort(key=lambda task: task.kind)
+        for kind, alike in groupby(tasks, key=lambda task: task.kind):
+            for group in _portions(list(alike), MOST_TOGETHER):
+                for task, outcome in zip(group, _solve(group, kind), strict=True):
+                    outcomes[task.index] = outcome
+        return [outcomes[index] for index in range(len(instances))]
 
     def _prepared(self, model: ObjectModel) -> Prepared:
         key = f"{self.name}:{self.device}"
@@ -78,82 +117,136 @@ class GeometricEngine:
         prepared: Prepared = model.data[key]
         return prepared
 
-    def _solve(self, instance: Instance, stored: ObjectModel | None) -> Outcome:
-        if stored is None:
-            return Rejection(code="no_cad", detail=f"no model of object {instance.object_id} is loaded")
-        model = self._prepared(stored)
-        observation = observe(instance, model.diameter_m, torch.device(self.device))
-        if isinstance(observation, Rejection):
-            return observation
-        start = _start(instance, model)
-        poses = search(model, observation) if start is None else start
-        if instance.refine == "icp" or start is not None:
-            poses = _sharpen(model, observation, poses, fine=instance.refine == "icp")
-        return _answer(instance, model, observation, poses)
+
+class _Kind(NamedTuple):
+    """What instances of one pass have in common."""
+
+    started: bool  # from the client's pose, without a search
+    refined: bool
+    parts: int  # of the mask, each of which gets its share of the hypotheses
 
 
-def _start(instance: Instance, model: Prepared) -> Poses | None:
-    """The client's pose in the centred frame, its rotation made one; None = search."""
+@dataclass(frozen=True)
+class _Task:
+    """An instance that can be worked on."""
+
+    index: int
+    instance: Instance
+    model: Prepared
+    cleaned: Cleaned
+    start_T_cam_obj: Float64 | None  # the client's pose, its rotation made one; None = search
+
+    @property
+    def kind(self) -> _Kind:
+        return _Kind(self.start_T_cam_obj is not None, self.instance.refine == "icp", len(self.cleaned.members))
+
+
+def _start(instance: Instance) -> Float64 | None:
     T = instance.init_T_cam_obj
     if T is None or not np.isfinite(T).all() or abs(np.linalg.det(T[:3, :3])) < 1e-6:
         return None
-    device = model.centre_m.device
-    T_cam_obj = torch.tensor(np.asarray(T, dtype=np.float64))
-    R = nearest_rotation(T_cam_obj[:3, :3])
-    t = T_cam_obj[:3, 3] + R @ model.centre_m.double().cpu()
-    return Poses(R.float()[None].to(device), t.float()[None].to(device))
+    start = np.array(T, dtype=np.float64)
+    start[:3, :3] = nearest_rotation(torch.from_numpy(start[:3, :3])).numpy()
+    return start
 
 
-def _sharpen(model: Prepared, observation: Observation, poses: Poses, *, fine: bool) -> Poses:
-    d = model.diameter_m
-    tolerance = tolerance_m(model, observation)
-    wide = [0.08 * d, 0.06 * d, 0.05 * d, 0.04 * d]
-    narrow = [max(2 * tolerance, 0.03 * d)] * 2 + [1.5 * tolerance] * 4
+def _portions(tasks: list[_Task], size: int) -> Iterator[list[_Task]]:
+    for first in range(0, len(tasks), size):
+        yield tasks[first : first + size]
+
+
+def _solve(tasks: Sequence[_Task], kind: _Kind) -> list[Outcome]:
+    """Work on instances of one kind together."""
+    shelf = Shelf.of([task.model for task in tasks])
+    observations = together([task.cleaned for task in tasks], shelf.diameter_m)
+    if kind.started:
+        poses = _sharpen(shelf, observations, _starts(tasks))
+    else:
+        poses = search(shelf, observations)
+        if kind.refined:
+            poses = _sharpen(shelf, observations, poses)
+        total = score(shelf, observations, poses, points=512, visible=256, colour=True)
+        poses = poses.pick(distinct(poses, total, COMPARED, 3.0, 0.02 * shelf.diameter_m))
+    if kind.started or kind.refined:
+        poses = polish(shelf, observations, poses)
+    comparison = compare(shelf, observations, poses)
+    return _answers(tasks, poses, comparison)
+
+
+def _starts(tasks: Sequence[_Task]) -> Poses:
+    """The clients' poses as one hypothesis each, centred."""
+    device = tasks[0].model.centre_m.device
+    T = torch.from_numpy(np.stack([task.start_T_cam_obj for task in tasks if task.start_T_cam_obj is not None]))
+    centre = torch.stack([task.model.centre_m for task in tasks]).double().cpu()
+    t = T[:, :3, 3] + (T[:, :3, :3] @ centre[..., None])[..., 0]
+    return Poses(T[:, None, :3, :3].float().to(device), t[:, None].float().to(device))
+
+
+def _sharpen(shelf: Shelf, observations: Observations, poses: Poses) -> Poses:
+    d = shelf.diameter_m
+    tolerance = tolerance_m(shelf, observations)
+    narrow = [torch.maximum(2 * tolerance, 0.03 * d)] * 2 + [1.5 * tolerance] * 4
     return refine(
-        model, observation, poses, points=384, visible=192,
-        reach_m=wide + narrow if fine else wide, tolerance_m=2 * tolerance,
+        shelf, observations, poses, points=384, visible=192,
+        reach_m=[0.08 * d, 0.06 * d, 0.05 * d, 0.04 * d, *narrow], through_m=2 * tolerance,
     )  # fmt: skip
 
 
-def _answer(instance: Instance, model: Prepared, observation: Observation, poses: Poses) -> Outcome:
-    scores = score(model, observation, poses, points=512, visible=4096, colour=True, exact=True)
-    order = torch.argsort(scores.total, descending=True, stable=True).cpu().tolist()
-    sure = confidence(scores).cpu().tolist()
-    total = scores.total.cpu().tolist()
-    T = _object_poses(model, poses)
-    best = order[0]
-    if sure[best] < NO_FIT:
-        return Rejection(code="no_fit", detail=_why_not(scores, best))
+def _answers(tasks: Sequence[_Task], poses: Poses, comparison: Comparison) -> list[Outcome]:
+    """Choose among the poses of each instance; small numbers, hence on the CPU in double precision."""
+    R = nearest_rotation(poses.R.double().cpu())
+    centre = torch.stack([task.model.centre_m for task in tasks]).double().cpu()
+    t = poses.t.double().cpu() - (R @ centre[:, None, :, None])[..., 0]
+    T = np.tile(np.eye(4), (*t.shape[:2], 1, 1))
+    T[..., :3, :3] = R.numpy()
+    T[..., :3, 3] = t.numpy()
+    best = comparison.cost.argmin(dim=1)
+    tables = {
+        "cost": comparison.cost,
+        "margin": margins(comparison, best),
+        "likely": likelihood(comparison),
+        "inliers": comparison.inliers,
+        "residual_m": comparison.residual_m,
+        "overlap": comparison.overlap,
+        "through": comparison.through,
+    }
+    on_cpu = {name: values.cpu().numpy() for name, values in tables.items()}
+    return [
+        _answer(task, list(T[row]), {name: values[row] for name, values in on_cpu.items()})
+        for row, task in enumerate(tasks)
+    ]
 
+
+def _answer(task: _Task, T: list[Float64], table: dict[str, Float32]) -> Outcome:
+    order = np.argsort(table["cost"], kind="stable").tolist()
+    best = order[0]
+    likely = float(table["likely"][best])
+    if likely < NO_FIT:
+        return Rejection(code="no_fit", detail=_why_not(float(table["inliers"][best]), float(table["overlap"][best])))
     rivals: list[int] = []
     for index in order[1:]:
-        if all(_apart(T[index], T[other], model) for other in [best, *rivals]):
+        if all(_apart(T[index], T[other], task.model) for other in [best, *rivals]):
             rivals.append(index)
-    share = max((total[index] / total[best] for index in rivals), default=0.0) if total[best] > 0 else 1.0
-    ambiguous = share > RIVAL_SHARE
-    doubt = 0.5 * min(max((share - 0.9) / 0.1, 0.0), 1.0)  # two answers alike: each is right half the time
+    margin = min((float(table["margin"][index]) for index in rivals), default=math.inf)
+    sure = likely * decided(margin)
     return Estimate(
         T_cam_obj=T[best],
-        confidence=sure[best] * (1 - doubt),
-        evidence=_evidence(scores, best),
-        ambiguous=ambiguous,
+        confidence=sure,
+        evidence=Evidence(
+            inlier_fraction=float(table["inliers"][best]),
+            residual_mm=float(table["residual_m"][best]) * 1000,
+            visible_overlap=float(table["overlap"][best]),
+            free_space_violation=float(table["through"][best]),
+        ),
+        ambiguous=margin < UNDECIDED,
         hypotheses=tuple(
             Hypothesis(
-                T_cam_obj=T[index], confidence=sure[index] * min(max(total[index] / total[best], 0.0), 1.0) * 0.5
+                T_cam_obj=T[index],
+                confidence=min(float(table["likely"][index]) * (1 - decided(float(table["margin"][index]))), sure),
             )
-            for index in rivals[: instance.hypotheses]
+            for index in rivals[: task.instance.hypotheses]
         ),
     )
-
-
-def _object_poses(model: Prepared, poses: Poses) -> list[Float64]:
-    """T_cam_obj (4, 4) of each pose, its rotation orthonormal in double precision."""
-    R = nearest_rotation(poses.R.double().cpu())
-    t = poses.t.double().cpu() - (R @ model.centre_m.double().cpu()[:, None])[..., 0]
-    T = np.tile(np.eye(4), (len(poses), 1, 1))
-    T[:, :3, :3] = R.numpy()
-    T[:, :3, 3] = t.numpy()
-    return list(T)
 
 
 def _apart(T_a: Float64, T_b: Float64, model: Prepared) -> bool:
@@ -161,20 +254,11 @@ def _apart(T_a: Float64, T_b: Float64, model: Prepared) -> bool:
     angle_deg, _ = pose_difference(T_a, T_b, model.symmetries)
     centre = np.append(model.centre_m.double().cpu().numpy(), 1.0)
     moved_m = float(np.linalg.norm(((T_a - T_b) @ centre)[:3]))
-    return angle_deg > RIVAL_DEG or moved_m > 0.15 * model.diameter_m
+    return angle_deg > RIVAL_DEG or moved_m > RIVAL_SHARE * model.diameter_m
 
 
-def _evidence(scores: Scores, index: int) -> Evidence:
-    return Evidence(
-        inlier_fraction=float(scores.inliers[index]),
-        residual_mm=float(scores.residual_m[index]) * 1000,
-        visible_overlap=float(scores.overlap[index]),
-    )
-
-
-def _why_not(scores: Scores, index: int) -> str:
+def _why_not(inliers: float, overlap: float) -> str:
     return (
-        f"the best pose explains {float(scores.inliers[index]):.0%} of the points under the mask and "
-        f"{float(scores.overlap[index]):.0%} of the surface that should be visible: check that mask, CAD and depth "
-        f"belong to the same object"
+        f"the best pose explains {inliers:.0%} of the points under the mask and {overlap:.0%} of the surface that "
+        f"should be visible: check that mask, CAD and depth belong to the same object"
     )

@@ -1,46 +1,108 @@
-"""From a crop to what the search works on: clean points with normals, and maps to look the surroundings up in."""
+"""From crops to what the search works on: clean points with normals, and maps to look the surroundings up in."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt, label, minimum_filter
 from torch import Tensor
 
-from posekit.engine import Bool, Float32, Float64, Instance, Rejection
+from posekit.engine import Bool, Float32, Float64, Instance, Int32, Rejection, UInt8
 from posekit.geometry import backproject, project
 
 POINTS = 512  # observed points that everything works on
 LEAST_POINTS = 32  # more valid depth pixels than this are needed
+SEED_POINTS = 64  # of each part of a mask: what hypotheses are first judged on
+SEEDS = 4  # at most: the whole mask and its largest parts
+PART = 0.1  # of the points: what is smaller is no part of its own
+MASK_SIDE = 240  # pixels; crops of larger masks are thinned
 FARTHEST_M = 100.0  # a reading beyond is no depth
 
 
 @dataclass(frozen=True, kw_only=True)
-class Observation:
-    """One detection on the device. Points are drawn evenly over the mask's pixels, in random order: every prefix of
-    them is a fair sample."""
+class Cleaned:
+    """One detection on the CPU. Points are drawn evenly over the mask's pixels, in random order: every prefix of them
+    is a fair sample."""
 
-    points: Tensor  # (N, 3), camera frame, metres
-    normals: Tensor  # (N, 3), unit, towards the camera
-    colours: Tensor  # (N, 3) in 0..1
-    centre: Tensor  # (3,), mean of the cleaned points
-    depth_m: Tensor  # (h, w), 0 = no reading
-    nearest_depth_m: Tensor  # (h, w), the smallest reading among a pixel and its neighbours
-    mask: Tensor  # (h, w) bool, as given
-    nearest_in_mask: Tensor  # (h, w, 2) pixel (u, v) of the closest mask pixel
-    K: Tensor  # (3, 3)
-    noise_m: float  # spread of readings about the surface, estimated from them
+    depth_m: Float32  # (h, w), 0 = no reading
+    nearest_depth_m: Float32  # (h, w), the smallest reading among a pixel and its neighbours
+    mask: Bool  # (h, w), as given
+    usable: Bool  # (h, w), with a reading, under the mask
+    to_border: Float32  # (h, w, 2) pixels (u, v) from here to the mask's outermost pixel nearby; 0 on it
+    K: Float64  # (3, 3)
+    row: Int32  # (N,) the points' pixels
+    column: Int32  # (N,)
+    rgb: UInt8  # (h, w, 3)
+    members: Bool  # (C, N): which points belong to each part; the first part is everything
+    seed_points: Int32  # (C, SEED_POINTS) points of each part, repeated where it has fewer
 
 
-def observe(instance: Instance, diameter_m: float, device: torch.device) -> Observation | Rejection:
-    """Clean the points under the mask, or say why that cannot be done."""
+@dataclass(frozen=True, kw_only=True)
+class Observations:
+    """B detections on the device; pixel maps lie end to end."""
+
+    points: Tensor  # (B, N, 3), camera frame, metres
+    normals: Tensor  # (B, N, 3), unit, towards the camera
+    colours: Tensor  # (B, N, 3) in 0..1
+    members: Tensor  # (B, C, N) 0 or 1
+    seed_points: Tensor  # (B, C, SEED_POINTS) indices of points
+    seed_centres: Tensor  # (B, C, 3), mean of each part
+    noise_m: Tensor  # (B,) spread of readings about the surface, estimated from them
+    K: Tensor  # (B, 3, 3)
+    width: Tensor  # (B,) of the crop, pixels
+    height: Tensor  # (B,)
+    depth_m: Tensor  # (all pixels,)
+    nearest_depth_m: Tensor  # (all pixels,)
+    mask: Tensor  # (all pixels,) bool
+    rgb: Tensor  # (all pixels, 3) uint8
+    to_border: Tensor  # (all pixels, 2)
+    first_pixel: Tensor  # (B,)
+
+    def pixel(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Index into the maps of the pixel at (u, v), (B, ...) each, and whether it is inside the crop.
+
+        Outside, the index is that of the nearest pixel inside.
+        """
+        shape = (-1,) + (1,) * (u.dim() - 1)
+        width, height = self.width.reshape(shape), self.height.reshape(shape)
+        column, row = u.round(), v.round()
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        column = torch.minimum(column.clamp(min=0), width - 1)
+        row = torch.minimum(row.clamp(min=0), height - 1)
+        return (row * width + column).long() + self.first_pixel.reshape(shape), inside
+
+    def classify(self, points_cam: Tensor, tolerance_m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the camera saw where model points should be.
+
+        points_cam: (B, H, M, 3), tolerance_m: (B,). Returns four boolean (B, H, M): on the object (right depth, in the
+        mask), beside it (right depth, outside the mask), through (the camera saw something behind the point, in the
+        neighbouring pixels too: outlines are good to a pixel), hidden (something in front of it). A point without
+        reading, or outside the crop, is none of them.
+        """
+        flat, inside = self.pixel(*project(points_cam, self.K))
+        tolerance = tolerance_m[:, None, None]
+        seen = self.depth_m[flat]
+        in_mask = self.mask[flat]
+        known = inside & (seen > 0)
+        behind = seen - points_cam[..., 2]
+        level = known & (behind.abs() <= tolerance)
+        through = known & (self.nearest_depth_m[flat] - points_cam[..., 2] > tolerance)
+        return level & in_mask, level & ~in_mask, through, known & (behind < -tolerance)
+
+
+def clean(instance: Instance, diameter_m: float) -> Cleaned | Rejection:
+    """Choose the points under the mask, or say why that cannot be done."""
     mask = np.asarray(instance.mask, dtype=np.bool_)
     depth = np.array(instance.depth_m, dtype=np.float32)
+    rgb = np.asarray(instance.rgb)
     K = np.asarray(instance.K, dtype=np.float64)
-    if mask.ndim != 2 or depth.shape != mask.shape or np.shape(instance.rgb) != (*mask.shape, 3) or K.shape != (3, 3):
+    if mask.ndim != 2 or depth.shape != mask.shape or rgb.shape != (*mask.shape, 3) or K.shape != (3, 3):
         return Rejection(code="engine_error", detail="the crop's colours, depth, mask and camera do not fit each other")
     if not mask.any():
         return Rejection(code="mask_empty", detail="the mask has no pixel")
@@ -50,8 +112,7 @@ def observe(instance: Instance, diameter_m: float, device: torch.device) -> Obse
         )
     with np.errstate(invalid="ignore"):
         depth[~((depth > 0) & (depth < FARTHEST_M))] = 0
-    usable = mask & (depth > 0)
-    count = int(usable.sum())
+    count = int((mask & (depth > 0)).sum())
     if count == 0:
         return Rejection(code="no_depth", detail=f"none of the mask's {int(mask.sum())} pixels has a depth reading")
     if count <= LEAST_POINTS:
@@ -59,58 +120,94 @@ def observe(instance: Instance, diameter_m: float, device: torch.device) -> Obse
             code="mask_too_small",
             detail=f"{count} valid depth pixels under the mask, more than {LEAST_POINTS} needed",
         )
-    clean = _without_rims(usable, depth, K, diameter_m)
-    clean = _near_the_middle(clean, depth, K, diameter_m)
+    side = max(int(np.ptp(np.flatnonzero(mask.any(axis=axis)))) + 1 for axis in (0, 1))
+    if (step := math.ceil(side / MASK_SIDE)) > 1:
+        thinned = mask[::step, ::step] & (depth[::step, ::step] > 0)
+        if thinned.sum() > LEAST_POINTS:
+            mask, depth, rgb = mask[::step, ::step], depth[::step, ::step], rgb[::step, ::step]
+            K = np.diag((1 / step, 1 / step, 1.0)) @ K
+    usable = mask & (depth > 0)
+    calm = _without_rims(usable, depth, K, diameter_m)
+    row, column = np.nonzero(calm)
+    z = depth[row, column].astype(np.float64)
+    points = np.stack(((column - K[0, 2]) * z / K[0, 0], (row - K[1, 2]) * z / K[1, 1], z), axis=1)
+    parts = _parts(points, label(calm)[0][row, column], diameter_m)
 
-    generator = torch.Generator().manual_seed(instance.seed % 2**63)
-    row, column = (torch.from_numpy(index) for index in np.nonzero(clean))
-    order = torch.randperm(len(row), generator=generator)
-    if len(order) < POINTS:  # few pixels are repeated, so that every shape is fixed
-        order = order.repeat(math.ceil(POINTS / len(order)))
-    order = order[:POINTS]
-    row, column = row[order].to(device), column[order].to(device)
-
-    depth_map = torch.tensor(depth).to(device)
-    K_map = torch.tensor(K, dtype=torch.float32).to(device)
-    xyz = backproject(depth_map, K_map)
-    points = xyz[row, column]
-    normals, noise = _normals(xyz, torch.tensor(usable).to(device), row, column, points, K_map, diameter_m)
-    far = torch.where(depth_map > 0, depth_map, torch.full_like(depth_map, 2 * FARTHEST_M))
-    nearest_depth = -torch.nn.functional.max_pool2d(-far[None, None], 3, stride=1, padding=1)[0, 0]
-    nearest = distance_transform_edt(~mask, return_distances=False, return_indices=True)
-    return Observation(
-        points=points,
-        normals=normals,
-        colours=torch.tensor(np.array(instance.rgb)).to(device)[row, column].float() / 255.0,
-        centre=points.mean(dim=0),
-        depth_m=depth_map,
-        nearest_depth_m=nearest_depth,
-        mask=torch.tensor(mask).to(device),
-        nearest_in_mask=torch.tensor(np.stack((nearest[1], nearest[0]), axis=-1), dtype=torch.float32).to(device),
-        K=K_map,
-        noise_m=noise,
+    chosen = np.flatnonzero(parts.any(axis=0))
+    order = np.random.default_rng(instance.seed % 2**63).permutation(chosen)
+    order = np.resize(order, POINTS)  # few pixels are repeated, so that every shape is fixed
+    members = parts[:, order]
+    row, column = row[order].astype(np.int32), column[order].astype(np.int32)
+    far = np.where(depth > 0, depth, np.float32(2 * FARTHEST_M))
+    return Cleaned(
+        depth_m=depth,
+        nearest_depth_m=minimum_filter(far, size=3),
+        mask=mask,
+        usable=usable,
+        to_border=_to_border(mask),
+        K=K,
+        row=row,
+        column=column,
+        rgb=rgb.astype(np.uint8, copy=False),
+        members=members,
+        seed_points=np.stack([np.resize(np.flatnonzero(part), SEED_POINTS) for part in members]).astype(np.int32),
     )
 
 
-def classify(observation: Observation, points_cam: Tensor, tolerance_m: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the camera saw where model points should be.
+def together(cleaned: Sequence[Cleaned], diameter_m: Tensor) -> Observations:
+    """Put B detections side by side on the device of `diameter_m` (B,), and estimate their normals."""
+    device = diameter_m.device
 
-    points_cam: (..., 3). Returns four boolean (...): on the object (right depth, in the mask), beside it (right depth,
-    outside the mask), through (the camera saw something behind the point, in the neighbouring pixels too: outlines are
-    good to a pixel), hidden (something in front of it). A point without reading, or outside the crop, is none of them.
-    """
-    h, w = observation.depth_m.shape
-    u, v = project(points_cam, observation.K)
-    column, row = u.round(), v.round()
-    inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
-    flat = (row.clamp(0, h - 1) * w + column.clamp(0, w - 1)).long()
-    seen = observation.depth_m.reshape(-1)[flat]
-    in_mask = observation.mask.reshape(-1)[flat]
-    known = inside & (seen > 0)
-    behind = seen - points_cam[..., 2]
-    level = known & (behind.abs() <= tolerance_m)
-    through = known & (observation.nearest_depth_m.reshape(-1)[flat] - points_cam[..., 2] > tolerance_m)
-    return level & in_mask, level & ~in_mask, through, known & (behind < -tolerance_m)
+    def stacked(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:
+        return torch.from_numpy(np.stack(arrays)).to(device)
+
+    def end_to_end(arrays: Sequence[npt.NDArray[Any]], *shape: int) -> Tensor:
+        return torch.from_numpy(np.concatenate([array.reshape(-1, *shape) for array in arrays])).to(device)
+
+    most = max(len(one.members) for one in cleaned)  # parts that are missing repeat the whole
+
+    def parts(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:
+        return stacked([np.concatenate((array, *[array[:1]] * (most - len(array)))) for array in arrays])
+
+    sizes = np.array([one.depth_m.shape for one in cleaned], dtype=np.int64)
+    first = np.concatenate(([0], np.cumsum(sizes.prod(axis=1))[:-1]))
+    height, width = torch.from_numpy(sizes).to(device).unbind(-1)
+    K = stacked([one.K for one in cleaned]).float()
+    depth_m = end_to_end([one.depth_m for one in cleaned])
+    first_pixel = torch.from_numpy(first).to(device)
+    row, column = stacked([one.row for one in cleaned]).long(), stacked([one.column for one in cleaned]).long()
+    usable = end_to_end([one.usable for one in cleaned])
+    points, normals, noise_m = _normals(depth_m, usable, first_pixel, height, width, K, row, column, diameter_m)
+    rgb = end_to_end([one.rgb for one in cleaned], 3)
+    members = parts([one.members for one in cleaned]).float()
+    return Observations(
+        points=points,
+        normals=normals,
+        colours=rgb[row * width[:, None] + column + first_pixel[:, None]].float() / 255.0,
+        members=members,
+        seed_points=parts([one.seed_points for one in cleaned]).long(),
+        seed_centres=(members @ points) / members.sum(dim=-1, keepdim=True),
+        noise_m=noise_m,
+        K=K,
+        width=width,
+        height=height,
+        depth_m=depth_m,
+        nearest_depth_m=end_to_end([one.nearest_depth_m for one in cleaned]),
+        mask=end_to_end([one.mask for one in cleaned]),
+        rgb=rgb,
+        to_border=end_to_end([one.to_border for one in cleaned], 2),
+        first_pixel=first_pixel,
+    )
+
+
+def _to_border(mask: Bool) -> Float32:
+    """(h, w, 2): the way (u, v) from each pixel to the closest of the mask's outermost pixels; 0 on those."""
+    rim = mask & ~binary_erosion(mask, border_value=1)
+    if not rim.any():  # the mask fills the crop
+        return np.zeros((*mask.shape, 2), dtype=np.float32)
+    row, column = distance_transform_edt(~rim, return_distances=False, return_indices=True)
+    here = np.indices(mask.shape)
+    return np.stack((column - here[1], row - here[0]), axis=-1).astype(np.float32)
 
 
 def _without_rims(usable: Bool, depth: Float32, K: Float64, diameter_m: float) -> Bool:
@@ -129,49 +226,78 @@ def _without_rims(usable: Bool, depth: Float32, K: Float64, diameter_m: float) -
     return usable
 
 
-def _near_the_middle(usable: Bool, depth: Float32, K: Float64, diameter_m: float) -> Bool:
-    """Drop what cannot belong to an object of this size around the robust middle."""
-    row, column = np.nonzero(usable)
-    z = depth[row, column].astype(np.float64)
-    points = np.stack(((column - K[0, 2]) * z / K[0, 0], (row - K[1, 2]) * z / K[1, 1], z), axis=1)
-    near = np.linalg.norm(points - np.median(points, axis=0), axis=1) < 0.75 * diameter_m + 0.01 * np.median(z)
-    if near.sum() <= LEAST_POINTS:
-        return usable
-    kept = np.zeros_like(usable)
-    kept[row[near], column[near]] = True
-    return kept
+def _parts(points: Float64, component: Int32, diameter_m: float) -> Bool:
+    """What the object may be under a mask that holds more than it: (C, N) of points (N, 3), everything first.
+
+    Parts are what depth steps divide, and the ends of what is longer than the object.
+    """
+    everything = np.ones(len(points), dtype=np.bool_)
+    parts = [_near_the_middle(points, everything, diameter_m)]
+    sizes = np.bincount(component)
+    for index in np.argsort(-sizes, kind="stable"):
+        part = component == index
+        if PART * len(points) < sizes[index] < (1 - PART) * len(points) and sizes[index] > LEAST_POINTS:
+            parts.append(_near_the_middle(points, part, diameter_m))
+    middle = points.mean(axis=0)
+    axis = np.linalg.eigh((points - middle).T @ (points - middle))[1][:, 2]
+    along = (points - middle) @ axis
+    low, high = np.quantile(along, (0.03, 0.97))
+    if high - low > 1.1 * diameter_m:
+        for part in (along < low + 0.8 * diameter_m, along > high - 0.8 * diameter_m):
+            if part.sum() > max(PART * len(points), LEAST_POINTS):
+                parts.append(_near_the_middle(points, part, diameter_m))
+    return np.stack(parts[:SEEDS])
+
+
+def _near_the_middle(points: Float64, part: Bool, diameter_m: float) -> Bool:
+    """Drop what cannot belong to an object of this size around the robust middle of a part."""
+    middle = np.median(points[part], axis=0)
+    near = part & (np.linalg.norm(points - middle, axis=1) < 0.75 * diameter_m + 0.01 * middle[2])
+    return near if near.sum() > LEAST_POINTS else part
 
 
 def _normals(
-    xyz: Tensor, usable: Tensor, row: Tensor, column: Tensor, points: Tensor, K: Tensor, diameter_m: float
-) -> tuple[Tensor, float]:
-    """Normals (N, 3) of planes z = a x + b y + c through 7 x 7 readings about each pixel, and the readings' spread.
+    depth_m: Tensor,
+    usable: Tensor,
+    first_pixel: Tensor,
+    height: Tensor,
+    width: Tensor,
+    K: Tensor,
+    row: Tensor,
+    column: Tensor,
+    diameter_m: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Points (B, N, 3), normals (B, N, 3) of planes through 7 x 7 readings about each, and the readings' spread (B,).
 
     The window is about a tenth of the object wide; readings of other surfaces do not take part.
     """
-    h, w = usable.shape
-    pixel = float(points[:, 2].median() / K[0, 0])
-    step = min(max(round(0.1 * diameter_m / 6 / pixel), 1), 8)
-    offset = torch.arange(-3, 4, device=xyz.device) * step
-    rows = (row[:, None, None] + offset[:, None]).expand(-1, 7, 7).reshape(len(row), 49)
-    columns = (column[:, None, None] + offset[None, :]).expand(-1, 7, 7).reshape(len(row), 49)
-    inside = (rows >= 0) & (rows < h) & (columns >= 0) & (columns < w)
-    flat = rows.clamp(0, h - 1) * w + columns.clamp(0, w - 1)
-    local = xyz.reshape(-1, 3)[flat] - points[:, None]  # (N, 49, 3)
-    reach = max(0.05 * diameter_m, 4 * step * pixel)
-    weight = (inside & usable.reshape(-1)[flat] & (local[..., 2].abs() < reach)).float()
+    B, N = row.shape
+    points = backproject(column, row, depth_m[row * width[:, None] + column + first_pixel[:, None]], K)
+    pixel = points[..., 2].median(dim=1).values / K[:, 0, 0]
+    step = (0.1 * diameter_m / 6 / pixel).round().clamp(1, 8)
+    offset = torch.arange(-3, 4, device=row.device) * step.long()[:, None]  # (B, 7)
+    rows = (row[:, :, None, None] + offset[:, None, :, None]).expand(-1, -1, 7, 7).reshape(B, N, 49)
+    columns = (column[:, :, None, None] + offset[:, None, None, :]).expand(-1, -1, 7, 7).reshape(B, N, 49)
+    tall, wide = height[:, None, None], width[:, None, None]
+    inside = (rows >= 0) & (rows < tall) & (columns >= 0) & (columns < wide)
+    rows, columns = torch.minimum(rows.clamp(min=0), tall - 1), torch.minimum(columns.clamp(min=0), wide - 1)
+    flat = rows * wide + columns + first_pixel[:, None, None]
+    x_off, y_off, z_off = (backproject(columns, rows, depth_m[flat], K) - points[:, :, None]).unbind(-1)
+    reach = torch.maximum(0.05 * diameter_m, 4 * step * pixel)
+    weight = (inside & usable[flat] & (z_off.abs() < reach[:, None, None])).float()
     for _ in range(2):
-        total = weight.sum(dim=1).clamp(min=1)
-        mean = (weight[..., None] * local).sum(dim=1) / total[:, None]
-        x, y, z = (local - mean[:, None]).unbind(-1)
-        xx, xy, yy = ((weight * product).sum(dim=1) for product in (x * x, x * y, y * y))
-        xz, yz = ((weight * product).sum(dim=1) for product in (x * z, y * z))
+        total = weight.sum(dim=-1).clamp(min=1)
+        mx, my, mz = ((weight * value).sum(dim=-1) / total for value in (x_off, y_off, z_off))
+        dx, dy, dz = x_off - mx[..., None], y_off - my[..., None], z_off - mz[..., None]
+        wx, wy = weight * dx, weight * dy
+        xx, xy, yy = (wx * dx).sum(dim=-1), (wx * dy).sum(dim=-1), (wy * dy).sum(dim=-1)
+        xz, yz = (wx * dz).sum(dim=-1), (wy * dz).sum(dim=-1)
         ridge = 0.02 * (xx + yy) + 1e-12
         determinant = (xx + ridge) * (yy + ridge) - xy * xy
         a = ((yy + ridge) * xz - xy * yz) / determinant
         b = ((xx + ridge) * yz - xy * xz) / determinant
-        off = z - a[:, None] * x - b[:, None] * y
-        spread = ((weight * off * off).sum(dim=1) / total).sqrt()
-        weight = weight * (off.abs() < 2.5 * spread[:, None] + 1e-6)
+        off = dz - a[..., None] * dx - b[..., None] * dy
+        spread = ((weight * off * off).sum(dim=-1) / total).sqrt()
+        weight = weight * (off.abs() < 2.5 * spread[..., None] + 1e-6)
     normal = torch.stack((a, b, -torch.ones_like(a)), dim=-1)
-    return normal / normal.norm(dim=-1, keepdim=True), float(spread.quantile(0.25))
+    return points, normal / normal.norm(dim=-1, keepdim=True), spread.quantile(0.25, dim=1)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 from scipy.spatial.distance import pdist
 
@@ -14,10 +17,12 @@ from posekit.geometric import symmetry
 from posekit.geometry import rotation_looking_from, view_directions
 
 SAMPLES = 8192
+DENSE_SAMPLES = 65536  # for pictures of the object
 VIEWS = 240
 VIEW_SAMPLES = 256
 FIELD_CELLS = 56**3
 FIELD_MARGIN = 0.12  # of the diameter, on every side
+THIN = 0.15  # of the diameter: a wall up to which a point may be taken for one of its other side
 
 
 def build(
@@ -29,6 +34,9 @@ def build(
     diameter = max(diameter_of(vertices), 1e-6)
     points, normals, colours, spacing = sample_surface(mesh, SAMPLES)
     points = points - centre
+    outward = outward_normals(mesh)
+    normals = normals * (outward or 1)
+    dense_points, dense_normals, dense_colours, dense_spacing = sample_surface(mesh, DENSE_SAMPLES)
     progress(0.1)
     tree = cKDTree(points)
     nearest, origin, cell = nearest_grid(points, tree, diameter)
@@ -40,6 +48,9 @@ def build(
         x, y, z = ((queries - origin) / cell).astype(np.int64).clip(0, np.array(nearest.shape) - 1).T
         return np.asarray(nearest[x, y, z], dtype=np.intp)
 
+    thickness_m = np.zeros(len(points))
+    if outward:
+        thickness_m = thicknesses(points, normals, nearest_of, spacing, THIN * diameter)
     surface = symmetry.Surface(
         points=points,
         normals=normals,
@@ -55,8 +66,13 @@ def build(
     arrays: dict[str, npt.NDArray[Any]] = {
         "points_m": points.astype(np.float32),
         "normals": normals.astype(np.float32),
+        "thickness_m": thickness_m.astype(np.float32),
+        "oriented": np.array([outward != 0]),
         "centre_m": centre.astype(np.float32),
         "spacing_m": np.array([spacing], dtype=np.float32),
+        "dense_points_m": (dense_points - centre).astype(np.float32),
+        "dense_normals": np.rint(dense_normals * 127).astype(np.int8),
+        "dense_spacing_m": np.array([dense_spacing], dtype=np.float32),
         "field_nearest": nearest,
         "field_origin_m": origin.astype(np.float32),
         "field_cell_m": np.array([cell], dtype=np.float32),
@@ -65,8 +81,9 @@ def build(
         "view_centres_m": seen_centre.astype(np.float32),
         "twins": found.twins.astype(np.float32),
     }
-    if colours is not None:
+    if colours is not None and dense_colours is not None:
         arrays["colours"] = colours
+        arrays["dense_colours"] = dense_colours
     return diameter, symmetries, arrays
 
 
@@ -104,6 +121,48 @@ def sample_surface(mesh: Mesh, count: int) -> tuple[Float64, Float64, UInt8 | No
     if mesh.vertex_colors is not None:
         colours = np.rint((mesh.vertex_colors[mesh.faces[face]] * weight).sum(axis=1)).astype(np.uint8)
     return points, normals, colours, float(np.sqrt(summed[-1] / count))
+
+
+def outward_normals(mesh: Mesh) -> int:
+    """1 where the order of a face's corners tells outside from inside, -1 where it tells the contrary, 0 if neither.
+
+    It does where nearly every edge is passed once in each direction; of several shells the largest decides.
+    """
+    _, corner = np.unique(mesh.vertices_m, axis=0, return_inverse=True)  # files repeat corners at creases and seams
+    faces = corner.reshape(-1)[mesh.faces].astype(np.int64)
+    faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
+    if not len(faces):
+        return 0
+    start, end = faces[:, [0, 1, 2]].ravel(), faces[:, [1, 2, 0]].ravel()
+    count = int(faces.max()) + 1
+    there, back = np.sort(start * count + end), np.sort(end * count + start)
+    paired = np.isin(there, back).mean() if len(np.unique(there)) > 0.98 * len(there) else 0.0
+    if paired < 0.98:
+        return 0
+    vertices = np.zeros((count, 3))
+    vertices[corner.reshape(-1)] = mesh.vertices_m
+    a, b, c = (vertices[faces[:, i]] - vertices.mean(axis=0) for i in range(3))
+    volumes = np.einsum("ij,ij->i", a, np.cross(b, c))
+    graph = coo_matrix((np.ones(len(start)), (start, end)), shape=(count, count))
+    shell = connected_components(graph, directed=False)[1][faces[:, 0]]
+    of_shell = np.bincount(shell, weights=volumes)
+    largest = of_shell[np.abs(of_shell).argmax()]
+    return int(np.sign(largest))
+
+
+def thicknesses(
+    points: Float64, normals: Float64, nearest_of: Callable[[Float64], symmetry.Indices], spacing: float, most: float
+) -> Float64:
+    """How far below each sample the opposite side of a wall lies, metres (S,); 0 where there is none within `most`."""
+    found = np.zeros(len(points))
+    for depth in np.arange(0.5 * spacing, most, 0.5 * spacing):
+        index = nearest_of(points - depth * normals)
+        away = points - points[index]
+        below = (away * normals).sum(axis=1)
+        beside = np.linalg.norm(away - below[:, None] * normals, axis=1)
+        opposite = ((normals * normals[index]).sum(axis=1) < -0.8) & (beside < 2 * spacing) & (below > 0)
+        found = np.where((found == 0) & opposite, below, found)
+    return found
 
 
 def nearest_grid(points: Float64, tree: cKDTree, diameter: float) -> tuple[npt.NDArray[np.int32], Float64, float]:

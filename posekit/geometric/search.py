@@ -2,82 +2,95 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import torch
 from torch import Tensor
 
-from posekit.geometric.model import Prepared
-from posekit.geometric.observe import Observation
-from posekit.geometric.refine import Poses, refine
-from posekit.geometric.verify import score, tolerance_m
+from posekit.geometric.model import Shelf
+from posekit.geometric.observe import Observations
+from posekit.geometric.poses import Poses, picked
+from posekit.geometric.refine import refine
+from posekit.geometric.score import score, tolerance_m
 from posekit.geometry import rotation_from_z_to, rotation_grid
 
 ROLLS = 24
 FIRST_KEPT = 384
-SECOND_KEPT = 48
+PART_KEPT = 192  # of each part of the mask, where that is more
+SECOND_KEPT = 64
 FINALISTS = 12
+COARSE_POINTS = 48
 
 
-def search(model: Prepared, observation: Observation) -> Poses:
-    """The best poses found, distinct and already refined, best first."""
-    d = model.diameter_m
-    tolerance = tolerance_m(model, observation)
-    poses = hypotheses(model, observation)
-    coarse = score(model, observation, poses, points=48, visible=0).total
-    poses = poses.pick(coarse.topk(min(FIRST_KEPT, len(poses))).indices)
+def search(shelf: Shelf, observations: Observations) -> Poses:
+    """The best poses found for each instance, distinct and already refined, best first."""
+    d = shelf.diameter_m
+    through_m = 2 * tolerance_m(shelf, observations)
+    poses, part = _first(shelf, observations)
+    trust = picked(observations.members, part)
     poses = refine(
-        model,
-        observation,
-        poses,
-        points=64,
-        visible=0,
-        reach_m=[0.15 * d, 0.1 * d, 0.08 * d],
-        tolerance_m=2 * tolerance,
-    )
-    rough = score(model, observation, poses, points=96, visible=64).total
-    poses = poses.pick(distinct(poses, rough, SECOND_KEPT, 8.0, 0.05 * d))
-    poses = refine(
-        model, observation, poses, points=128, visible=96, reach_m=[0.08 * d, 0.06 * d, 0.05 * d, 0.04 * d],
-        tolerance_m=2 * tolerance,
+        shelf, observations, poses, points=64, visible=0, reach_m=[0.15 * d, 0.1 * d, 0.08 * d], through_m=through_m,
+        trust=trust,
     )  # fmt: skip
-    better = score(model, observation, poses, points=256, visible=128, colour=True).total
-    poses = poses.pick(distinct(poses, better, FINALISTS, 5.0, 0.03 * d))
-    return with_twins(model, poses)
+    rough = score(shelf, observations, poses, points=96, visible=64)
+    kept = distinct(poses, rough, SECOND_KEPT, 8.0, 0.05 * d)
+    poses = refine(
+        shelf, observations, poses.pick(kept), points=128, visible=96,
+        reach_m=[0.08 * d, 0.06 * d, 0.05 * d, 0.04 * d], through_m=through_m, trust=picked(trust, kept),
+    )  # fmt: skip
+    better = score(shelf, observations, poses, points=256, visible=128, colour=True)
+    return with_twins(shelf, poses.pick(distinct(poses, better, FINALISTS, 5.0, 0.03 * d)))
 
 
-def hypotheses(model: Prepared, observation: Observation) -> Poses:
-    """Every stored view with every roll, its visible surface's middle where the observed one is."""
-    ray = observation.centre / observation.centre.norm().clamp(min=1e-9)
-    R = rotation_from_z_to(ray) @ rotation_grid(model.view_directions, ROLLS)  # (V, rolls, 3, 3)
-    t = observation.centre - (R @ model.view_centres_m[:, None, :, None])[..., 0]
-    return Poses(R.reshape(-1, 3, 3), t.reshape(-1, 3))
+def _first(shelf: Shelf, observations: Observations) -> tuple[Poses, Tensor]:
+    """The best of every stored view with every roll, the visible surface's middle where that of a part is.
+
+    Returns FIRST_KEPT poses or more, as many of each part, and each one's part (B, H).
+    """
+    B, C, _ = observations.seed_points.shape
+    centre = observations.seed_centres
+    rolled = rotation_grid(shelf.view_directions, ROLLS)  # (V, rolls, 3, 3)
+    share = max(math.ceil(FIRST_KEPT / C), PART_KEPT)
+    kept = []
+    for index in range(C):
+        ray = centre[:, index] / centre[:, index].norm(dim=-1, keepdim=True).clamp(min=1e-9)
+        R = rotation_from_z_to(ray)[:, None, None] @ rolled  # (B, V, rolls, 3, 3)
+        t = centre[:, index, None, None] - (R @ shelf.view_centres_m[:, :, None, :, None])[..., 0]
+        poses = Poses(R.reshape(B, -1, 3, 3), t.reshape(B, -1, 3))
+        coarse = score(
+            shelf, observations, poses, points=COARSE_POINTS, visible=0, chosen=observations.seed_points[:, index]
+        )
+        kept.append(poses.pick(coarse.topk(min(share, poses.count)).indices))
+    part = torch.arange(C, device=centre.device).repeat_interleave(kept[0].count).expand(B, -1)
+    return Poses(torch.cat([poses.R for poses in kept], dim=1), torch.cat([poses.t for poses in kept], dim=1)), part
 
 
-def with_twins(model: Prepared, poses: Poses, first: int = 2) -> Poses:
+def with_twins(shelf: Shelf, poses: Poses, first: int = 2) -> Poses:
     """The poses, and of the first few also those that shape alone may confuse them with."""
-    twins = model.twins[1:]
-    if not len(twins):
+    twins = shelf.twins[:, None, 1:]  # (B, 1, T, 4, 4)
+    if not twins.shape[2]:
         return poses
-    best = poses.pick(torch.arange(min(first, len(poses)), device=poses.R.device))
-    R = (best.R[:, None] @ twins[:, :3, :3]).reshape(-1, 3, 3)
-    t = ((best.R[:, None] @ twins[:, :3, 3:])[..., 0] + best.t[:, None]).reshape(-1, 3)
-    return poses.join(Poses(R, t))
+    R, t = poses.R[:, :first, None], poses.t[:, :first, None]
+    turned = Poses((R @ twins[..., :3, :3]).flatten(1, 2), ((R @ twins[..., :3, 3:])[..., 0] + t).flatten(1, 2))
+    return poses.join(turned)
 
 
-def distinct(poses: Poses, total: Tensor, count: int, angle_deg: float, distance_m: float) -> Tensor:
-    """Indices of the best `count` poses, none near a better one both in rotation and in place."""
-    order = torch.argsort(total, descending=True, stable=True)
-    R = poses.R[order].reshape(-1, 9).cpu().numpy()
-    t = poses.t[order].cpu().numpy()
-    trace_near = 1 + 2 * np.cos(np.radians(angle_deg))
-    free = np.ones(len(R), dtype=np.bool_)
-    kept: list[int] = []
-    for index in range(len(R)):
-        if not free[index]:
-            continue
-        kept.append(index)
-        if len(kept) == count:
-            break
-        near = (R @ R[index] > trace_near) & (np.abs(t - t[index]).max(axis=1) < distance_m)
-        free &= ~near
-    return order[torch.tensor(kept, device=order.device)]
+def distinct(poses: Poses, total: Tensor, count: int, angle_deg: float, distance_m: Tensor) -> Tensor:
+    """Indices (B, count) of the best poses by `total` (B, H), none near a better one both in rotation and in place.
+
+    Where there are fewer, the best is repeated.
+    """
+    order = torch.argsort(total, dim=-1, descending=True, stable=True)
+    R = picked(poses.R, order).flatten(2)
+    t = picked(poses.t, order)
+    rows = torch.arange(len(order), device=order.device)
+    trace_near = 1 + 2 * math.cos(math.radians(angle_deg))
+    free = torch.ones_like(order, dtype=torch.bool)
+    kept = torch.zeros(len(order), count, dtype=torch.int64, device=order.device)
+    for slot in range(count):
+        first = free.to(torch.uint8).argmax(dim=1)  # 0, the best, where none is left
+        kept[:, slot] = first
+        alike = (R @ R[rows, first][:, :, None])[..., 0] > trace_near
+        free &= ~(alike & ((t - t[rows, first][:, None]).abs().amax(dim=-1) < distance_m[:, None]))
+        free[rows, first] = False
+    return picked(order, kept)

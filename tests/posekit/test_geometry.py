@@ -67,10 +67,22 @@ def test_each_row_of_a_batch_is_its_own() -> None:
 
 def test_projection_undoes_backprojection() -> None:
     K = torch.tensor([[500.0, 2.0, 7.5], [0, 510.0, 4.25], [0, 0, 1]])
+    v, u = torch.meshgrid(torch.arange(9.0), torch.arange(16.0), indexing="ij")
     depth_m = torch.rand(9, 16, generator=torch.Generator().manual_seed(4)) + 0.5
-    u, v = geometry.project(geometry.backproject(depth_m, K), K)
-    assert torch.allclose(u, torch.arange(16.0).expand(9, 16), atol=1e-3)
-    assert torch.allclose(v, torch.arange(9.0)[:, None].expand(9, 16), atol=1e-3)
+    again = geometry.project(geometry.backproject(u, v, depth_m, K), K)
+    assert torch.allclose(again[0], u, atol=1e-3)
+    assert torch.allclose(again[1], v, atol=1e-3)
+
+
+def test_each_instance_of_a_batch_is_projected_by_its_own_camera() -> None:
+    K = torch.tensor([[[500.0, 2.0, 7.5], [0, 510.0, 4.25], [0, 0, 1]], [[300.0, 0, 80], [0, 310.0, 60], [0, 0, 1]]])
+    points = torch.rand(2, 4, 5, 3, generator=torch.Generator().manual_seed(5)) + 0.5
+    u, v = geometry.project(points, K)
+    for index in range(2):
+        alone = geometry.project(points[index], K[index])
+        assert torch.allclose(u[index], alone[0])
+        assert torch.allclose(v[index], alone[1])
+    assert torch.allclose(geometry.backproject(u, v, points[..., 2], K), points, atol=1e-5)
 
 
 def test_points_behind_the_camera_land_far_outside_any_image() -> None:

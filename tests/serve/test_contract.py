@@ -105,7 +105,12 @@ def test_a_search_finds_the_pose_and_the_answer_has_every_promised_field(ask: As
     assert len(row["cad_id"]) == 64
     assert 0.5 < row["confidence"] <= 1
     assert row["bbox"] == list(masks.mask_box(tiny.scene.instances[1].mask) or ())
-    assert row["evidence"].keys() == {"inlier_fraction", "residual_mm", "visible_overlap"}
+    assert row["evidence"].keys() == {
+        "inlier_fraction",
+        "residual_mm",
+        "visible_overlap",
+        "free_space_violation",
+    }
     assert answer["timing"].keys() >= {"decode_ms", "queue_ms", "pose_ms", "batch_detections", "batch_requests"}
     assert answer["timing"]["batch_detections"] == 1
     assert 0 < answer["inference_time"] < 60

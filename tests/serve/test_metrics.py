@@ -92,7 +92,7 @@ def families(page: bytes) -> set[str]:
 
 
 def solved(confidence: float = 0.9, cad_id: str = "abc") -> Row:
-    evidence = RowEvidence(inlier_fraction=0.9, residual_mm=1.2, visible_overlap=0.8)
+    evidence = RowEvidence(inlier_fraction=0.9, residual_mm=1.2, visible_overlap=0.8, free_space_violation=0.1)
     return Row(
         object_id=5,
         cad_id=cad_id,

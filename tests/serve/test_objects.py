@@ -393,12 +393,12 @@ def test_a_kill_in_the_middle_of_everything_loses_and_leaves_nothing(depot: Depo
     wait_until(lambda: not any(running(pid) for pid in everyone), 10, "no process is left behind")
     folder = depot.server.data / "objects" / known["object_id"]
     assert (folder / "object.json").exists()
-    assert not (folder / "geometric-1.safetensors").exists()
+    assert not (folder / "geometric-2.safetensors").exists()
     depot.server.start()
     assert depot.leftovers() == []
     assert {entry["object_id"] for entry in depot.all()} == before | {known["object_id"]}
     assert depot.get(known["object_id"])["status"] == "ready"
-    assert (folder / "geometric-1.safetensors").exists()
+    assert (folder / "geometric-2.safetensors").exists()
 
 
 def test_objects_survive_a_restart_and_are_ready_before_the_service_is(depot: Depot) -> None:

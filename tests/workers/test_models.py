@@ -86,9 +86,10 @@ def test_one_broken_model_does_not_keep_the_others_from_being_warm(store: Object
 
 
 def test_a_model_that_the_engine_cannot_use_is_no_reason_not_to_start(store: ObjectStore, tmp_path: Path) -> None:
-    for object_id in NAMES:
-        (store.folder(object_id) / "plain-1.safetensors").rename(store.folder(object_id) / "geometric-1.safetensors")
     engine = load_engine("geometric", device="cpu", threads=1)
+    for object_id in NAMES:
+        folder = store.folder(object_id)
+        (folder / "plain-1.safetensors").rename(folder / f"geometric-{engine.version}.safetensors")
     assert set(ModelCache(tmp_path, limit_bytes=10_000).warm_up([engine])) == set(NAMES)
 
 

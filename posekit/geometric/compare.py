@@ -1,0 +1,209 @@
+"""Render-and-compare: each pose drawn densely into the crop, and what every cell of the picture says about it.
+
+The cost of a pose is a negative log-likelihood, truncated cell by cell: depth against depth, outline against mask,
+free space against what stands in it, and colour under a light that is fitted to each pose.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posekit.geometric.model import Shelf
+from posekit.geometric.observe import Observations
+from posekit.geometric.picture import Grid, draw
+from posekit.geometric.poses import Poses
+from posekit.geometric.score import tolerance_m
+
+COLOUR_SPREAD = 0.08  # of full brightness: what the hue of a surface may look different by
+BRIGHTNESS_SPREAD = 0.3  # of the logarithm: what light that is not understood changes
+
+CLEAR = 10.0  # standard deviations between two answers, beyond which there is no doubt
+
+# What a cell costs, in nats: the worst that a single cell can say.
+WRONG_DEPTH = 4.0
+UNEXPLAINED = 3.0  # under the mask, but the pose leaves it empty
+SEEN_THROUGH = 4.0  # the pose stands where the camera saw something behind
+OUTSIDE = 1.5  # at the right depth, but outside the mask
+UNREAD = 0.8  # outside the mask, without a reading
+HIDDEN = 0.05  # behind something
+WRONG_COLOUR = 3.0
+WRONG_BRIGHTNESS = 0.8
+AT_EDGE = 0.3  # of the cost, where one cell to the side would mend it
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One number per pose each: (B, H)."""
+
+    cost: Tensor  # nats
+    map: Tensor  # (B, H, cells): the cost of each cell
+    inliers: Tensor  # 0..1, of the cells under the mask with a reading: the pose explains their depth
+    overlap: Tensor  # 0..1, of the pose's cells that nothing hides: seen at the right depth
+    through: Tensor  # 0..1, of the same: the camera saw something behind them
+    residual_m: Tensor  # median depth difference, over cells that the pose and the mask share
+    colour: Tensor  # 0..1: mean cost of colour where depth agrees, 1 = all wrong
+    explained: Tensor  # the same, of those within the outline of the pose
+    beyond: Tensor  # 0..1, of the outline of the pose: the mask goes on past it at the same depth
+    inside: Tensor  # 0..1, of the cells under the mask with a reading: within the outline of the pose
+    cells: Tensor  # how many cells of the pose nothing hides
+
+
+def compare(shelf: Shelf, observations: Observations, poses: Poses) -> Comparison:
+    """Judge poses (B, H)."""
+    grid = Grid(shelf, observations)
+    expected_m, sample = draw(shelf, observations, grid, poses)
+    B, H = expected_m.shape[:2]
+    drawn = torch.isfinite(expected_m)
+    drawn_near = _grown(drawn)
+    seen_m, mask, mask_near = grid.depth_m[:, None], grid.mask[:, None], _grown(grid.mask[:, None])
+    read = seen_m > 0
+
+    surface = shelf.dense.index_select(0, sample.reshape(-1)).reshape(*sample.shape, -1)
+    normal = surface[..., 3:6] @ poses.R.mT[:, :, None]
+    view = grid.rays[:, None]
+    facing = (normal * view).sum(dim=-1).abs().clamp(min=0.15)
+    slant = (1 - facing.square()).clamp(min=0).sqrt() / facing
+    noise_m = (tolerance_m(shelf, observations) / 2.5)[:, None, None, None]
+    spread_m = (noise_m.square() + (0.6 * grid.cell_m[:, None, None, None] * slant).square()).sqrt()
+    behind = torch.where(drawn & read, (seen_m - expected_m) / spread_m, torch.zeros_like(expected_m))
+
+    # One cell to the side the pose may well show what was seen: outlines are good to a cell.
+    nearest_m, farthest_m = _range(expected_m)
+    off = torch.where(seen_m > farthest_m, seen_m - farthest_m, (nearest_m - seen_m).clamp(min=0))
+    depth_cost = AT_EDGE * (behind.square() / 2).clamp(max=WRONG_DEPTH)
+    depth_cost = depth_cost + (1 - AT_EDGE) * ((off / spread_m).square() / 2).clamp(max=WRONG_DEPTH)
+    agree = drawn & read & (behind.abs() < 3)
+    through = drawn & read & (behind >= 3)
+    hidden = drawn & read & (behind <= -3)
+    cost = torch.where(mask & drawn & read, depth_cost, torch.zeros_like(depth_cost))
+    cost = cost + _at_edge(mask & ~drawn, drawn_near) * (UNEXPLAINED * (0.6 + 0.4 * read.float()))
+    outside = drawn & ~mask
+    cost = cost + _at_edge(outside & through, mask_near) * SEEN_THROUGH
+    cost = cost + _at_edge(outside & agree, mask_near) * OUTSIDE
+    cost = cost + _at_edge(outside & ~read & grid.known[:, None], mask_near) * UNREAD
+    cost = cost + (outside & hidden) * HIDDEN
+
+    colour_share = torch.zeros(B, H, device=cost.device)
+    if shelf.dense_colours is not None:
+        albedo = shelf.dense_colours.index_select(0, sample.reshape(-1)).reshape(*sample.shape, 3).float() / 255.0
+        use = agree & mask & shelf.coloured[:, None, None, None]
+        colour_cost = _colour_cost(grid.colours, albedo, normal, use)
+        cost = cost + colour_cost
+        counted = use.sum(dim=(2, 3)).clamp(min=1)
+        colour_share = colour_cost.sum(dim=(2, 3)) / (WRONG_COLOUR + WRONG_BRIGHTNESS) / counted
+
+    readable = mask & read
+    under = readable.sum(dim=(2, 3)).clamp(min=1)
+    visible = agree | through | (drawn & read & ~hidden)
+    shown = visible.sum(dim=(2, 3)).clamp(min=1)
+    off = torch.where(readable & drawn, (seen_m - expected_m).abs(), torch.full_like(expected_m, torch.nan))
+    return Comparison(
+        cost=cost.sum(dim=(2, 3)),
+        map=cost.flatten(2),
+        inliers=(agree & mask).sum(dim=(2, 3)) / under,
+        overlap=((agree & mask).sum(dim=(2, 3)) + 0.5 * (agree & ~mask).sum(dim=(2, 3))) / shown,
+        through=through.sum(dim=(2, 3)) / shown,
+        residual_m=torch.nan_to_num(off.flatten(2).nanmedian(dim=-1).values, nan=1.0),
+        colour=colour_share,
+        explained=(agree & mask).sum(dim=(2, 3)) / (readable & drawn_near).sum(dim=(2, 3)).clamp(min=1),
+        beyond=_beyond(drawn_near, nearest_m, farthest_m, seen_m, readable, 2 * tolerance_m(shelf, observations)),
+        inside=(readable & drawn_near).sum(dim=(2, 3)) / under,
+        cells=shown,
+    )
+
+
+def margins(comparison: Comparison, best: Tensor) -> Tensor:
+    """How clearly the poses `best` (B,) beat each pose: (B, H), in standard deviations of the sum of differences.
+
+    Cells that differ at random cancel out, whatever their number; a feature that only one pose explains does not.
+    """
+    rows = torch.arange(len(best), device=best.device)
+    difference = comparison.map - comparison.map[rows, best][:, None]
+    return difference.sum(dim=-1) / difference.square().sum(dim=-1).clamp(min=1e-6).sqrt()
+
+
+def likelihood(comparison: Comparison) -> Tensor:
+    """How likely poses are to be right, 0..1 (B, H), from how well they explain the picture, rivals left aside.
+
+    A logistic model with rounded weights, fitted to right answers and to the best that could be made of masks of other
+    objects, on synthetic scenes. Beyond what a good pose reaches, more evidence adds nothing.
+    """
+    logit = (
+        37 * comparison.overlap.clamp(max=0.95)
+        + 5.5 * comparison.explained.clamp(max=0.95)
+        + 3 * comparison.inside
+        - 14 * comparison.beyond
+        - 13 * comparison.colour
+        - 0.6 * (comparison.cost / comparison.cells).clamp(max=6)
+        - 34
+    )
+    return torch.sigmoid(logit)
+
+
+def decided(margin: float) -> float:
+    """How likely the better of two answers is the right one, 0..1, by the margin between them."""
+    return 1 / (1 + math.exp(0.25 - 0.65 * margin)) if margin < CLEAR else 1.0
+
+
+def _at_edge(cells: Tensor, mended: Tensor) -> Tensor:
+    """Weight of wrong cells: little where the neighbouring cell would be right."""
+    return cells * torch.where(mended, AT_EDGE, 1.0)
+
+
+def _beyond(
+    drawn_near: Tensor, nearest_m: Tensor, farthest_m: Tensor, seen_m: Tensor, readable: Tensor, tolerance_m: Tensor
+) -> Tensor:
+    """Share (B, H) of the cells around poses on which the mask goes on at the depth that the pose ends with."""
+    ring = _grown(drawn_near) & ~drawn_near
+    tolerance = tolerance_m[:, None, None, None]
+    nearest = -torch.nn.functional.max_pool2d(-nearest_m, 3, stride=1, padding=1) - tolerance
+    farthest = torch.nn.functional.max_pool2d(farthest_m, 3, stride=1, padding=1) + tolerance
+    goes_on = ring & readable & (seen_m > nearest) & (seen_m < farthest)
+    return goes_on.sum(dim=(2, 3)) / ring.sum(dim=(2, 3)).clamp(min=1)
+
+
+def _range(depth_m: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest depth among each cell and its eight neighbours, empty ones (inf) left out."""
+    smallest = -torch.nn.functional.max_pool2d(-depth_m, 3, stride=1, padding=1)
+    known = torch.where(torch.isfinite(depth_m), depth_m, -torch.inf)
+    return smallest, torch.nn.functional.max_pool2d(known, 3, stride=1, padding=1)
+
+
+def _grown(cells: Tensor) -> Tensor:
+    """Boolean maps (B, H, rows, columns) grown by one cell."""
+    return torch.nn.functional.max_pool2d(cells.float(), 3, stride=1, padding=1) > 0.5
+
+
+def _colour_cost(seen: Tensor, albedo: Tensor, normal: Tensor, use: Tensor) -> Tensor:
+    """Cost of colours (B, H, rows, columns), 0 outside `use`.
+
+    seen: (B, rows, columns, 3); albedo, normal: (B, H, rows, columns, 3). Light changes how bright a surface is, far
+    less its hue: what is left of a colour beside its albedo counts by COLOUR_SPREAD, and how bright it is, against the
+    light that explains the whole best (`albedo (a + b . normal)`), only roughly: shadows fall.
+    """
+    basis = torch.cat((torch.ones_like(normal[..., :1]), normal), dim=-1).flatten(2, 3)  # (B, H, P, 4)
+    albedo, seen = albedo.flatten(2, 3), seen.flatten(1, 2)[:, None]
+    counted = use.flatten(2)
+    strength = albedo.square().sum(dim=-1).clamp(min=1e-3)
+    gain = (albedo * seen).sum(dim=-1) / strength  # how bright each cell is, of its albedo
+    hue = (seen - gain[..., None] * albedo).square().sum(dim=-1) / (
+        COLOUR_SPREAD**2 * (0.4 + seen.square().sum(dim=-1))
+    )
+    weight = counted * strength
+    ridge = torch.diag(torch.tensor([1e-3, 0.05, 0.05, 0.05], device=seen.device))
+    for _ in range(2):
+        weighted = basis * weight[..., None]
+        scale = weight.sum(dim=-1).clamp(min=1e-3)[..., None, None]
+        light, _ = torch.linalg.solve_ex(weighted.mT @ basis / scale + ridge, weighted.mT @ gain[..., None] / scale)
+        shade = (basis @ light)[..., 0].clamp(min=0.05)
+        ratio = (gain.clamp(min=0.02) / shade).log()
+        off = (ratio / BRIGHTNESS_SPREAD).square()
+        weight = counted * strength * (off < 9)
+    # Dark surfaces say little about either.
+    cost = (hue / 2).clamp(max=WRONG_COLOUR) + (off / 2).clamp(max=WRONG_BRIGHTNESS) * (strength * 4).clamp(max=1)
+    counted_cost: Tensor = cost * counted
+    return counted_cost.reshape(use.shape)

@@ -1,0 +1,194 @@
+"""The hot loops of the engine: compiled for the CPU where that was built, else the plain torch beside it.
+
+`_kernels_cpu.so` in this folder registers its ops with torch when it is loaded. The references define what they
+compute; a kernel agrees to the rounding of float32, except that a point on the edge of a cell may fall to either side
+of it. A kernel works on one instance after the other, on one thread: an instance has the same bits alone and in
+company. All tensors are float32 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from posekit.geometric.model import Shelf
+from posekit.geometric.poses import Poses
+from posekit.geometry import project
+
+Kernel = Literal["compiled", "reference"]
+OPS = ("explain", "front", "normal_equations")
+_REBUILD = "rebuild with: pip install --no-build-isolation ."
+_INDEX_BITS = 20  # of a key in a depth buffer: below the depth, the sample
+_FAR = 1 << 62
+_STEP_M = 1e-5  # of its depths
+
+_log = logging.getLogger(__name__)
+
+
+def front(
+    shelf: Shelf, poses: Poses, K: Tensor, *, cell_px: Tensor, cell_m: Tensor, rows: int, columns: int
+) -> tuple[Tensor, Tensor]:
+    """The dense samples of each object that are in front, in a picture of `rows` x `columns` square cells.
+
+    poses: (B, H); K: (B, 3, 3); cell_px, cell_m: (B,), the side of a cell, and what that is on the object. Returns
+    depths in metres, in steps of 0.01 mm, inf where nothing is (B, H, rows, columns), and which sample of the shelf is
+    seen there, int64, the object's first where nothing is. Of equal depths the lower sample wins. A cell that three of
+    its four neighbours lie in front of, by more than three cells, is a gap between samples: it shows what the third of
+    them shows. A pose behind the camera shows nothing.
+    """
+    if kernel_for(K.device) == "reference":
+        return front_reference(shelf, poses, K, cell_px=cell_px, cell_m=cell_m, rows=rows, columns=columns)
+    drawn = torch.ops.posekit.front(
+        shelf.dense, shelf.first_dense, shelf.dense_samples, poses.R, poses.t, K, cell_px, cell_m, rows, columns
+    )
+    return cast(tuple[Tensor, Tensor], drawn)
+
+
+def explain(
+    shelf: Shelf, poses: Poses, points: Tensor, normals: Tensor, *, tolerance_m: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How far each pose accounts for observed points.
+
+    poses: (B, H); points, normals: (B, N, 3), camera frame, N at least 1; tolerance_m: (B,), within which a reading is
+    on the surface. Returns two (B, H) in 0..1: the share of the points that is near the surface and faces as it does,
+    nearer counting more, and the share that is near it.
+    """
+    if kernel_for(points.device) == "reference":
+        return explain_reference(shelf, poses, points, normals, tolerance_m=tolerance_m)
+    shares = torch.ops.posekit.explain(points, normals, poses.R, poses.t, tolerance_m, _slack_m(shelf), *_tables(shelf))
+    return cast(tuple[Tensor, Tensor], shares)
+
+
+def normal_equations(
+    shelf: Shelf, poses: Poses, points: Tensor, normals: Tensor, *, reach_m: Tensor, trust: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The Gauss-Newton step that draws observed points to each pose's surface, before it is solved.
+
+    poses: (B, H); points, normals: (B, N, 3), camera frame, N at least 1; reach_m: (B,), half the distance at which a
+    point stops pulling; trust: (B, H, N), how much each point counts, None for all alike. Returns the Hessian
+    (B, H, 6, 6) and the gradient (B, H, 6, 1) by the turn (times half the diameter) and the shift of the points in the
+    frame of the object. Where no point pulls, both are 0.
+    """
+    if kernel_for(points.device) == "reference":
+        return normal_equations_reference(shelf, poses, points, normals, reach_m=reach_m, trust=trust)
+    equations = torch.ops.posekit.normal_equations(
+        points, normals, poses.R, poses.t, trust, reach_m, shelf.spacing_m, _rim_m2(shelf), shelf.diameter_m / 2,
+        *_tables(shelf),
+    )  # fmt: skip
+    return cast(tuple[Tensor, Tensor], equations)
+
+
+def kernel_for(device: str | torch.device) -> Kernel:
+    """Which kernels answer for tensors on `device` ("cpu", "cuda:1", ...): compiled ones or the torch reference."""
+    return "compiled" if _compiled and torch.device(device).type == "cpu" else "reference"
+
+
+def kernels(device: str | torch.device) -> dict[str, Kernel]:
+    """`kernel_for` by the name of the loop, as status pages and metrics show it."""
+    return {op: kernel_for(device) for op in OPS}
+
+
+def front_reference(
+    shelf: Shelf, poses: Poses, K: Tensor, *, cell_px: Tensor, cell_m: Tensor, rows: int, columns: int
+) -> tuple[Tensor, Tensor]:
+    """`front` in plain torch."""
+    B, H, M, device = len(K), poses.count, shelf.dense_samples, K.device
+    index = shelf.first_dense[:, None] + torch.arange(M, device=device)
+    points = shelf.dense.index_select(0, index.reshape(-1))[:, :3].reshape(B, 1, M, 3).expand(-1, H, -1, -1)
+    in_camera = poses.to_camera(points)
+    u, v = project(in_camera, K)
+    cell = cell_px[:, None, None]
+    column, row = ((u + 0.5) / cell).floor(), ((v + 0.5) / cell).floor()
+    inside = (column >= 0) & (column < columns) & (row >= 0) & (row < rows)
+    flat = torch.where(inside, row * columns + column, torch.full_like(row, rows * columns)).long()
+    steps = (in_camera[..., 2].clamp(min=0) * (1 / _STEP_M)).long()
+    key = (steps << _INDEX_BITS) + torch.arange(M, device=device)
+    keys = torch.full((B, H, rows * columns + 1), _FAR, device=device, dtype=torch.int64)
+    keys = keys.scatter_reduce(2, flat, key, "amin")[..., :-1].reshape(B, H, rows, columns)
+    # A cell that no sample of the front fell into shows the back or nothing: three of its four neighbours know better.
+    padded = torch.nn.functional.pad(keys.reshape(B * H, rows, columns), (1, 1, 1, 1), value=_FAR)
+    sides = torch.stack((padded[:, 1:-1, :-2], padded[:, 1:-1, 2:], padded[:, :-2, 1:-1], padded[:, 2:, 1:-1]))
+    third = sides.sort(dim=0).values[2].reshape(keys.shape)
+    step = (cell_m[:, None, None, None] * (3 / _STEP_M)).long() << _INDEX_BITS
+    keys = torch.where(keys > third + step, third, keys)
+    drawn = keys < _FAR
+    sample = torch.where(drawn, keys & ((1 << _INDEX_BITS) - 1), torch.zeros_like(keys))
+    depth_m = torch.where(drawn, (keys >> _INDEX_BITS).float() * _STEP_M, torch.inf)
+    return depth_m, sample + shelf.first_dense[:, None, None, None]
+
+
+def explain_reference(
+    shelf: Shelf, poses: Poses, points: Tensor, normals: Tensor, *, tolerance_m: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`explain` in plain torch."""
+    x = poses.to_object(points)
+    surface, normal, facing, _ = shelf.lookup(x, normals[:, None] @ poses.R)
+    away = x - surface
+    off_plane = (away * normal).sum(dim=-1)
+    along = (away.square().sum(dim=-1) - off_plane**2).clamp(min=0).sqrt()
+    distance = (off_plane**2 + (along - _slack_m(shelf)[:, None, None]).clamp(min=0) ** 2).sqrt()
+    tolerance = tolerance_m[:, None, None]
+    near = (1 - (distance / (2.5 * tolerance)) ** 2).clamp(min=0)
+    explained = (near * (facing * 1.25).clamp(max=1)).mean(dim=-1)
+    return explained, (distance < 1.5 * tolerance).float().mean(dim=-1)
+
+
+def normal_equations_reference(
+    shelf: Shelf, poses: Poses, points: Tensor, normals: Tensor, *, reach_m: Tensor, trust: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`normal_equations` in plain torch."""
+    x = poses.to_object(points)  # (B, H, N, 3)
+    surface, normal, facing, _ = shelf.lookup(x, normals[:, None] @ poses.R)
+    away = x - surface
+    off_plane = (away * normal).sum(dim=-1, keepdim=True)
+    distance = away.norm(dim=-1, keepdim=True)
+    # Past the rim of the surface its plane says nothing: pull straight back to it.
+    beyond = distance**2 - off_plane**2 > _rim_m2(shelf)[:, None, None, None]
+    normal = torch.where(beyond, away / distance.clamp(min=1e-9), normal)
+    residual = torch.where(beyond, distance - shelf.spacing_m[:, None, None, None], off_plane)
+    robust = (1 - (distance / (2 * reach_m[:, None, None, None])) ** 2).clamp(min=0) ** 2
+    weight = robust * torch.where(beyond, 0.5, facing[..., None].clamp(min=0.1))
+    if trust is not None:
+        weight = weight * trust[..., None]
+    radius = (shelf.diameter_m / 2)[:, None, None, None]
+    jacobian = torch.cat((torch.linalg.cross(x, normal) / radius, normal), dim=-1)  # (B, H, N, 6)
+    weighted = jacobian * weight
+    return weighted.mT @ jacobian, weighted.mT @ residual
+
+
+def _slack_m(shelf: Shelf) -> Tensor:
+    """How far along the surface a point on it may be from the sample that the field finds: (B,)."""
+    return 1.5 * shelf.spacing_m + 0.5 * shelf.cell_m
+
+
+def _rim_m2(shelf: Shelf) -> Tensor:
+    """Squared distance along the surface from the sample found, past which a point is beyond the rim: (B,)."""
+    return (2 * shelf.spacing_m + 0.5 * shelf.cell_m) ** 2
+
+
+def _tables(shelf: Shelf) -> tuple[int | Tensor, ...]:
+    """What a kernel needs to do as `Shelf.lookup` does."""
+    return (
+        shelf.samples, shelf.surface, shelf.oriented, shelf.first_sample, shelf._nearest, shelf._first_cell,
+        shelf._origin_m, shelf.cell_m, shelf._last_cell, shelf._stride,
+    )  # fmt: skip
+
+
+def _load_compiled(path: Path) -> bool:
+    """Load the kernels; without them the slower reference answers, never in silence."""
+    if not path.exists():
+        _log.warning("posekit.geometric has no compiled kernels: the slower torch reference answers; %s", _REBUILD)
+        return False
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        _log.warning("%s does not load with torch %s (%s); %s", path.name, torch.__version__, error, _REBUILD)
+        return False
+    return True
+
+
+_compiled = _load_compiled(Path(__file__).parent / "_kernels_cpu.so")
