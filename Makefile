@@ -8,16 +8,17 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-KERNELS := $(wildcard pointnet2_ext/csrc/*)
-BENCHMARKS := bench_furthest_point_sample engine_quick gateway_overhead
+KERNELS := $(wildcard pointnet2_ext/csrc/* posekit/geometric/csrc/*)
+PEERS := .venv-peers
+BENCHMARKS := accuracy bench_furthest_point_sample gateway_overhead
 PACKAGES := serve workers posekit pointnet2_ext
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup system demo serve test lint check bench clean
+.PHONY: help setup system demo serve test lint check bench bench-accuracy peers clean
 
 help: ## Show the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '  make %-7s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 setup: $(READY) ## Prepare .venv and the system libraries, nothing else
 
@@ -40,9 +41,15 @@ check: lint test ## Everything CI runs: lint, then test
 bench: $(READY) ## Run every benchmark (minutes)
 	@set -e; for name in $(BENCHMARKS); do echo "== python -m benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
+bench-accuracy: $(READY) $(PEERS)/.ready ## Measure the engine beside its peers: accuracy, confidence, seconds (about ten minutes)
+	@$(BIN)/python -m benchmarks.accuracy --http --wrong-objects --tracking --real --peers open3d,opencv \
+		--page build/accuracy --json build/accuracy.json $(ARGS)
+
+peers: $(PEERS)/.ready ## Prepare .venv-peers, where the benchmark's peers run
+
 clean: ## Remove .venv, build outputs and caches; data/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
-	rm -f pointnet2_ext/_kernels_*.so
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
+	rm -f pointnet2_ext/_kernels_*.so posekit/geometric/_kernels_*.so
 	find $(PACKAGES) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 system:
@@ -50,6 +57,13 @@ system:
 
 $(READY): constraints.txt pyproject.toml setup.py scripts/setup.sh $(KERNELS) | system
 	@sh scripts/setup.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(PEERS)/.ready: benchmarks/peers/requirements.txt constraints.txt | system
+	@echo "setup: making $(PEERS) for the peers of the accuracy benchmark"
+	@"$(PYTHON)" -m venv --clear $(PEERS)
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt \
+		--requirement benchmarks/peers/requirements.txt >$(PEERS)/setup.log 2>&1 || { tail -n 40 $(PEERS)/setup.log >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.test-programs: scripts/system_packages.sh $(READY)
