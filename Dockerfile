@@ -37,7 +37,8 @@ COPY . .
 # The image refuses to be built without its compiled kernels, and proves that they load.
 RUN --mount=type=cache,target=/root/.cache/pip \
     POINTNET2_EXT_REQUIRE=1 pip install -c constraints.txt ${PIP_ARGS} --no-build-isolation ".[server]" && \
-    cd / && python -c "import pointnet2_ext as p; assert p.kernel_for('cpu') == 'compiled', p.kernel_for('cpu')"
+    cd / && python -c "import pointnet2_ext as p; assert p.kernel_for('cpu') == 'compiled', p.kernel_for('cpu')" && \
+    python -c "from posekit.geometric import kernels as k; assert k.kernel_for('cpu') == 'compiled', k.kernel_for('cpu')"
 
 FROM base-${DEVICE} AS runtime
 ARG VERSION=0.1.0

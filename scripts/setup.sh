@@ -25,7 +25,7 @@ logged() {
 
 # What this environment is made from; the folder too, since an editable install holds its path.
 fingerprint() {
-    { pwd; cat constraints.txt pyproject.toml setup.py scripts/setup.sh; cat pointnet2_ext/csrc/* 2>/dev/null; } | cksum
+    { pwd; cat constraints.txt pyproject.toml setup.py scripts/setup.sh; cat pointnet2_ext/csrc/* posekit/geometric/csrc/* 2>/dev/null; } | cksum
 }
 
 if [ -x "$venv/bin/pem" ] && [ "$(cat "$venv/.fingerprint" 2>/dev/null)" = "$(fingerprint)" ]; then exit 0; fi
@@ -50,12 +50,15 @@ pip setuptools wheel ninja torch
 echo "setup: installing everything else and building the kernels"
 pip --verbose --no-build-isolation --editable ".[$extras]"
 
-kernel=$("$venv/bin/python" -c "import pointnet2_ext; print(pointnet2_ext.kernel_for('cpu'))" 2>>"$log") ||
-    fail "pointnet2_ext does not import (the whole log: $log)"
-if [ "$kernel" = compiled ]; then
-    echo "setup: done; pointnet2_ext runs its compiled kernels"
+kernels=$("$venv/bin/python" -c "
+import pointnet2_ext
+from posekit.geometric import kernels
+print(*sorted({pointnet2_ext.kernel_for('cpu'), kernels.kernel_for('cpu')}))" 2>>"$log") ||
+    fail "posekit or pointnet2_ext does not import (the whole log: $log)"
+if [ "$kernels" = compiled ]; then
+    echo "setup: done; the compiled kernels run"
 else
-    echo "setup: done; pointnet2_ext runs its slower torch reference, because:"
+    echo "setup: done; the slower torch reference runs, because:"
     grep "NOT built" "$log" || echo "see $log (a C++ compiler is needed: apt-get install g++)"
 fi
 fingerprint >"$venv/.fingerprint"

@@ -20,12 +20,13 @@ from posekit.geometric.score import tolerance_m
 
 COLOUR_SPREAD = 0.08  # of full brightness: what the hue of a surface may look different by
 BRIGHTNESS_SPREAD = 0.3  # of the logarithm: what light that is not understood changes
-
-CLEAR = 10.0  # standard deviations between two answers, beyond which there is no doubt
+EVEN_SPREAD = 1.9  # of margins between two poses that explain a picture equally: readings err together
+CLEAR = 10.0  # a margin beyond which nothing is left to doubt
 
 # What a cell costs, in nats: the worst that a single cell can say.
 WRONG_DEPTH = 4.0
 UNEXPLAINED = 3.0  # under the mask, but the pose leaves it empty
+UNEXPLAINED_UNREAD = 1.8  # the same, without a reading
 SEEN_THROUGH = 4.0  # the pose stands where the camera saw something behind
 OUTSIDE = 1.5  # at the right depth, but outside the mask
 UNREAD = 0.8  # outside the mask, without a reading
@@ -42,77 +43,74 @@ class Comparison:
     cost: Tensor  # nats
     map: Tensor  # (B, H, cells): the cost of each cell
     inliers: Tensor  # 0..1, of the cells under the mask with a reading: the pose explains their depth
+    explained: Tensor  # the same, of those within the outline of the pose
+    inside: Tensor  # 0..1, of the cells under the mask with a reading: within the outline of the pose
+    beyond: Tensor  # 0..1, of the outline of the pose: the mask goes on past it at the same depth
     overlap: Tensor  # 0..1, of the pose's cells that nothing hides: seen at the right depth
     through: Tensor  # 0..1, of the same: the camera saw something behind them
+    cells: Tensor  # how many those are
     residual_m: Tensor  # median depth difference, over cells that the pose and the mask share
     colour: Tensor  # 0..1: mean cost of colour where depth agrees, 1 = all wrong
-    explained: Tensor  # the same, of those within the outline of the pose
-    beyond: Tensor  # 0..1, of the outline of the pose: the mask goes on past it at the same depth
-    inside: Tensor  # 0..1, of the cells under the mask with a reading: within the outline of the pose
-    cells: Tensor  # how many cells of the pose nothing hides
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Poses in the grid: (B, H, rows, columns)."""
+
+    expected_m: Tensor  # depth, inf where the pose is not
+    sample: Tensor  # of the shelf's dense ones
+    normal: Tensor  # (..., 3), camera frame, towards the camera
+    spread_m: Tensor  # how far a reading may be off
+
+    @property
+    def there(self) -> Tensor:
+        return torch.isfinite(self.expected_m)
 
 
 def compare(shelf: Shelf, observations: Observations, poses: Poses) -> Comparison:
     """Judge poses (B, H)."""
     grid = Grid(shelf, observations)
-    expected_m, sample = draw(shelf, observations, grid, poses)
-    B, H = expected_m.shape[:2]
-    drawn = torch.isfinite(expected_m)
-    drawn_near = _grown(drawn)
-    seen_m, mask, mask_near = grid.depth_m[:, None], grid.mask[:, None], _grown(grid.mask[:, None])
-    read = seen_m > 0
-
-    surface = shelf.dense.index_select(0, sample.reshape(-1)).reshape(*sample.shape, -1)
-    normal = surface[..., 3:6] @ poses.R.mT[:, :, None]
-    view = grid.rays[:, None]
-    facing = (normal * view).sum(dim=-1).abs().clamp(min=0.15)
-    slant = (1 - facing.square()).clamp(min=0).sqrt() / facing
-    noise_m = (tolerance_m(shelf, observations) / 2.5)[:, None, None, None]
-    spread_m = (noise_m.square() + (0.6 * grid.cell_m[:, None, None, None] * slant).square()).sqrt()
-    behind = torch.where(drawn & read, (seen_m - expected_m) / spread_m, torch.zeros_like(expected_m))
+    tolerance = tolerance_m(shelf, observations)
+    drawn = _drawn(shelf, observations, grid, poses, tolerance)
+    there, there_near = drawn.there, _grown(drawn.there)
+    seen_m, mask = grid.depth_m[:, None], grid.mask[:, None]
+    mask_near, read = _grown(mask), seen_m > 0
+    behind = torch.where(there & read, (seen_m - drawn.expected_m) / drawn.spread_m, 0.0)
+    agree = there & read & (behind.abs() < 3)
+    through = there & read & (behind >= 3)
+    hidden = there & read & (behind <= -3)
 
     # One cell to the side the pose may well show what was seen: outlines are good to a cell.
-    nearest_m, farthest_m = _range(expected_m)
-    off = torch.where(seen_m > farthest_m, seen_m - farthest_m, (nearest_m - seen_m).clamp(min=0))
+    nearest_m, farthest_m = _range(drawn.expected_m)
+    off_m = torch.where(seen_m > farthest_m, seen_m - farthest_m, (nearest_m - seen_m).clamp(min=0))
     depth_cost = AT_EDGE * (behind.square() / 2).clamp(max=WRONG_DEPTH)
-    depth_cost = depth_cost + (1 - AT_EDGE) * ((off / spread_m).square() / 2).clamp(max=WRONG_DEPTH)
-    agree = drawn & read & (behind.abs() < 3)
-    through = drawn & read & (behind >= 3)
-    hidden = drawn & read & (behind <= -3)
-    cost = torch.where(mask & drawn & read, depth_cost, torch.zeros_like(depth_cost))
-    cost = cost + _at_edge(mask & ~drawn, drawn_near) * (UNEXPLAINED * (0.6 + 0.4 * read.float()))
-    outside = drawn & ~mask
+    depth_cost = depth_cost + (1 - AT_EDGE) * ((off_m / drawn.spread_m).square() / 2).clamp(max=WRONG_DEPTH)
+    outside = there & ~mask
+    cost = torch.where(mask & there & read, depth_cost, 0.0)
+    cost = cost + _at_edge(mask & ~there, there_near) * torch.where(read, UNEXPLAINED, UNEXPLAINED_UNREAD)
     cost = cost + _at_edge(outside & through, mask_near) * SEEN_THROUGH
     cost = cost + _at_edge(outside & agree, mask_near) * OUTSIDE
     cost = cost + _at_edge(outside & ~read & grid.known[:, None], mask_near) * UNREAD
     cost = cost + (outside & hidden) * HIDDEN
+    colour_cost, colour = _colour(shelf, observations, grid, drawn, agree & mask)
+    cost = cost + colour_cost
 
-    colour_share = torch.zeros(B, H, device=cost.device)
-    if shelf.dense_colours is not None:
-        albedo = shelf.dense_colours.index_select(0, sample.reshape(-1)).reshape(*sample.shape, 3).float() / 255.0
-        use = agree & mask & shelf.coloured[:, None, None, None]
-        colour_cost = _colour_cost(grid.colours, albedo, normal, use)
-        cost = cost + colour_cost
-        counted = use.sum(dim=(2, 3)).clamp(min=1)
-        colour_share = colour_cost.sum(dim=(2, 3)) / (WRONG_COLOUR + WRONG_BRIGHTNESS) / counted
-
-    readable = mask & read
-    under = readable.sum(dim=(2, 3)).clamp(min=1)
-    visible = agree | through | (drawn & read & ~hidden)
-    shown = visible.sum(dim=(2, 3)).clamp(min=1)
-    off = torch.where(readable & drawn, (seen_m - expected_m).abs(), torch.full_like(expected_m, torch.nan))
+    readable, right = mask & read, agree & mask
+    within = readable & there_near
+    shown = _count(there & read & ~hidden)
+    differences_m = torch.where(readable & there, (seen_m - drawn.expected_m).abs(), torch.nan)
     return Comparison(
         cost=cost.sum(dim=(2, 3)),
         map=cost.flatten(2),
-        inliers=(agree & mask).sum(dim=(2, 3)) / under,
-        overlap=((agree & mask).sum(dim=(2, 3)) + 0.5 * (agree & ~mask).sum(dim=(2, 3))) / shown,
+        inliers=right.sum(dim=(2, 3)) / _count(readable),
+        explained=right.sum(dim=(2, 3)) / _count(within),
+        inside=within.sum(dim=(2, 3)) / _count(readable),
+        beyond=_beyond(there_near, nearest_m, farthest_m, seen_m, readable, 2 * tolerance),
+        overlap=(right.sum(dim=(2, 3)) + 0.5 * (agree & ~mask).sum(dim=(2, 3))) / shown,
         through=through.sum(dim=(2, 3)) / shown,
-        residual_m=torch.nan_to_num(off.flatten(2).nanmedian(dim=-1).values, nan=1.0),
-        colour=colour_share,
-        explained=(agree & mask).sum(dim=(2, 3)) / (readable & drawn_near).sum(dim=(2, 3)).clamp(min=1),
-        beyond=_beyond(drawn_near, nearest_m, farthest_m, seen_m, readable, 2 * tolerance_m(shelf, observations)),
-        inside=(readable & drawn_near).sum(dim=(2, 3)) / under,
         cells=shown,
+        residual_m=torch.nan_to_num(differences_m.flatten(2).nanmedian(dim=-1).values, nan=1.0),
+        colour=colour,
     )
 
 
@@ -145,8 +143,41 @@ def likelihood(comparison: Comparison) -> Tensor:
 
 
 def decided(margin: float) -> float:
-    """How likely the better of two answers is the right one, 0..1, by the margin between them."""
-    return 1 / (1 + math.exp(0.25 - 0.65 * margin)) if margin < CLEAR else 1.0
+    """How likely the better of two answers is the right one, 0.5..1, by the margin between them.
+
+    Between answers that explain a picture equally, margins spread by EVEN_SPREAD; where something decides, any larger
+    one is as likely as another.
+    """
+    even = 1 / (1 + 0.25 * math.exp(min(margin, CLEAR) ** 2 / (2 * EVEN_SPREAD**2)))
+    return 1 - 0.5 * even
+
+
+def _drawn(shelf: Shelf, observations: Observations, grid: Grid, poses: Poses, tolerance_m: Tensor) -> _Drawn:
+    expected_m, sample = draw(shelf, observations, grid, poses)
+    normal = shelf.dense.index_select(0, sample.reshape(-1))[:, 3:].reshape(*sample.shape, 3) @ poses.R.mT[:, :, None]
+    facing = -(normal * grid.rays[:, None]).sum(dim=-1)
+    normal = torch.where(facing[..., None] < 0, -normal, normal)  # not every mesh tells outside from inside
+    facing = facing.abs().clamp(min=0.15)
+    slant = (1 - facing.square()).clamp(min=0).sqrt() / facing
+    noise_m = (tolerance_m / 2.5)[:, None, None, None]
+    spread_m = (noise_m.square() + (0.6 * grid.cell_m[:, None, None, None] * slant).square()).sqrt()
+    return _Drawn(expected_m, sample, normal, spread_m)
+
+
+def _colour(shelf: Shelf, observations: Observations, grid: Grid, drawn: _Drawn, use: Tensor) -> tuple[Tensor, Tensor]:
+    """Cost of the colours of each cell in `use` (B, H, rows, columns), and its mean, of the worst (B, H)."""
+    if shelf.dense_colours is None:
+        return torch.zeros_like(drawn.expected_m), torch.zeros_like(drawn.expected_m[..., 0, 0])
+    albedo = shelf.dense_colours.index_select(0, drawn.sample.reshape(-1)).float() / 255.0
+    albedo = observations.as_pictured(albedo.reshape(*drawn.sample.shape, 3))
+    use = use & shelf.coloured[:, None, None, None]
+    cost = _colour_cost(grid.colours, albedo, drawn.normal, use)
+    return cost, cost.sum(dim=(2, 3)) / (WRONG_COLOUR + WRONG_BRIGHTNESS) / _count(use)
+
+
+def _count(cells: Tensor) -> Tensor:
+    """How many cells are set, 1 where none is: (B, H), fit to divide by."""
+    return cells.sum(dim=(2, 3)).clamp(min=1)
 
 
 def _at_edge(cells: Tensor, mended: Tensor) -> Tensor:

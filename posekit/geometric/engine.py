@@ -29,7 +29,7 @@ from posekit.engine import (
 from posekit.geometric import VERSION, onboard
 from posekit.geometric.compare import Comparison, compare, decided, likelihood, margins
 from posekit.geometric.model import Prepared, Shelf, prepare
-from posekit.geometric.observe import Cleaned, Observations, clean, together
+from posekit.geometric.observe import SEED_POINTS, Cleaned, Observations, clean, together
 from posekit.geometric.poses import Poses
 from posekit.geometric.refine import polish, refine
 from posekit.geometric.score import score, tolerance_m
@@ -41,7 +41,7 @@ NO_FIT = 0.01  # evidence under which there is nothing to stand for
 COMPARED = 8  # poses that are drawn and compared with the picture
 RIVAL_DEG = 10.0  # a runner-up this far away, modulo symmetries, is another answer
 RIVAL_SHARE = 0.1  # of the diameter: or as far off as this
-UNDECIDED = 2.0  # standard deviations between two answers, below which they are ambiguous
+UNDECIDED = 3.0  # margin between two answers, below which they are ambiguous
 MOST_TOGETHER = 64  # instances in one pass on a GPU
 
 
@@ -162,10 +162,10 @@ def _solve(tasks: Sequence[_Task], kind: _Kind) -> list[Outcome]:
     if kind.started:
         poses = _sharpen(shelf, observations, _starts(tasks))
     else:
-        poses = search(shelf, observations)
+        poses, part = search(shelf, observations)
         if kind.refined:
             poses = _sharpen(shelf, observations, poses)
-        total = score(shelf, observations, poses, points=512, visible=256, colour=True)
+        total = score(shelf, observations, poses, part, points=SEED_POINTS, visible=256, colour=True)
         poses = poses.pick(distinct(poses, total, COMPARED, 3.0, 0.02 * shelf.diameter_m))
     if kind.started or kind.refined:
         poses = polish(shelf, observations, poses)
@@ -229,6 +229,14 @@ def _answer(task: _Task, T: list[Float64], table: dict[str, Float32]) -> Outcome
             rivals.append(index)
     margin = min((float(table["margin"][index]) for index in rivals), default=math.inf)
     sure = likely * decided(margin)
+    runners_up = [
+        Hypothesis(
+            T_cam_obj=T[index],
+            confidence=min(float(table["likely"][index]) * (1 - decided(float(table["margin"][index]))), sure),
+        )
+        for index in rivals
+    ]
+    runners_up.sort(key=lambda other: other.confidence, reverse=True)
     return Estimate(
         T_cam_obj=T[best],
         confidence=sure,
@@ -239,13 +247,7 @@ def _answer(task: _Task, T: list[Float64], table: dict[str, Float32]) -> Outcome
             free_space_violation=float(table["through"][best]),
         ),
         ambiguous=margin < UNDECIDED,
-        hypotheses=tuple(
-            Hypothesis(
-                T_cam_obj=T[index],
-                confidence=min(float(table["likely"][index]) * (1 - decided(float(table["margin"][index]))), sure),
-            )
-            for index in rivals[: task.instance.hypotheses]
-        ),
+        hypotheses=tuple(runners_up[: task.instance.hypotheses]),
     )
 
 

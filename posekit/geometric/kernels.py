@@ -38,7 +38,7 @@ def front(
     depths in metres, in steps of 0.01 mm, inf where nothing is (B, H, rows, columns), and which sample of the shelf is
     seen there, int64, the object's first where nothing is. Of equal depths the lower sample wins. A cell that three of
     its four neighbours lie in front of, by more than three cells, is a gap between samples: it shows what the third of
-    them shows. A pose behind the camera shows nothing.
+    them shows. What is behind the camera is nowhere.
     """
     if kernel_for(K.device) == "reference":
         return front_reference(shelf, poses, K, cell_px=cell_px, cell_m=cell_m, rows=rows, columns=columns)
@@ -48,19 +48,17 @@ def front(
     return cast(tuple[Tensor, Tensor], drawn)
 
 
-def explain(
-    shelf: Shelf, poses: Poses, points: Tensor, normals: Tensor, *, tolerance_m: Tensor
-) -> tuple[Tensor, Tensor]:
+def explain(shelf: Shelf, poses: Poses, points: Tensor, normals: Tensor, *, tolerance_m: Tensor) -> Tensor:
     """How far each pose accounts for observed points.
 
     poses: (B, H); points, normals: (B, N, 3), camera frame, N at least 1; tolerance_m: (B,), within which a reading is
-    on the surface. Returns two (B, H) in 0..1: the share of the points that is near the surface and faces as it does,
-    nearer counting more, and the share that is near it.
+    on the surface. Returns (B, H) in 0..1: the share of the points that is near the surface and faces as it does,
+    nearer counting more.
     """
     if kernel_for(points.device) == "reference":
         return explain_reference(shelf, poses, points, normals, tolerance_m=tolerance_m)
-    shares = torch.ops.posekit.explain(points, normals, poses.R, poses.t, tolerance_m, _slack_m(shelf), *_tables(shelf))
-    return cast(tuple[Tensor, Tensor], shares)
+    share = torch.ops.posekit.explain(points, normals, poses.R, poses.t, tolerance_m, _slack_m(shelf), *_tables(shelf))
+    return cast(Tensor, share)
 
 
 def normal_equations(
@@ -103,9 +101,10 @@ def front_reference(
     u, v = project(in_camera, K)
     cell = cell_px[:, None, None]
     column, row = ((u + 0.5) / cell).floor(), ((v + 0.5) / cell).floor()
-    inside = (column >= 0) & (column < columns) & (row >= 0) & (row < rows)
+    z = in_camera[..., 2]
+    inside = (z > 0) & (column >= 0) & (column < columns) & (row >= 0) & (row < rows)
     flat = torch.where(inside, row * columns + column, torch.full_like(row, rows * columns)).long()
-    steps = (in_camera[..., 2].clamp(min=0) * (1 / _STEP_M)).long()
+    steps = (z * (1 / _STEP_M)).long()
     key = (steps << _INDEX_BITS) + torch.arange(M, device=device)
     keys = torch.full((B, H, rows * columns + 1), _FAR, device=device, dtype=torch.int64)
     keys = keys.scatter_reduce(2, flat, key, "amin")[..., :-1].reshape(B, H, rows, columns)
@@ -121,9 +120,7 @@ def front_reference(
     return depth_m, sample + shelf.first_dense[:, None, None, None]
 
 
-def explain_reference(
-    shelf: Shelf, poses: Poses, points: Tensor, normals: Tensor, *, tolerance_m: Tensor
-) -> tuple[Tensor, Tensor]:
+def explain_reference(shelf: Shelf, poses: Poses, points: Tensor, normals: Tensor, *, tolerance_m: Tensor) -> Tensor:
     """`explain` in plain torch."""
     x = poses.to_object(points)
     surface, normal, facing, _ = shelf.lookup(x, normals[:, None] @ poses.R)
@@ -131,10 +128,8 @@ def explain_reference(
     off_plane = (away * normal).sum(dim=-1)
     along = (away.square().sum(dim=-1) - off_plane**2).clamp(min=0).sqrt()
     distance = (off_plane**2 + (along - _slack_m(shelf)[:, None, None]).clamp(min=0) ** 2).sqrt()
-    tolerance = tolerance_m[:, None, None]
-    near = (1 - (distance / (2.5 * tolerance)) ** 2).clamp(min=0)
-    explained = (near * (facing * 1.25).clamp(max=1)).mean(dim=-1)
-    return explained, (distance < 1.5 * tolerance).float().mean(dim=-1)
+    near = (1 - (distance / (2.5 * tolerance_m[:, None, None])) ** 2).clamp(min=0)
+    return (near * (facing * 1.25).clamp(max=1)).mean(dim=-1)
 
 
 def normal_equations_reference(
@@ -173,8 +168,8 @@ def _rim_m2(shelf: Shelf) -> Tensor:
 def _tables(shelf: Shelf) -> tuple[int | Tensor, ...]:
     """What a kernel needs to do as `Shelf.lookup` does."""
     return (
-        shelf.samples, shelf.surface, shelf.oriented, shelf.first_sample, shelf._nearest, shelf._first_cell,
-        shelf._origin_m, shelf.cell_m, shelf._last_cell, shelf._stride,
+        shelf.samples, shelf.surface, shelf.oriented, shelf.first_sample, shelf.nearest, shelf.first_cell,
+        shelf.origin_m, shelf.cell_m, shelf.last_cell, shelf.stride,
     )  # fmt: skip
 
 

@@ -102,11 +102,11 @@ class Shelf:
     view_samples: Tensor  # (B, V, M), counted from `first_sample`
     view_centres_m: Tensor  # (B, V, 3)
     twins: Tensor  # (B, T, 4, 4), filled up with the identity
-    _origin_m: Tensor  # (B, 1, 3)
-    _last_cell: Tensor  # (B, 1, 3) int32
-    _stride: Tensor  # (B, 1, 3) int32
-    _first_cell: Tensor  # (B, 1) int32
-    _nearest: Tensor  # (all cells,) int32
+    origin_m: Tensor  # (B, 1, 3)
+    last_cell: Tensor  # (B, 1, 3) int32
+    stride: Tensor  # (B, 1, 3) int32
+    first_cell: Tensor  # (B, 1) int32
+    nearest: Tensor  # (all cells,) int32
 
     @classmethod
     def of(cls, models: Sequence[Prepared]) -> Shelf:
@@ -162,11 +162,11 @@ class Shelf:
             view_samples=torch.stack([model.view_samples for model in unique])[of],
             view_centres_m=torch.stack([model.view_centres_m for model in unique])[of],
             twins=twins[of],
-            _origin_m=torch.stack([model.field_origin_m for model in unique])[of][:, None],
-            _last_cell=(shapes - 1)[:, None],
-            _stride=torch.stack((shapes[:, 1] * shapes[:, 2], shapes[:, 2], ones), dim=-1)[:, None],
-            _first_cell=column(starts([len(model.field_nearest) for model in unique]), torch.int32)[:, None],
-            _nearest=_end_to_end([model.field_nearest for model in unique]),
+            origin_m=torch.stack([model.field_origin_m for model in unique])[of][:, None],
+            last_cell=(shapes - 1)[:, None],
+            stride=torch.stack((shapes[:, 1] * shapes[:, 2], shapes[:, 2], ones), dim=-1)[:, None],
+            first_cell=column(starts([len(model.field_nearest) for model in unique]), torch.int32)[:, None],
+            nearest=_end_to_end([model.field_nearest for model in unique]),
         )
 
     def lookup(self, points: Tensor, normals: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -177,10 +177,10 @@ class Shelf:
         the grid the answer is that of the border: far away, hence never mistaken for a fit.
         """
         flat = points.reshape(len(points), -1, 3)
-        cell = ((flat - self._origin_m) * (1.0 / self.cell_m)[:, None, None]).to(torch.int32)
-        cell = torch.minimum(cell.clamp(min=0), self._last_cell)
-        index = (cell * self._stride).sum(dim=-1, dtype=torch.int32) + self._first_cell
-        sample = self._nearest.index_select(0, index.reshape(-1)).reshape(index.shape) + self.first_sample[:, None]
+        cell = ((flat - self.origin_m) * (1.0 / self.cell_m)[:, None, None]).to(torch.int32)
+        cell = torch.minimum(cell.clamp(min=0), self.last_cell)
+        index = (cell * self.stride).sum(dim=-1, dtype=torch.int32) + self.first_cell
+        sample = self.nearest.index_select(0, index.reshape(-1)).reshape(index.shape) + self.first_sample[:, None]
         found = self.surface.index_select(0, sample.reshape(-1)).reshape(*points.shape[:-1], 7)
         position, normal, thickness = found[..., :3], found[..., 3:6], found[..., 6:]
         facing = (normals * normal).sum(dim=-1, keepdim=True)

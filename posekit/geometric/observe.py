@@ -18,10 +18,11 @@ from posekit.geometry import backproject, project
 
 POINTS = 512  # observed points that everything works on
 LEAST_POINTS = 32  # more valid depth pixels than this are needed
-SEED_POINTS = 64  # of each part of a mask: what hypotheses are first judged on
+SEED_POINTS = 256  # of each part of a mask: what hypotheses of it are judged on
 SEEDS = 4  # at most: the whole mask and its largest parts
 PART = 0.1  # of the points: what is smaller is no part of its own
 MASK_SIDE = 240  # pixels; crops of larger masks are thinned
+GREY = 2.0  # of 255: mean difference between the channels of a picture without colours
 FARTHEST_M = 100.0  # a reading beyond is no depth
 
 
@@ -63,6 +64,17 @@ class Observations:
     rgb: Tensor  # (all pixels, 3) uint8
     to_border: Tensor  # (all pixels, 2)
     first_pixel: Tensor  # (B,)
+    grey: Tensor  # (B,) bool: the picture has no colours
+
+    def of_part(self, index: int, count: int) -> tuple[Tensor, Tensor]:
+        """At most `count` points of a part of each mask, and their normals: (B, n, 3) each."""
+        chosen = self.seed_points[:, index, :count, None].expand(-1, -1, 3)
+        return self.points.gather(1, chosen), self.normals.gather(1, chosen)
+
+    def as_pictured(self, colours: Tensor) -> Tensor:
+        """Colours of an object (B, H, ..., 3) as the camera would give them: grey ones in a grey picture."""
+        grey = self.grey.reshape(-1, *(1,) * (colours.dim() - 1))
+        return torch.where(grey, colours.mean(dim=-1, keepdim=True), colours)
 
     def pixel(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Index into the maps of the pixel at (u, v), (B, ...) each, and whether it is inside the crop.
@@ -197,6 +209,7 @@ def together(cleaned: Sequence[Cleaned], diameter_m: Tensor) -> Observations:
         rgb=rgb,
         to_border=end_to_end([one.to_border for one in cleaned], 2),
         first_pixel=first_pixel,
+        grey=torch.tensor([float(np.ptp(one.rgb, axis=-1).mean()) < GREY for one in cleaned], device=device),
     )
 
 
@@ -292,7 +305,7 @@ def _normals(
         wx, wy = weight * dx, weight * dy
         xx, xy, yy = (wx * dx).sum(dim=-1), (wx * dy).sum(dim=-1), (wy * dy).sum(dim=-1)
         xz, yz = (wx * dz).sum(dim=-1), (wy * dz).sum(dim=-1)
-        ridge = 0.02 * (xx + yy) + 1e-12
+        ridge = 0.004 * (xx + yy) + 1e-12
         determinant = (xx + ridge) * (yy + ridge) - xy * xy
         a = ((yy + ridge) * xz - xy * yz) / determinant
         b = ((xx + ridge) * yz - xy * xz) / determinant

@@ -22,7 +22,7 @@ VIEWS = 240
 VIEW_SAMPLES = 256
 FIELD_CELLS = 56**3
 FIELD_MARGIN = 0.12  # of the diameter, on every side
-THIN = 0.15  # of the diameter: a wall up to which a point may be taken for one of its other side
+THIN = 0.25  # of the diameter: a wall up to which a point may be taken for one of its other side
 
 
 def build(
@@ -160,7 +160,9 @@ def thicknesses(
         away = points - points[index]
         below = (away * normals).sum(axis=1)
         beside = np.linalg.norm(away - below[:, None] * normals, axis=1)
-        opposite = ((normals * normals[index]).sum(axis=1) < -0.8) & (beside < 2 * spacing) & (below > 0)
+        opposite = (
+            ((normals * normals[index]).sum(axis=1) < -0.8) & (beside < 2 * spacing) & (below > 0) & (below <= most)
+        )
         found = np.where((found == 0) & opposite, below, found)
     return found
 

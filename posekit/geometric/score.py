@@ -24,24 +24,23 @@ def score(
     shelf: Shelf,
     observations: Observations,
     poses: Poses,
+    part: Tensor,
     *,
     points: int,
     visible: int,
     colour: bool = False,
-    chosen: Tensor | None = None,
 ) -> Tensor:
-    """What poses are ranked by (B, H): the share of `points` observed points that are near the model and face alike,
-    less for what of `visible` model points (0 = none are looked at) the camera did not see where they should be.
+    """What poses are ranked by (B, H): the share of `points` points of the pose's part of the mask that are near the
+    model and face alike, less for what of `visible` model points (0 = none are looked at) the camera did not see where
+    they should be.
 
-    `colour`: whether colours count too. `chosen` (B, at least `points`): which observed points, in place of the first.
+    part: (B, H), which part of the mask each pose is to explain. `colour`: whether colours count too.
     """
     tolerance = tolerance_m(shelf, observations)
-    seen, normals_seen = observations.points, observations.normals
-    if chosen is not None:
-        rows = torch.arange(len(chosen), device=chosen.device)[:, None]
-        seen, normals_seen = seen[rows, chosen], normals_seen[rows, chosen]
-    seen, normals_seen = seen[:, :points], normals_seen[:, :points]
-    total = explain(shelf, poses, seen, normals_seen, tolerance_m=tolerance)[0]
+    total = torch.zeros_like(poses.t[..., 0])
+    for index in range(observations.seed_points.shape[1]):
+        seen, normals = observations.of_part(index, points)
+        total = torch.where(part == index, explain(shelf, poses, seen, normals, tolerance_m=tolerance), total)
     if visible:
         surface_cam = poses.to_camera(visible_surface(shelf, poses, visible))
         on, beside, through, hidden = (
@@ -50,10 +49,12 @@ def score(
         overlap = (on + 0.5 * beside) / (on + beside + through).clamp(min=0.02)
         total = total * (0.35 + 0.65 * overlap) - 0.1 * hidden
     if colour and shelf.colours is not None:
-        x = poses.to_object(seen)
-        surface, _, _, sample = shelf.lookup(x, normals_seen[:, None] @ poses.R)
+        x = poses.to_object(observations.points[:, :points])
+        surface, _, _, sample = shelf.lookup(x, observations.normals[:, None, :points] @ poses.R)
         near = (1 - (x - surface).square().sum(dim=-1) / (2.5 * tolerance)[:, None, None] ** 2).clamp(min=0)
-        difference = _colour_difference(shelf.colours[sample], observations.colours[:, None, :points], near)
+        difference = _colour_difference(
+            observations.as_pictured(shelf.colours[sample]), observations.colours[:, None, :points], near
+        )
         total = total - 0.6 * difference * shelf.coloured[:, None]
     return total
 

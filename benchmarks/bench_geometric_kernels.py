@@ -1,0 +1,114 @@
+"""The geometric engine's compiled loops against their torch references, in the sizes that the engine calls them with.
+
+    python -m benchmarks.bench_geometric_kernels [--threads 1] [--json FILE]
+
+Prints the median time of a call of each and the ratio reference / kernel. The kernels use one thread; `--threads` is
+for the references. `--json -` prints the same as JSON instead of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from benchmarks.report import Table, write_json
+from posekit.geometric import kernels
+from posekit.geometric.engine import GeometricEngine
+from posekit.geometric.model import Shelf, prepare
+from posekit.geometric.poses import Poses
+from posekit.geometry import rotation_grid
+from posekit.shapes import SHAPES
+
+SHAPE = "housing"
+DISTANCE_M = 0.6
+FOCAL_PX = 600.0
+ROLLS = 24
+SIDE = 128  # cells of a picture, which holds the object with a margin
+NOISE_M = 0.001
+
+Call = Callable[[], tuple[Tensor, Tensor]]
+
+
+def calls() -> list[tuple[str, str, Call, Call]]:
+    """Per row: the op, its sizes, and the kernel and the reference on the same input."""
+    stored = GeometricEngine().onboard(SHAPE, SHAPES[SHAPE]().mesh, None, lambda share: None)
+    shelf = Shelf.of([prepare(stored, torch.device("cpu"))])
+    R = rotation_grid(shelf.view_directions, ROLLS).reshape(1, -1, 3, 3)
+    poses = Poses(R, torch.tensor([0.0, 0.0, DISTANCE_M]).expand(1, R.shape[1], 3).contiguous())
+    # What the first pose shows, with noise: the other poses fit it more or less.
+    seen = shelf.surface[shelf.view_samples[0, 0].repeat(2)]
+    generator = torch.Generator().manual_seed(0)
+    points = seen[:, :3] @ R[0, 0].mT + poses.t[0, 0] + NOISE_M * torch.randn(len(seen), 3, generator=generator)
+    normals = seen[:, 3:6] @ R[0, 0].mT
+    side_px = 1.25 * shelf.diameter_m * FOCAL_PX / DISTANCE_M
+    K = torch.tensor([[[FOCAL_PX, 0, float(side_px) / 2], [0, FOCAL_PX, float(side_px) / 2], [0, 0, 1]]])
+    cell_px = side_px / SIDE
+    cell_m = cell_px * DISTANCE_M / FOCAL_PX
+
+    def some(count: int) -> Poses:
+        return poses.pick(torch.arange(count)[None] * (poses.count // count))
+
+    rows: list[tuple[str, str, Call, Call]] = []
+    sizes = f"8 poses, {shelf.dense_samples} samples, {SIDE} x {SIDE} cells"
+    drawn = [
+        partial(run, shelf, some(8), K, cell_px=cell_px, cell_m=cell_m, rows=SIDE, columns=SIDE)
+        for run in (kernels.front, kernels.front_reference)
+    ]
+    rows.append(("front", sizes, drawn[0], drawn[1]))
+    for count, N in ((poses.count, 48), (384, 96)):
+        judged = [
+            partial(run, shelf, some(count), points[None, :N], normals[None, :N], tolerance_m=0.02 * shelf.diameter_m)
+            for run in (kernels.explain, kernels.explain_reference)
+        ]
+        rows.append(("explain", f"{count} poses, {N} points", judged[0], judged[1]))
+    for count, N in ((384, 64), (48, 128), (12, 384)):
+        trust = torch.ones(1, count, N)
+        pulled = [
+            partial(
+                run,
+                shelf,
+                some(count),
+                points[None, :N],
+                normals[None, :N],
+                reach_m=0.1 * shelf.diameter_m,
+                trust=trust,
+            )
+            for run in (kernels.normal_equations, kernels.normal_equations_reference)
+        ]
+        rows.append(("normal_equations", f"{count} poses, {N} points", pulled[0], pulled[1]))
+    return rows
+
+
+def median_ms(call: Call, threads: int) -> float:
+    """The median time of one call; the timer warms up."""
+    timer = Timer("call()", globals={"call": call}, num_threads=threads)
+    return timer.blocked_autorange(min_run_time=0.5).median * 1e3
+
+
+def main() -> None:
+    """Parse the options, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="write JSON there; - for standard output")
+    options = parser.parse_args()
+    if kernels.kernel_for("cpu") == "reference":
+        sys.exit("the kernels are not built; build them with: make setup")
+    table = Table(["op", "sizes", "reference ms", "kernel ms", "reference / kernel"])
+    with torch.inference_mode():
+        for op, sizes, kernel, reference in calls():
+            slow, fast = median_ms(reference, options.threads), median_ms(kernel, options.threads)
+            table.add(op, sizes, slow, fast, slow / fast)
+    write_json(options.json, {"torch": torch.__version__, "threads": options.threads, "rows": table.as_dicts()})
+    if options.json != "-":
+        print(f"torch {torch.__version__}, {options.threads} threads")
+        table.print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""The engine's compiled loops: known answers, their references, batches, odd input, and what answers without them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from posekit.geometric import kernels
+from posekit.geometric.engine import GeometricEngine
+from posekit.geometric.model import Prepared, Shelf, prepare
+from posekit.geometric.poses import Poses
+from posekit.geometry import rotation_from_vector
+from posekit.shapes import SHAPES
+
+POSES = 40
+POINTS = 100  # no multiple of a block
+SIDE = 64
+K = torch.tensor([[600.0, 1.0, 120.0], [0.0, 590.0, 118.0], [0.0, 0.0, 1.0]])
+PICTURE = {"cell_px": torch.tensor([4.0]), "cell_m": torch.tensor([0.004]), "rows": SIDE, "columns": SIDE - 3}
+
+compiled = pytest.mark.skipif(kernels.kernel_for("cpu") == "reference", reason="no compiled kernels here")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def model(name: str) -> Prepared:
+    """Thin walls and massive ones; of the carton's normals nothing is believed but their line."""
+    stored = GeometricEngine().onboard(name, SHAPES[name]().mesh, None, lambda share: None)
+    return replace(prepare(stored, torch.device("cpu")), oriented=name != "carton")
+
+
+def shelf(*names: str) -> Shelf:
+    return Shelf.of([model(name) for name in names or ("mug",)])
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def observed(on: Shelf, exact: bool = False) -> tuple[Poses, Tensor, Tensor]:
+    """Poses from right to absurd, and points and normals (B, N, 3) of the first: noisy ones, some of them wrong."""
+    B = len(on.diameter_m)
+    turn = random(B, POSES, 3, seed=0) * torch.linspace(0, 2, POSES)[:, None]
+    shift = random(B, POSES, 3, seed=1) * torch.linspace(0, 0.1, POSES)[:, None]
+    R = rotation_from_vector(turn) @ rotation_from_vector(random(B, 1, 3, seed=2))
+    t = torch.tensor([0.02, -0.01, 0.6]) + shift
+    t[:, -4:] = torch.tensor([[0.0, 0, -0.5], [0, 0, 0.01], [0, 0, 0], [300, -100, 1e4]])  # behind, inside, far
+    sample = torch.arange(POINTS) * (on.samples // POINTS)
+    seen = on.surface[on.first_sample[:, None] + sample]
+    points, normals = seen[..., :3] @ R[:, 0].mT + t[:, :1], seen[..., 3:6] @ R[:, 0].mT
+    if not exact:
+        points = points + 0.001 * random(B, POINTS, 3, seed=3)
+        normals = normals * torch.where(torch.arange(POINTS) % 7 == 0, -1.0, 1.0)[:, None]
+    return Poses(R, t), points, normals
+
+
+def intrinsics(on: Shelf) -> Tensor:
+    return K.expand(len(on.diameter_m), 3, 3)
+
+
+def picture(on: Shelf, run=kernels.front, **changes) -> tuple[Tensor, Tensor]:
+    wanted = {**PICTURE, **changes}
+    B = len(on.diameter_m)
+    wanted |= {name: wanted[name].expand(B) for name in ("cell_px", "cell_m")}
+    return run(on, observed(on)[0], intrinsics(on), **wanted)
+
+
+def almost_all_close(ours: Tensor, theirs: Tensor, scale: Tensor | float) -> None:
+    """Equal to float32's rounding, but for a point here and there that falls to the other side of a cell's edge."""
+    off = ((ours - theirs).abs() / scale).flatten(2 if ours.dim() > 2 else 1)
+    assert torch.isfinite(off).all()
+    assert off.max() < 0.05
+    assert (off < 1e-4).float().mean() > 0.97
+
+
+# ---- front
+
+
+@pytest.mark.parametrize("names", [("mug",), ("housing", "mug", "carton")])
+@pytest.mark.parametrize("cell_px", [1.0, 4.0, 1e4])
+def test_front_matches_its_reference(names, cell_px):
+    on = shelf(*names)
+    size = torch.tensor([cell_px])
+    depth_m, sample = picture(on, cell_px=size)
+    depth_there_m, sample_there = picture(on, kernels.front_reference, cell_px=size)
+    assert (depth_m.dtype, sample.dtype) == (torch.float32, torch.int64)
+    same = torch.isinf(depth_m) == torch.isinf(depth_there_m)
+    assert same.float().mean() > 0.999
+    both = torch.isfinite(depth_m) & torch.isfinite(depth_there_m)
+    close = (depth_m - depth_there_m)[both].abs() < 2.1e-5 + 1e-6 * depth_m[both]
+    assert close.float().mean() > 0.995
+    assert (sample == sample_there).float().mean() > 0.995
+
+
+def test_front_gives_each_cell_a_sample_that_lies_there_at_that_depth():
+    on = shelf("housing", "mug")
+    poses = observed(on)[0].pick(torch.arange(4).expand(2, -1))
+    depth_m, sample = kernels.front(
+        on, poses, intrinsics(on), cell_px=torch.full((2,), 4.0), cell_m=torch.zeros(2) + 0.004, rows=SIDE, columns=SIDE
+    )
+    drawn = torch.isfinite(depth_m)
+    assert 0.05 < drawn.float().mean() < 0.9
+    at = on.dense[sample.reshape(2, -1), :3].reshape(2, 4, -1, 3)
+    z = poses.to_camera(at)[..., 2].reshape(depth_m.shape)
+    assert (depth_m - z)[drawn].abs().max() < 2e-5
+    assert (sample - on.first_dense[:, None, None, None])[~drawn].unique().tolist() == [0]
+
+
+def points_as_shelf(points: list[list[float]]) -> Shelf:
+    dense = torch.cat((torch.tensor(points), torch.zeros(len(points), 3)), dim=1)
+    return replace(shelf(), dense=dense, dense_samples=len(points), first_dense=torch.zeros(1, dtype=torch.int64))
+
+
+def drawn_by_hand(points: list[list[float]]) -> tuple[list[list[float]], list[list[int]]]:
+    """Points (metres) in a picture of 3 x 3 cells, each a metre wide at a depth of one, the middle one on the axis."""
+    camera = torch.tensor([[[1.0, 0, 1], [0, 1, 1], [0, 0, 1]]])
+    poses = Poses(torch.eye(3)[None, None], torch.zeros(1, 1, 3))
+    depth_m, sample = kernels.front(
+        points_as_shelf(points), poses, camera, cell_px=torch.ones(1), cell_m=torch.full((1,), 0.01), rows=3, columns=3
+    )
+    return depth_m[0, 0].tolist(), sample[0, 0].tolist()
+
+
+def test_the_nearer_sample_wins_and_of_equal_ones_the_lower():
+    depth_m, sample = drawn_by_hand([[0, 0, 1.2], [0, 0, 1.1], [0, 0, 1.1], [0, 0, -1], [9, 0, 1]])
+    assert sample[1][1] == 1
+    assert depth_m[1][1] == pytest.approx(1.1, abs=1e-5)
+    assert sum(depth < 9 for row in depth_m for depth in row) == 1
+
+
+def test_a_gap_shows_what_the_third_of_its_neighbours_shows():
+    around = [[-1, 0, 1.0], [1.02, 0, 1.02], [0, -1.01, 1.01]]
+    for behind in ([], [[0.0, 0.0, 1.5]]):
+        depth_m, sample = drawn_by_hand(around + behind)
+        assert sample[1][1] == 1
+        assert depth_m[1][1] == pytest.approx(1.02, abs=1e-5)
+    depth_m, sample = drawn_by_hand([*around, [0, 0, 1.04]])  # less than three cells behind: not a gap
+    assert sample[1][1] == 3
+    depth_m, sample = drawn_by_hand([*around[:2], [0, 0, 1.5]])  # two neighbours do not make a gap
+    assert sample[1][1] == 2
+
+
+# ---- explain
+
+
+@pytest.mark.parametrize("names", [("mug",), ("carton",), ("housing", "mug", "carton")])
+def test_explain_matches_its_reference(names):
+    on = shelf(*names)
+    assert on.oriented.tolist() == [name != "carton" for name in names]
+    tolerance_m = 0.02 * on.diameter_m
+    ours = kernels.explain(on, *observed(on), tolerance_m=tolerance_m)
+    theirs = kernels.explain_reference(on, *observed(on), tolerance_m=tolerance_m)
+    assert ours.shape == (len(names), POSES)
+    almost_all_close(ours, theirs, 1.0)
+
+
+def test_the_true_pose_explains_everything_and_a_far_one_nothing():
+    on = shelf("housing")
+    explained = kernels.explain(on, *observed(on, exact=True), tolerance_m=0.02 * on.diameter_m)
+    assert explained[0, 0] > 0.95
+    assert explained[0, -1] == 0
+
+
+# ---- normal equations
+
+
+@pytest.mark.parametrize("names", [("mug",), ("carton",), ("housing", "mug", "carton")])
+@pytest.mark.parametrize("trusting", [False, True])
+def test_normal_equations_match_their_reference(names, trusting):
+    on = shelf(*names)
+    trust = random(len(names), POSES, POINTS, seed=9).abs() if trusting else None
+    reach_m = 0.1 * on.diameter_m
+    hessian, gradient = kernels.normal_equations(on, *observed(on), reach_m=reach_m, trust=trust)
+    hessian_there, gradient_there = kernels.normal_equations_reference(on, *observed(on), reach_m=reach_m, trust=trust)
+    assert (hessian.shape, gradient.shape) == ((len(names), POSES, 6, 6), (len(names), POSES, 6, 1))
+    assert torch.equal(hessian, hessian.mT)
+    size = hessian_there.abs().amax(dim=(2, 3), keepdim=True).clamp(min=1e-3)
+    almost_all_close(hessian, hessian_there, size)
+    almost_all_close(gradient, gradient_there, size * reach_m[:, None, None, None])
+
+
+def test_where_no_point_pulls_both_are_zero():
+    on = shelf("mug")
+    poses, points, normals = observed(on)
+    trust = torch.ones(1, POSES, POINTS)
+    trust[:, ::2] = 0
+    hessian, gradient = kernels.normal_equations(on, poses, points, normals, reach_m=0.1 * on.diameter_m, trust=trust)
+    assert not hessian[:, ::2].any()
+    assert not gradient[:, ::2].any()
+    assert not hessian[:, -1].any()  # kilometres away
+    assert hessian[:, 1].any()
+
+
+def test_a_solved_step_brings_a_shifted_pose_back():
+    on = shelf("housing")
+    poses, points, normals = observed(on, exact=True)
+    off_m = torch.tensor([0.002, -0.003, 0.002])
+    shifted = Poses(poses.R[:, :1], poses.t[:, :1] + off_m)
+    hessian, gradient = kernels.normal_equations(on, shifted, points, normals, reach_m=0.1 * on.diameter_m)
+    step = torch.linalg.solve(hessian, -gradient)[0, 0, :, 0]
+    assert (poses.R[0, 0] @ step[3:] - off_m).norm() < 0.3 * off_m.norm()
+    assert step[:3].norm() < 0.3 * off_m.norm()
+
+
+def test_a_prefix_of_trust_and_one_row_for_all_give_what_their_copies_give():
+    on = shelf("mug")
+    run = partial(kernels.normal_equations, on, *observed(on), reach_m=0.1 * on.diameter_m)
+    wide = random(1, POSES, 3 * POINTS, seed=4).abs()
+    for view in (wide[..., :POINTS], wide[..., ::3], wide[:, :1, :POINTS].expand(-1, POSES, -1)):
+        for mine, other in zip(run(trust=view), run(trust=view.clone()), strict=True):
+            assert torch.equal(mine, other)
+
+
+# ---- all of them
+
+
+def alone(on: Shelf, index: int, names: tuple[str, ...]) -> tuple[Shelf, Poses, Tensor, Tensor]:
+    poses, points, normals = observed(on)
+    row = slice(index, index + 1)
+    return shelf(names[index]), Poses(poses.R[row], poses.t[row]), points[row], normals[row]
+
+
+@compiled
+def test_an_instance_has_the_same_bits_alone_and_in_company():
+    names = ("housing", "mug", "carton")
+    on = shelf(*names)
+    poses, points, normals = observed(on)
+    size = {"cell_px": torch.tensor([4.0, 3.0, 5.0]), "cell_m": torch.tensor([0.004, 0.003, 0.005])}
+    depth_m, sample = kernels.front(on, poses, intrinsics(on), **size, rows=SIDE, columns=SIDE)
+    near = kernels.explain(on, poses, points, normals, tolerance_m=0.02 * on.diameter_m)
+    equations = kernels.normal_equations(on, poses, points, normals, reach_m=0.1 * on.diameter_m)
+    for index in range(3):
+        one, pose, seen, facing = alone(on, index, names)
+        own = {name: value[index : index + 1] for name, value in size.items()}
+        depth_alone_m, sample_alone = kernels.front(one, pose, K[None], **own, rows=SIDE, columns=SIDE)
+        assert torch.equal(depth_m[index], depth_alone_m[0])
+        assert torch.equal(sample[index] - on.first_dense[index], sample_alone[0])
+        near_alone = kernels.explain(one, pose, seen, facing, tolerance_m=0.02 * one.diameter_m)
+        equations_alone = kernels.normal_equations(one, pose, seen, facing, reach_m=0.1 * one.diameter_m)
+        for together, single in zip((near, *equations), (near_alone, *equations_alone), strict=True):
+            assert torch.equal(together[index], single[0])
+
+
+@compiled
+def test_points_and_poses_that_are_not_numbers_end_in_numbers():
+    on = shelf("mug")
+    poses, points, normals = observed(on)
+    R, t, points = poses.R.clone(), poses.t.clone(), points.clone()
+    R[:, 0], t[:, 1], t[:, 2], points[:, 0] = torch.nan, torch.nan, torch.inf, torch.nan
+    odd = Poses(R, t)
+    answers = [
+        kernels.explain(on, odd, points, normals, tolerance_m=0.02 * on.diameter_m),
+        *kernels.normal_equations(on, odd, points, normals, reach_m=0.1 * on.diameter_m),
+    ]
+    assert all(torch.isfinite(answer).all() for answer in answers)
+    depth_m, sample = kernels.front(on, odd, intrinsics(on), **PICTURE)
+    assert torch.isinf(depth_m[:, :3]).all()
+    assert ((sample >= 0) & (sample < on.dense_samples)).all()
+
+
+@compiled
+def test_the_ops_keep_what_their_schemas_promise():
+    on = shelf("mug")
+    poses, points, normals = observed(on)
+    tables = kernels._tables(on)
+    calls = {
+        "front": (on.dense, on.first_dense, on.dense_samples, poses.R, poses.t, K[None], *PICTURE.values()),
+        "explain": (points, normals, poses.R, poses.t, on.cell_m, on.cell_m, *tables),
+        "normal_equations": (points, normals, poses.R, poses.t, None, *[on.cell_m] * 4, *tables),
+    }
+    assert calls.keys() == set(kernels.OPS)
+    for op, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.posekit, op).default, arguments, test_utils="test_schema")
+
+
+@compiled
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda poses, points: (poses, points.double()), r"points must be Float, got Double"),
+        (lambda poses, points: (poses, points[..., :2]), r"points must be \[1, 100, 3\], got \[1, 100, 2\]"),
+        (lambda poses, points: (Poses(poses.R[:, :3], poses.t), points), r"R must be \[1, 40, 3, 3\], got \[1, 3, 3"),
+        (lambda poses, points: (poses, points[:, :0]), r"normals must be \[1, 0, 3\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_in_words(change, message):
+    on = shelf("mug")
+    poses, points, normals = observed(on)
+    with pytest.raises(RuntimeError, match=message):
+        kernels.explain(on, *change(poses, points), normals, tolerance_m=on.cell_m)
+
+
+@compiled
+def test_tables_that_end_too_early_are_refused():
+    on = shelf("mug")
+    seen = observed(on)
+    for broken in (replace(on, surface=on.surface[1:]), replace(on, nearest=on.nearest[1:])):
+        with pytest.raises(RuntimeError, match="must lie"):
+            kernels.explain(broken, *seen, tolerance_m=on.cell_m)
+    with pytest.raises(RuntimeError, match="must lie within the points"):
+        picture(replace(on, dense=on.dense[1:]))
+
+
+# ---- without them
+
+
+def test_without_a_library_the_references_answer(monkeypatch):
+    on = shelf("mug")
+    monkeypatch.setattr(kernels, "_compiled", False)
+    assert kernels.kernels("cpu") == dict.fromkeys(kernels.OPS, "reference")
+    seen, limits = observed(on), {"tolerance_m": 0.02 * on.diameter_m}
+    pairs = [
+        (picture(on), picture(on, kernels.front_reference)),
+        ([kernels.explain(on, *seen, **limits)], [kernels.explain_reference(on, *seen, **limits)]),
+        (
+            kernels.normal_equations(on, *seen, reach_m=on.diameter_m),
+            kernels.normal_equations_reference(on, *seen, reach_m=on.diameter_m),
+        ),
+    ]
+    for ours, theirs in pairs:
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_a_missing_library_and_one_that_does_not_load_are_heard_of(tmp_path, caplog):
+    path = tmp_path / "_kernels_cpu.so"
+    with caplog.at_level(logging.WARNING):
+        assert not kernels._load_compiled(path)
+        path.write_bytes(b"not a library")
+        assert not kernels._load_compiled(path)
+    assert "posekit.geometric has no compiled kernels: the slower torch reference answers" in caplog.text
+    assert "_kernels_cpu.so does not load with torch" in caplog.text
+    assert caplog.text.count("--no-build-isolation") == 2
+
+
+def test_a_copy_of_the_package_without_its_library_says_so_and_works(tmp_path):
+    package = Path(kernels.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "posekit", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = (
+        "import posekit\nfrom posekit.geometric import kernels\n"
+        f"assert posekit.__file__.startswith({str(tmp_path)!r})\n"
+        "print(kernels.kernel_for('cpu'), kernels.kernel_for('cuda'))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.split() == ["reference", "reference"]
+    assert "the slower torch reference answers; rebuild with: pip install" in answer.stderr
+
+
+def test_kernel_for_says_compiled_exactly_where_the_library_lies():
+    built = (Path(kernels.__file__).parent / "_kernels_cpu.so").exists()
+    assert kernels.kernel_for(torch.device("cpu")) == ("compiled" if built else "reference")
+    assert kernels.kernel_for("cuda:1") == "reference"
