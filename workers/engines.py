@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+import pointnet2_ext
 from posekit.engine import Engine, Float32, Float64, Instance, Mesh, ObjectModel
 from posekit.errors import StoreError
 from posekit.store import ObjectStore
@@ -40,6 +41,13 @@ def load_engine(name: str, *, device: str, threads: int) -> Engine:
 def versions(names: Iterable[str]) -> dict[str, str]:
     """Engine name -> version, part of the stored model's file name. Imports no torch."""
     return {name: _known(name)[1]() for name in names}
+
+
+def kernels(device: str) -> dict[str, str]:
+    """Operation -> "compiled" or "reference": what answers on `device`. Imports torch."""
+    from posekit.geometric import kernels as geometric
+
+    return {**pointnet2_ext.kernels(device), **geometric.kernels(device)}
 
 
 def _known(name: str) -> tuple[Callable[[str, int], Engine], Callable[[], str]]:

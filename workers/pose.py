@@ -13,11 +13,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-import pointnet2_ext
 from posekit.engine import Engine, ObjectModel, Outcome, Rejection
 from posekit.errors import StoreError
-from posekit.geometric import kernels
-from workers.engines import load_engine, practise
+from workers.engines import kernels, load_engine, practise
 from workers.lifecycle import DEVICE, INTERNAL_DETAIL, Stage, limit_threads
 from workers.messages import Cut, Failure, PassRecord, PoseInput, Solved
 from workers.models import ModelCache
@@ -49,7 +47,7 @@ class PoseStage(Stage):
             self.state.update(
                 engines={name: engine.version for name, engine in self.engines.items()},
                 device=device,
-                kernels={**pointnet2_ext.kernels(device), **kernels.kernels(device)},
+                kernels=kernels(device),
                 detections_per_second=min(rates),
                 broken_objects=broken,
             )

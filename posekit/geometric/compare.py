@@ -49,6 +49,7 @@ class Comparison:
     overlap: Tensor  # 0..1, of the pose's cells that nothing hides: seen at the right depth
     through: Tensor  # 0..1, of the same: the camera saw something behind them
     cells: Tensor  # how many those are
+    hidden: Tensor  # 0..1, of all of the pose's cells: behind something
     residual_m: Tensor  # median depth difference, over cells that the pose and the mask share
     colour: Tensor  # 0..1: mean cost of colour where depth agrees, 1 = all wrong
 
@@ -75,6 +76,7 @@ def compare(shelf: Shelf, observations: Observations, poses: Poses) -> Compariso
     there, there_near = drawn.there, _grown(drawn.there)
     seen_m, mask = grid.depth_m[:, None], grid.mask[:, None]
     mask_near, read = _grown(mask), seen_m > 0
+    at_rim = ~mask & mask_near  # outlines are good to a cell: what one there shows is no evidence against a pose
     behind = torch.where(there & read, (seen_m - drawn.expected_m) / drawn.spread_m, 0.0)
     agree = there & read & (behind.abs() < 3)
     through = there & read & (behind >= 3)
@@ -97,7 +99,8 @@ def compare(shelf: Shelf, observations: Observations, poses: Poses) -> Compariso
 
     readable, right = mask & read, agree & mask
     within = readable & there_near
-    shown = _count(there & read & ~hidden)
+    counted = there & read & ~hidden & ~(through & at_rim)
+    shown = _count(counted)
     differences_m = torch.where(readable & there, (seen_m - drawn.expected_m).abs(), torch.nan)
     return Comparison(
         cost=cost.sum(dim=(2, 3)),
@@ -107,7 +110,8 @@ def compare(shelf: Shelf, observations: Observations, poses: Poses) -> Compariso
         inside=within.sum(dim=(2, 3)) / _count(readable),
         beyond=_beyond(there_near, nearest_m, farthest_m, seen_m, readable, 2 * tolerance),
         overlap=(right.sum(dim=(2, 3)) + 0.5 * (agree & ~mask).sum(dim=(2, 3))) / shown,
-        through=through.sum(dim=(2, 3)) / shown,
+        through=(through & counted).sum(dim=(2, 3)) / shown,
+        hidden=hidden.sum(dim=(2, 3)) / _count(there),
         cells=shown,
         residual_m=torch.nan_to_num(differences_m.flatten(2).nanmedian(dim=-1).values, nan=1.0),
         colour=colour,
@@ -139,7 +143,8 @@ def likelihood(comparison: Comparison) -> Tensor:
         - 0.6 * (comparison.cost / comparison.cells).clamp(max=6)
         - 34
     )
-    return torch.sigmoid(logit)
+    mostly_hidden = (comparison.hidden - 0.5).clamp(min=0)  # what could contradict the pose is not seen
+    return torch.sigmoid(logit) * (1 - 2 * mostly_hidden).clamp(min=0.5)
 
 
 def decided(margin: float) -> float:

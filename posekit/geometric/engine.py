@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from posekit.engine import (
 from posekit.geometric import VERSION, onboard
 from posekit.geometric.compare import Comparison, compare, decided, likelihood, margins
 from posekit.geometric.model import Prepared, Shelf, prepare
-from posekit.geometric.observe import SEED_POINTS, Cleaned, Observations, clean, together
+from posekit.geometric.observe import FARTHEST_M, SEED_POINTS, Cleaned, Observations, clean, together
 from posekit.geometric.poses import Poses
 from posekit.geometric.refine import polish, refine
 from posekit.geometric.score import score, tolerance_m
@@ -56,9 +57,12 @@ class GeometricEngine:
     version = VERSION
 
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
-        """`device`: as torch names it. `threads`: instances that a CPU works on at a time, None = torch's number."""
+        """`device`: as torch names it. `threads`: instances that a CPU works on at a time, None = one for each core.
+
+        On a CPU, torch is set to one thread, for the whole process.
+        """
         self.device = device
-        count = torch.get_num_threads() if threads is None else threads
+        count = len(os.sched_getaffinity(0)) if threads is None else threads
         self._pool = None
         if torch.device(device).type == "cpu":
             torch.set_num_threads(1)  # instance by instance pays better than within one
@@ -144,6 +148,8 @@ class _Task:
 def _start(instance: Instance) -> Float64 | None:
     T = instance.init_T_cam_obj
     if T is None or not np.isfinite(T).all() or abs(np.linalg.det(T[:3, :3])) < 1e-6:
+        return None
+    if np.abs(T[:3, 3]).max() > FARTHEST_M:
         return None
     start = np.array(T, dtype=np.float64)
     start[:3, :3] = nearest_rotation(torch.from_numpy(start[:3, :3])).numpy()

@@ -49,14 +49,10 @@ def prepare(model: ObjectModel, device: torch.device) -> Prepared:
     colours = tensors["colours"].float() / 255.0 if "colours" in tensors else None
     view_samples = tensors["view_samples"].long()
     dense = torch.cat((tensors["dense_points_m"], tensors["dense_normals"].float() / 127.0), dim=1).contiguous()
-    used = [
-        dense,
-        tensors["field_nearest"],
-        surface,
-        view_samples,
-        tensors["view_directions"],
-        tensors["view_centres_m"],
-    ]
+    made = [surface, dense, view_samples, *([] if colours is None else [colours])]
+    kept = [tensors[name] for name in ("field_nearest", "view_directions", "view_centres_m", "twins")]
+    if "dense_colours" in tensors:
+        kept.append(tensors["dense_colours"])
     return Prepared(
         diameter_m=model.diameter_m,
         centre_m=tensors["centre_m"],
@@ -76,7 +72,7 @@ def prepare(model: ObjectModel, device: torch.device) -> Prepared:
         view_centres_m=tensors["view_centres_m"],
         twins=tensors["twins"],
         symmetries=model.symmetries,
-        nbytes=sum(tensor.nbytes for tensor in used) + (0 if colours is None else colours.nbytes),
+        nbytes=sum(tensor.nbytes for tensor in (*made, *kept)),
     )
 
 

@@ -20,6 +20,7 @@ POINTS = 512  # observed points that everything works on
 LEAST_POINTS = 32  # more valid depth pixels than this are needed
 SEED_POINTS = 256  # of each part of a mask: what hypotheses of it are judged on
 SEEDS = 4  # at most: the whole mask and its largest parts
+LEAST_DRAWN = 24  # of the points: a part that has fewer is left out
 PART = 0.1  # of the points: what is smaller is no part of its own
 MASK_SIDE = 240  # pixels; crops of larger masks are thinned
 GREY = 2.0  # of 255: mean difference between the channels of a picture without colours
@@ -118,7 +119,7 @@ def clean(instance: Instance, diameter_m: float) -> Cleaned | Rejection:
         return Rejection(code="engine_error", detail="the crop's colours, depth, mask and camera do not fit each other")
     if not mask.any():
         return Rejection(code="mask_empty", detail="the mask has no pixel")
-    if not (np.isfinite(K).all() and K[0, 0] > 0 and K[1, 1] > 0):
+    if not (np.isfinite(K).all() and K[0, 0] > 1e-6 and K[1, 1] > 1e-6):
         return Rejection(
             code="engine_error", detail="the crop's camera matrix is not finite with positive focal lengths"
         )
@@ -149,6 +150,7 @@ def clean(instance: Instance, diameter_m: float) -> Cleaned | Rejection:
     order = np.random.default_rng(instance.seed % 2**63).permutation(chosen)
     order = np.resize(order, POINTS)  # few pixels are repeated, so that every shape is fixed
     members = parts[:, order]
+    members = members[members.sum(axis=1) >= LEAST_DRAWN]  # at least one is left: no more than SEEDS share the points
     row, column = row[order].astype(np.int32), column[order].astype(np.int32)
     far = np.where(depth > 0, depth, np.float32(2 * FARTHEST_M))
     return Cleaned(
@@ -167,7 +169,7 @@ def clean(instance: Instance, diameter_m: float) -> Cleaned | Rejection:
 
 
 def together(cleaned: Sequence[Cleaned], diameter_m: Tensor) -> Observations:
-    """Put B detections side by side on the device of `diameter_m` (B,), and estimate their normals."""
+    """Put B detections with equally many parts side by side on the device of `diameter_m` (B,); estimate normals."""
     device = diameter_m.device
 
     def stacked(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:
@@ -175,11 +177,6 @@ def together(cleaned: Sequence[Cleaned], diameter_m: Tensor) -> Observations:
 
     def end_to_end(arrays: Sequence[npt.NDArray[Any]], *shape: int) -> Tensor:
         return torch.from_numpy(np.concatenate([array.reshape(-1, *shape) for array in arrays])).to(device)
-
-    most = max(len(one.members) for one in cleaned)  # parts that are missing repeat the whole
-
-    def parts(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:
-        return stacked([np.concatenate((array, *[array[:1]] * (most - len(array)))) for array in arrays])
 
     sizes = np.array([one.depth_m.shape for one in cleaned], dtype=np.int64)
     first = np.concatenate(([0], np.cumsum(sizes.prod(axis=1))[:-1]))
@@ -191,13 +188,13 @@ def together(cleaned: Sequence[Cleaned], diameter_m: Tensor) -> Observations:
     usable = end_to_end([one.usable for one in cleaned])
     points, normals, noise_m = _normals(depth_m, usable, first_pixel, height, width, K, row, column, diameter_m)
     rgb = end_to_end([one.rgb for one in cleaned], 3)
-    members = parts([one.members for one in cleaned]).float()
+    members = stacked([one.members for one in cleaned]).float()
     return Observations(
         points=points,
         normals=normals,
         colours=rgb[row * width[:, None] + column + first_pixel[:, None]].float() / 255.0,
         members=members,
-        seed_points=parts([one.seed_points for one in cleaned]).long(),
+        seed_points=stacked([one.seed_points for one in cleaned]).long(),
         seed_centres=(members @ points) / members.sum(dim=-1, keepdim=True),
         noise_m=noise_m,
         K=K,
