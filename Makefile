@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNELS := $(wildcard pointnet2_ext/csrc/* posekit/geometric/csrc/*)
 PEERS := .venv-peers
-BENCHMARKS := accuracy bench_furthest_point_sample gateway_overhead
+BENCHMARKS := accuracy bench_furthest_point_sample bench_geometric_kernels gateway_overhead
 PACKAGES := serve workers posekit pointnet2_ext
 
 .DEFAULT_GOAL := help

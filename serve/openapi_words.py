@@ -415,7 +415,7 @@ EXAMPLES: Final[dict[str, dict[str, Json]]] = {
             "version": "0.1.0",
             "engine": "geometric",
             "release": "geometric-2",
-            "kernels": {"furthest_point_sample": "compiled", "ball_query": "compiled"},
+            "kernels": {"furthest_point_sample": "compiled", "ball_query": "compiled", "explain": "compiled"},
             "tracks": {
                 "production": {
                     "state": "ready",

@@ -286,6 +286,25 @@ def test_runners_up_are_other_poses_and_less_sure() -> None:
     assert solved(demo()).hypotheses == ()
 
 
+@pytest.mark.parametrize("name", ["wedge", "bracket"])
+def test_a_small_object_is_believed_in(name: str) -> None:
+    """25 mm at 0.6 m: every other cell of it lies at the outline."""
+    shape = SHAPES[name]()
+    scale = np.float32(0.025 / model(name).diameter_m)
+    mesh = dataclasses.replace(shape.mesh, vertices_m=shape.mesh.vertices_m * scale)
+    small = dataclasses.replace(shape, name="small", mesh=mesh)
+    scene = photograph([small], [at(0.01, 0.02, 0.6, rotation((1, 0.3, 0.2), 200))])
+    answer = solved(cut(scene, 0), {"small": onboarded(mesh, "small")})
+    assert answer.confidence > SURE or answer.ambiguous
+    assert answer.evidence.free_space_violation < 0.1
+
+
+def test_a_start_beyond_all_cameras_is_none() -> None:
+    far = at(0, 0, 1e39)
+    answer = solved(dataclasses.replace(demo(), init_T_cam_obj=far))
+    assert answer.T_cam_obj.tobytes() == solved(demo()).T_cam_obj.tobytes()
+
+
 HALF_TURN = at(0, 0, 0, rotation((1, 0, 0), 180))
 
 

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from posekit.engine import Instance
-from posekit.geometric.observe import LEAST_POINTS, MASK_SIDE, POINTS, SEED_POINTS, SEEDS, Cleaned, clean, together
+from posekit.geometric.observe import (
+    LEAST_DRAWN,
+    LEAST_POINTS,
+    MASK_SIDE,
+    POINTS,
+    SEED_POINTS,
+    SEEDS,
+    Cleaned,
+    clean,
+    together,
+)
 from posekit.geometry import project
 from posekit.scenes import MaskQuality, Scene, degrade_mask, demo_scene
 from posekit.shapes import SHAPES, rotation
@@ -51,8 +61,30 @@ def test_parts_are_never_empty_and_shapes_are_fixed(quality: MaskQuality) -> Non
         assert one.members.shape == (len(one.members), POINTS)
         assert one.seed_points.shape == (len(one.members), SEED_POINTS)
         for members, seeds in zip(one.members, one.seed_points, strict=True):
-            assert members.sum() > 16
+            assert members.sum() >= LEAST_DRAWN
             assert members[seeds].all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_part_that_the_points_miss_is_left_out(seed: int) -> None:
+    """A ring with a thin spoke in its middle, beside blocks that are much larger than the object."""
+    row, column = np.mgrid[:239, :239]
+    radius = np.hypot(row - 120, column - 165)
+    ring = (radius < 70) & (radius > 40) & ~((column < 145) & (np.abs(row - 120) < 45))
+    spoke = (np.abs(row - 120) <= 1) & (column > 150) & (column < 210)
+    mask = ring | spoke | ((column < 50) & (np.abs(row - 120) > 55))
+    instance = Instance(
+        object_id="small",
+        rgb=np.full((*mask.shape, 3), 90, dtype=np.uint8),
+        depth_m=np.where(mask, 0.6, 0).astype(np.float32),
+        mask=mask,
+        K=np.array([[600, 0, 120], [0, 600, 120], [0, 0, 1.0]]),
+        seed=seed,
+    )
+    one = cleaned(instance, 0.013)
+    assert (one.members.sum(axis=1) >= LEAST_DRAWN).all()
+    observations = together([one], torch.tensor([0.013]))
+    assert torch.isfinite(observations.seed_centres).all()
 
 
 def test_points_are_pixels_under_the_mask_with_a_reading() -> None:
