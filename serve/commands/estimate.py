@@ -167,8 +167,8 @@ def _cells(pose: Pose) -> list[str]:
     if pose.evidence is not None:
         e = pose.evidence
         evidence = (
-            f"{e.inlier_fraction:.0%} inliers, {e.residual_mm:.2f} mm residual, {e.visible_overlap:.0%} of surface seen, "
-            f"{e.free_space_violation:.0%} seen through"
+            f"{e.inlier_fraction:.0%} inliers, {e.residual_mm:.2f} mm residual, "
+            f"{e.visible_overlap:.0%} of surface seen, {e.free_space_violation:.0%} seen through"
         )
     status = "[green]ok[/]" + (" (ambiguous)" if pose.ambiguous else "")
     t = " ".join(f"{value:.1f}" for value in pose.t_mm)
