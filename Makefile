@@ -28,7 +28,7 @@ demo: $(READY) ## Start a server, estimate a pose in a synthetic scene, compare 
 serve: $(READY) ## Run the server on http://127.0.0.1:8003 (Ctrl-C drains and stops it)
 	@$(BIN)/pem serve $(ARGS)
 
-test: $(READY) $(VENV)/.test-programs ## Run the tests
+test: $(READY) $(VENV)/.test-programs $(PEERS)/.ready ## Run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY) ## Check formatting, style and types
