@@ -41,7 +41,7 @@ check: lint test ## Everything CI runs: lint, then test
 bench: $(READY) ## Run every benchmark (minutes)
 	@set -e; for name in $(BENCHMARKS); do echo "== python -m benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
-bench-accuracy: $(READY) $(PEERS)/.ready ## Measure the engine beside its peers: accuracy, confidence, seconds (about ten minutes)
+bench-accuracy: $(READY) $(PEERS)/.ready ## Measure the engine beside its peers: accuracy, confidence, seconds (about six minutes)
 	@$(BIN)/python -m benchmarks.accuracy --http --wrong-objects --tracking --real --peers open3d,opencv \
 		--page build/accuracy --json build/accuracy.json $(ARGS)
 

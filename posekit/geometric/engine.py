@@ -49,8 +49,8 @@ MOST_TOGETHER = 64  # instances in one pass on a GPU
 class GeometricEngine:
     """Engine without weights (`posekit.engine.Engine`).
 
-    On a GPU, instances of different objects and requests share every step. On a CPU they are worked on one after the
-    other, so that an answer has the same bits alone and in company.
+    On a GPU, instances of different objects and requests share every step. On a CPU each is worked on by
+    itself, several at a time, so that an answer has the same bits alone and in company.
     """
 
     name = "geometric"

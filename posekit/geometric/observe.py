@@ -19,7 +19,7 @@ from posekit.geometry import backproject, project
 POINTS = 512  # observed points that everything works on
 LEAST_POINTS = 32  # more valid depth pixels than this are needed
 SEED_POINTS = 256  # of each part of a mask: what hypotheses of it are judged on
-SEEDS = 4  # at most: the whole mask and its largest parts
+SEEDS = 4  # parts at most: the whole mask and its largest pieces
 LEAST_DRAWN = 24  # of the points: a part that has fewer is left out
 PART = 0.1  # of the points: what is smaller is no part of its own
 MASK_SIDE = 240  # pixels; crops of larger masks are thinned
@@ -41,7 +41,7 @@ class Cleaned:
     row: Int32  # (N,) the points' pixels
     column: Int32  # (N,)
     rgb: UInt8  # (h, w, 3)
-    members: Bool  # (C, N): which points belong to each part; the first part is everything
+    members: Bool  # (C, N): which points belong to each part; the first is everything, unless too few of it are left
     seed_points: Int32  # (C, SEED_POINTS) points of each part, repeated where it has fewer
 
 
