@@ -88,6 +88,8 @@ class Instance:
     refine: Literal["icp", "none"] = "icp"
     hypotheses: int = 0  # runners-up to return
     init_T_cam_obj: Float64 | None = None  # (4, 4): refine this pose, no search
+    origin_px: tuple[int, int] = (0, 0)  # column and row of the crop's first pixel in its image, in the crop's pixels
+    image_size_px: tuple[int, int] | None = None  # width and height of that image; None = the crop is all of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,10 @@ class Engine(Protocol):
 
     def onboard(self, object_id: str, mesh: Mesh, symmetries: Symmetries | None, progress: Progress) -> ObjectModel:
         """Compute everything that depends on the CAD alone; `symmetries` given by the user override those found."""
+        ...
+
+    def practice_model(self, object_id: str, mesh: Mesh) -> ObjectModel:
+        """A model for a first exercise, where a shortcut is welcome: its poses need not be good."""
         ...
 
     def prepare(self, model: ObjectModel) -> int:

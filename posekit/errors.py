@@ -7,6 +7,7 @@ PoseError
     UnitsImplausible  lengths that only make sense with another unit
   StoreError          an object's folder on disk cannot be read or written
     StoreFull         no room left on the disk that holds the objects
+  BrokenCheckpoint    a file of weights that is damaged, unsafe to read, or of another network
 """
 
 from __future__ import annotations
@@ -47,3 +48,7 @@ class StoreError(PoseError):
 
 class StoreFull(StoreError):
     """No room left on the disk that holds the objects."""
+
+
+class BrokenCheckpoint(PoseError):
+    """A file of weights that cannot be used: missing, damaged, unsafe to read, or of another network."""

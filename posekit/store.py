@@ -5,7 +5,7 @@
         object.json                       StoredObject
         mesh.safetensors                  the mesh in metres
         <engine>-<version>.safetensors    what an engine made of it
-        failed.json                       why onboarding failed, if it did
+        <engine>-<version>.failed.json    why it made nothing of it, if onboarding failed
     <root>/.incoming-<uuid>/              being written: becomes an object by one rename
     <root>/.trash-<uuid>/                 being deleted
 
@@ -22,6 +22,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +76,18 @@ class _ModelHeader(msgspec.Struct, frozen=True, kw_only=True):
     diameter_m: float
     discrete: list[list[float]]
     continuous: list[tuple[list[float], list[float]]]
+    seconds: float = 0.0
+    threads: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """What is known of a stored model without reading its arrays."""
+
+    symmetries: Symmetries
+    seconds: float  # that onboarding took; 0 = not noted
+    threads: int  # that it took them on
+    nbytes: int  # of its file
 
 
 class ObjectStore:
@@ -209,8 +222,8 @@ class ObjectStore:
             raise StoreError("the stored mesh is broken; register the object again")
         return Mesh(vertices_m=vertices_m, faces=faces, vertex_colors=arrays.get("vertex_colors"))
 
-    def save_model(self, model: ObjectModel) -> None:
-        """Write what an engine made of an object, beside the object (which must exist)."""
+    def save_model(self, model: ObjectModel, *, seconds: float = 0.0, threads: int = 0) -> None:
+        """Write what an engine made of an object, and in what time, beside the object (which must exist)."""
         header = _ModelHeader(
             object_id=model.object_id,
             engine=model.engine,
@@ -221,6 +234,8 @@ class ObjectStore:
                 ([float(x) for x in axis], [float(x) for x in offset_m])
                 for axis, offset_m in model.symmetries.continuous
             ],
+            seconds=seconds,
+            threads=threads,
         )
         path = self._model_path(model.object_id, model.engine, model.engine_version)
         _save_arrays(path, model.arrays, {"model": msgspec.json.encode(header).decode()})
@@ -240,9 +255,11 @@ class ObjectStore:
             arrays=arrays,
         )
 
-    def load_symmetries(self, object_id: str, engine: str, version: str) -> Symmetries:
-        """The symmetries in a stored model, without reading its arrays; StoreError as `load_model`."""
-        return _read_header(_load_metadata(self._model_path(object_id, engine, version)))[1]
+    def describe_model(self, object_id: str, engine: str, version: str) -> StoredModel:
+        """What is known of a stored model, without reading its arrays; StoreError as `load_model`."""
+        metadata, nbytes = _load_metadata(self._model_path(object_id, engine, version))
+        header, symmetries = _read_header(metadata)
+        return StoredModel(symmetries=symmetries, seconds=header.seconds, threads=header.threads, nbytes=nbytes)
 
     def remove_models(self, object_id: str) -> None:
         """Forget what engines made of an object, so that it is onboarded anew."""
@@ -256,23 +273,25 @@ class ObjectStore:
 
     # --------------------------------------------------------------------------------------------------------- failures
 
-    def fail(self, object_id: str, error: str) -> None:
-        """Remember why onboarding failed, so that it is told and not tried for ever."""
-        write_atomically(self.folder(object_id) / "failed.json", msgspec.json.encode(_Failed(error)))
+    def fail(self, object_id: str, engine: str, version: str, error: str) -> None:
+        """Remember why an engine's onboarding failed, so that it is told and not tried for ever."""
+        write_atomically(self._failure_path(object_id, engine, version), msgspec.json.encode(_Failed(error)))
 
-    def failure(self, object_id: str) -> str | None:
-        """Why onboarding failed; None where it has not."""
+    def failure(self, object_id: str, engine: str, version: str) -> str | None:
+        """Why an engine's onboarding failed; None where it has not."""
+        path = self._failure_path(object_id, engine, version)
         try:
-            return msgspec.json.decode((self.folder(object_id) / "failed.json").read_bytes(), type=_Failed).error
+            return msgspec.json.decode(path.read_bytes(), type=_Failed).error
         except FileNotFoundError:
             return None
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return "onboarding failed; the reason cannot be read any more"
 
-    def clear_failure(self, object_id: str) -> None:
-        """Forget a failure, before onboarding is tried anew."""
+    def clear_failures(self, object_id: str) -> None:
+        """Forget all failures, before onboarding is tried anew."""
         with _disk("the object cannot be changed"):
-            (self.folder(object_id) / "failed.json").unlink(missing_ok=True)
+            for path in self.folder(object_id).glob("*.failed.json"):
+                path.unlink(missing_ok=True)
 
     # ---------------------------------------------------------------------------------------------------------- private
 
@@ -293,17 +312,20 @@ class ObjectStore:
             raise StoreError("an engine's name and version are letters, digits, dots and underscores")
         return self.folder(object_id) / f"{engine}-{version}.safetensors"
 
+    def _failure_path(self, object_id: str, engine: str, version: str) -> Path:
+        return self._model_path(object_id, engine, version).with_suffix(".failed.json")
+
 
 # ----------------------------------------------------------------------------------------------------------- the disk
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is seen whole or not at all, even through a crash.
+def write_atomically(path: Path, data: bytes, what: str = "the object") -> None:
+    """Write a file so that it is seen whole or not at all, even through a crash; errors call it `what`.
 
     Raises StoreFull where the disk (or the quota) is full, StoreError for anything else that goes wrong.
     """
     partial = path.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
-    with _disk("the object cannot be written"):
+    with _disk(f"{what} cannot be written"):
         try:
             with open(partial, "xb") as file:
                 file.write(data)
@@ -324,7 +346,7 @@ def _disk(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreFull(f"{what}: the disk that holds the objects is full") from error
+            raise StoreFull(f"{what}: the disk is full") from error
         raise StoreError(f"{what}: {error.strerror or type(error).__name__}") from error
 
 
@@ -368,10 +390,11 @@ def _load_arrays(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str
         raise StoreError("a file of the object is broken; register the object again") from None
 
 
-def _load_metadata(path: Path) -> dict[str, str]:
+def _load_metadata(path: Path) -> tuple[dict[str, str], int]:
+    """A file's metadata and its size in bytes."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return dict(file.metadata() or {})
+            return dict(file.metadata() or {}), path.stat().st_size
     except (OSError, SafetensorError):
         raise StoreError("the object's stored model is missing or broken; onboard it again") from None
 

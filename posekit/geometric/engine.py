@@ -80,6 +80,10 @@ class GeometricEngine:
             arrays=arrays,
         )
 
+    def practice_model(self, object_id: str, mesh: Mesh) -> ObjectModel:
+        """The model itself: it takes no more than a second."""
+        return self.onboard(object_id, mesh, None, lambda _: None)
+
     def prepare(self, model: ObjectModel) -> int:
         """Put a model's tensors onto the device, once; returns the bytes they take."""
         return self._prepared(model).nbytes

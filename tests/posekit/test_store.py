@@ -141,7 +141,9 @@ def test_a_removed_object_is_gone_and_can_come_again(store):
 )
 def test_an_id_that_is_no_hash_never_reaches_the_disk(store, object_id):
     assert store.get(object_id) is None
-    for act in (store.folder, store.remove, store.load_mesh, store.failure, lambda one: store.fail(one, "x")):
+    acts = [store.folder, store.remove, store.load_mesh]
+    acts += [lambda one: store.failure(one, "geometric", "1"), lambda one: store.fail(one, "geometric", "1", "x")]
+    for act in acts:
         with pytest.raises(InvalidInput, match="64 hexadecimal characters"):
             act(object_id)
 
@@ -217,16 +219,29 @@ def test_a_model_of_another_object_or_engine_is_refused(store):
         store.load_model(ID, "geometric", "1")
 
 
-def test_a_failure_is_remembered_until_it_is_cleared(store):
+def test_a_model_is_described_without_its_arrays(store):
     add(store)
-    assert store.failure(ID) is None
-    store.fail(ID, "the mesh is hollow: 7 < 8")
-    assert ObjectStore(store.root).failure(ID) == "the mesh is hollow: 7 < 8"
-    store.clear_failure(ID)
-    store.clear_failure(ID)
-    assert store.failure(ID) is None
-    (store.folder(ID) / "failed.json").write_bytes(b"{")
-    assert "cannot be read" in store.failure(ID)
+    store.save_model(model(), seconds=1.25, threads=2)
+    described_as = store.describe_model(ID, "geometric", "1")
+    assert (described_as.seconds, described_as.threads) == (1.25, 2)
+    assert described_as.nbytes == (store.folder(ID) / "geometric-1.safetensors").stat().st_size
+    assert np.array_equal(described_as.symmetries.discrete[0], model().symmetries.discrete[0])
+    with pytest.raises(StoreError, match="missing or broken"):
+        store.describe_model(ID, "geometric", "2")
+
+
+def test_an_engines_failure_is_remembered_until_it_is_cleared(store):
+    add(store)
+    assert store.failure(ID, "geometric", "1") is None
+    store.fail(ID, "geometric", "1", "the mesh is hollow: 7 < 8")
+    assert ObjectStore(store.root).failure(ID, "geometric", "1") == "the mesh is hollow: 7 < 8"
+    assert store.failure(ID, "sam6d", "1") is None
+    assert store.failure(ID, "geometric", "2") is None  # a new version tries anew
+    store.clear_failures(ID)
+    store.clear_failures(ID)
+    assert store.failure(ID, "geometric", "1") is None
+    (store.folder(ID) / "geometric-1.failed.json").write_bytes(b"{")
+    assert "cannot be read" in store.failure(ID, "geometric", "1")
 
 
 # ------------------------------------------------------------------------------------------------- kills and full disks
@@ -291,7 +306,11 @@ def test_a_full_disk_says_so_and_leaves_the_old_file_in_place(store, monkeypatch
         raise OSError(code, os.strerror(code), "/some/server/path")
 
     monkeypatch.setattr(store_module.os, "fsync", full)
-    for act in (lambda: store.replace(described()), lambda: store.save_model(model()), lambda: store.fail(ID, "x")):
+    for act in (
+        lambda: store.replace(described()),
+        lambda: store.save_model(model()),
+        lambda: store.fail(ID, "geometric", "1", "x"),
+    ):
         with pytest.raises(StoreFull, match="full") as caught:
             act()
         assert "/some" not in caught.value.detail

@@ -1,0 +1,260 @@
+"""SAM-6D's network as an engine: templates once for each object, then poses of whatever was segmented."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posekit.engine import (
+    Estimate,
+    Float32,
+    Instance,
+    Int32,
+    Mesh,
+    ObjectModel,
+    Outcome,
+    Progress,
+    Rejection,
+    Symmetries,
+    UInt8,
+)
+from posekit.geometric.onboard import diameter_of, sample_surface
+from posekit.sam6d import weights
+from posekit.sam6d.config import Config
+from posekit.sam6d.crops import NetworkInput, instance_input, template_input
+from posekit.sam6d.evidence import evidence
+from posekit.sam6d.fast import FastNetwork
+from posekit.sam6d.network import Description, Model, Network, Poses, Scene, together
+from posekit.sam6d.templates import View, render_views
+from posekit.sam6d.version import version_of
+
+PRACTICE_PX = 64
+RENDERING = 0.1  # of the time that onboarding takes, for the progress
+
+
+class Sam6dEngine:
+    """The network behind `posekit.engine.Engine`.
+
+    On a CPU each instance is worked on by itself, several at a time, and an answer has the same bits whatever else is
+    in the pass. On a GPU all instances of a pass go through the network together.
+    """
+
+    name = "sam6d"
+
+    def __init__(
+        self,
+        *,
+        weights_file: Path,
+        device: str = "cpu",
+        threads: int | None = None,
+        exact: bool = False,
+        precision: str = "float32",
+        views: int = Config.views,
+    ) -> None:
+        """Load the weights; raises BrokenCheckpoint where they do not fit.
+
+        `threads`: cores that a CPU may use, None = all; torch is set to one thread for the whole process and uses more
+        only while a single instance is worked on. `exact`: the reference's arithmetic, in float32. `precision`, of the
+        other setting: "float32", "tf32" (GPU) or "bf16". `views`: of the 42, how many an object is rendered from.
+        """
+        self.device = device
+        self.version = version_of(weights_file, views)
+        self.config = Config(views=views)
+        self._threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        self._pool = None
+        if self._on_cpu:
+            torch.set_num_threads(1)
+            if self._threads > 1:
+                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="pose")
+        with torch.device("meta"):
+            network = Network(self.config)
+        network.load_state_dict(weights.load_state_dict(weights_file), assign=True)
+        network.eval().requires_grad_(False)
+        self.network = (network if exact else FastNetwork.of(network, precision)).to(device)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return torch.device(self.device).type == "cpu"
+
+    # ---------------------------------------------------------------------------------------------------- onboarding
+
+    def onboard(self, object_id: str, mesh: Mesh, symmetries: Symmetries | None, progress: Progress) -> ObjectModel:
+        """Render the views, extract their features and keep all that depends on the CAD alone: some 20 s on a CPU.
+
+        Symmetries are those declared: the network looks for none.
+        """
+        rendered = render_views(mesh, lambda share: progress(share * RENDERING), self.config.views)
+        return self.onboard_views(
+            object_id, mesh, list(rendered), symmetries, lambda share: progress(RENDERING + share * (1 - RENDERING))
+        )
+
+    def onboard_views(
+        self, object_id: str, mesh: Mesh, views: Iterable[View], symmetries: Symmetries | None, progress: Progress
+    ) -> ObjectModel:
+        """The same from views that somebody else made. Raises InvalidInput for a view that shows nothing."""
+        rng = np.random.default_rng(int(object_id[:8], 16))
+        inputs = [template_input(view, rng, self.config.view_points) for view in views]
+        with torch.inference_mode(), self._all_threads():
+            points_m = torch.from_numpy(np.concatenate([seen.points_m for seen in inputs])).to(self.device)
+            picked = self.network.pick(points_m)
+            features = self.network.features_of_views(
+                self._stacked([seen.rgb for seen in inputs]),
+                self._stacked([seen.choose for seen in inputs]).long(),
+                picked,
+                progress,
+            )
+            surface_m = sample_surface(mesh, self.config.model_points)[0].astype(np.float32)
+            described = self.network.describe(
+                points_m[picked][None], features[None], torch.from_numpy(surface_m)[None].to(self.device)
+            )
+        progress(1.0)
+        return ObjectModel(
+            object_id=object_id,
+            engine=self.name,
+            engine_version=self.version,
+            diameter_m=max(diameter_of(mesh.vertices_m[np.unique(mesh.faces)].astype(np.float64)), 1e-6),
+            symmetries=symmetries or Symmetries(),
+            arrays={name: value[0].cpu().numpy() for name, value in described._asdict().items()},
+        )
+
+    def practice_model(self, object_id: str, mesh: Mesh) -> ObjectModel:
+        """A model as large as any, from one view that is no picture: points of the surface in a square, all grey.
+
+        Rendering would bring Open3D into the process that estimates.
+        """
+        points_m = sample_surface(mesh, PRACTICE_PX**2)[0].astype(np.float32)
+        xyz_m = points_m.reshape(PRACTICE_PX, PRACTICE_PX, 3)
+        grey = View(np.full(xyz_m.shape, 128, np.uint8), np.ones(xyz_m.shape[:2], np.bool_), xyz_m)
+        return self.onboard_views(object_id, mesh, [grey], None, lambda _: None)
+
+    # ------------------------------------------------------------------------------------------------------- poses
+
+    def prepare(self, model: ObjectModel) -> int:
+        """Put a model onto the device and add what is faster computed than read; returns the bytes it takes there."""
+        return self._prepared(model).model.nbytes
+
+    def estimate(self, instances: Sequence[Instance], models: Mapping[str, ObjectModel]) -> list[Outcome]:
+        """One outcome per instance, in order."""
+        if not self._on_cpu:
+            return self._estimate(instances, models)
+        in_company = len(instances) - len(instances) % self._threads if self._pool else 0
+        outcomes: list[Outcome] = []
+        if self._pool:
+            alone = self._pool.map(lambda instance: self._estimate([instance], models)[0], instances[:in_company])
+            outcomes.extend(alone)
+        for instance in instances[in_company:]:
+            with self._all_threads():
+                outcomes.extend(self._estimate([instance], models))
+        return outcomes
+
+    @torch.inference_mode()
+    def _estimate(self, instances: Sequence[Instance], models: Mapping[str, ObjectModel]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        tasks: list[_Task] = []
+        for place, instance in enumerate(instances):
+            stored = models.get(instance.object_id)
+            if stored is None:
+                outcomes.append(Rejection(code="no_cad", detail=f"no model of object {instance.object_id} is loaded"))
+                continue
+            prepared = self._prepared(stored)
+            rng = np.random.default_rng(instance.seed)
+            seen = instance_input(instance, prepared.reach_m, rng, self.config.fine_points)
+            if isinstance(seen, Rejection):
+                outcomes.append(seen)
+                continue
+            tasks.append(_Task(place, instance, prepared, seen))
+            outcomes.append(_UNSEEN)
+        if tasks:
+            poses = self.network(self._scene(tasks), together([task.prepared.model for task in tasks]))
+            for row, task in enumerate(tasks):
+                outcomes[task.place] = _outcome(task, poses, row)
+        return outcomes
+
+    def _scene(self, tasks: Sequence[_Task]) -> Scene:
+        draws = [
+            torch.rand(3 * self.config.proposals, generator=torch.Generator().manual_seed(task.instance.seed))
+            for task in tasks
+        ]
+        return Scene(
+            rgb=self._stacked([task.seen.rgb for task in tasks]),
+            points_m=self._stacked([task.seen.points_m for task in tasks]),
+            choose=self._stacked([task.seen.choose for task in tasks]).long(),
+            uniforms=torch.stack(draws).to(self.device),
+        )
+
+    def _prepared(self, model: ObjectModel) -> _Prepared:
+        key = f"{self.name}:{self.device}:{type(self.network).__name__}"  # exact and fast keep structures differently
+        if key not in model.data:
+            with torch.inference_mode():
+                stored = {name: torch.from_numpy(np.asarray(value)) for name, value in model.arrays.items()}
+                kept = Description(**{name: value[None].to(self.device) for name, value in stored.items()})
+                radius_m = float(kept.radius_m[0]) + 1e-6
+                model.data[key] = _Prepared(
+                    model=self.network.model(kept),
+                    points_m=model.arrays["points"] * np.float32(radius_m),
+                    radius_m=radius_m,
+                    reach_m=float(kept.surface.norm(dim=-1).max()) * radius_m,
+                )
+        prepared: _Prepared = model.data[key]
+        return prepared
+
+    def _stacked(self, arrays: Sequence[UInt8 | Float32 | Int32]) -> Tensor:
+        return torch.from_numpy(np.stack(arrays)).to(self.device)
+
+    @contextlib.contextmanager
+    def _all_threads(self) -> Iterator[None]:
+        """Let torch use all cores for what is done alone."""
+        if not self._on_cpu:
+            yield
+            return
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A model on the device."""
+
+    model: Model
+    points_m: Float32  # (2048, 3), CAD frame
+    radius_m: float
+    reach_m: float  # how far the surface reaches from the CAD's origin
+
+
+class _Task(NamedTuple):
+    """An instance on its way through the network."""
+
+    place: int
+    instance: Instance
+    prepared: _Prepared
+    seen: NetworkInput
+
+
+_UNSEEN = Rejection(code="engine_error", detail="the network was not asked")
+
+
+def _outcome(task: _Task, poses: Poses, row: int) -> Outcome:
+    score = float(poses.score[row])
+    T_cam_obj = np.eye(4)
+    T_cam_obj[:3, :3] = poses.R_cam_obj[row].double().cpu().numpy()
+    T_cam_obj[:3, 3] = poses.t_cam_obj_m[row].double().cpu().numpy()
+    if not (score > 0 and np.isfinite(T_cam_obj).all()):
+        return Rejection(code="no_fit", detail="the network matches none of the depth readings with the object")
+    prepared = task.prepared
+    return Estimate(
+        T_cam_obj=T_cam_obj,
+        confidence=min(score, 1.0),
+        evidence=evidence(task.instance, prepared.points_m, prepared.radius_m, task.seen.points_m, T_cam_obj),
+    )

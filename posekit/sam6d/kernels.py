@@ -1,0 +1,101 @@
+"""The hot loops of fast.py: compiled for the CPU where that was built, else plain torch.
+
+`_kernels_cpu.so` in this folder registers its ops with torch when it is loaded. A kernel agrees with the plain stage of
+coarse.py, fine.py, structure.py or attention.py to the rounding of float32, `embed` to that of its 16 bits. It works on one row after the other, so
+that neither threads nor batch-mates change a bit. All tensors are float32 unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+Kernel = Literal["compiled", "reference"]
+OPS = ("embed", "focus", "look_around", "propose", "relative_attention", "soft_matches", "surface_distance")
+NOWHERE = 1e6  # each coordinate of where `propose` puts what it cannot turn
+_REBUILD = "rebuild with: pip install --no-build-isolation ."
+
+_log = logging.getLogger(__name__)
+
+
+def embed(distance: Tensor, angle: Tensor, distances: Tensor, angles: Tensor, steps: float, step: float) -> Tensor:
+    """Pairs of points from tables: the row of a distance, and the largest of the rows of its angles, added.
+
+    distance: (B, N, N) and angle: (B, N, N, k), in units of which a table has `steps` rows each; distances, angles:
+    the tables, (rows, C), read between two rows. What is beyond the last row goes on as between the last two.
+    Returns (B, N, N, C) int16, in units of `step`.
+    """
+    return cast(Tensor, torch.ops.sam6d.embed(distance, angle, distances, angles, steps, step))
+
+
+def relative_attention(q: Tensor, k: Tensor, v: Tensor, folded: Tensor, structure: Tensor) -> Tensor:
+    """Softmax attention over `q.k + folded.structure`, by head.
+
+    q, k, v: (B, N, C); folded: (B, N, heads, C), the query of each head as it meets a raw structure; structure:
+    (B, N, N, C) int16 -> (B, N, C). Four heads, 256 channels.
+    """
+    return cast(Tensor, torch.ops.sam6d.relative_attention(q, k, v, folded, structure))
+
+
+def focus(x: Tensor, scale: Tensor) -> Tensor:
+    """`FocusedAttention.focus`; x: (B, N, C), scale: (C,), the softplus taken already."""
+    return cast(Tensor, torch.ops.sam6d.focus(x, scale))
+
+
+def look_around(there: Tensor, here: Tensor, index: Tensor, layers: Sequence[Tensor]) -> Tensor:
+    """The second and third layer of a shared MLP for all neighbours, and the largest of each channel.
+
+    there, here: (B, N, 32), whose difference goes into the first ReLU; index: (B, N, S) int64 from a ball query, the
+    slots left over repeating the first; layers: weights and biases (32, 64), (64,), (64, 128), (128,) -> (B, N, 128).
+    """
+    return cast(Tensor, torch.ops.sam6d.look_around(there, here, index, list(layers)))
+
+
+def propose(pairs: Tensor, scene: Tensor, model: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`coarse.propose`: R (B, H, 3, 3), t (B, H, 3), residual (B, H).
+
+    Three points on a line, repeated ones above all, leave a turn open. Their t is `NOWHERE`, so that none of them wins;
+    their residual stays.
+    """
+    return cast(tuple[Tensor, Tensor, Tensor], torch.ops.sam6d.propose(pairs, scene, model))
+
+
+def surface_distance(scene: Tensor, R: Tensor, t: Tensor, surface: Tensor, wanted: Tensor) -> Tensor:
+    """`coarse.surface_distance` where `wanted` (B, N) is above zero, elsewhere 0: (B, H, N)."""
+    return cast(Tensor, torch.ops.sam6d.surface_distance(scene, R, t, surface, wanted))
+
+
+def soft_matches(logits: Tensor, model: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`fine.soft_matches`: points (B, N, 3), weight (B, N), matched (B, N). Logits that lie within 40 of each other."""
+    return cast(tuple[Tensor, Tensor, Tensor], torch.ops.sam6d.soft_matches(logits, model))
+
+
+def kernel_for(device: str | torch.device) -> Kernel:
+    """Which kernels answer for tensors on `device` ("cpu", "cuda:1", ...): compiled ones or plain torch."""
+    return "compiled" if _compiled and torch.device(device).type == "cpu" else "reference"
+
+
+def kernels(device: str | torch.device) -> dict[str, Kernel]:
+    """`kernel_for` by the name of the loop, as status pages and metrics show it."""
+    return {op: kernel_for(device) for op in OPS}
+
+
+def _load_compiled(path: Path) -> bool:
+    """Load the kernels; without them plain torch answers, several times slower, never in silence."""
+    if not path.exists():
+        _log.warning("posekit.sam6d has no compiled kernels: slower plain torch answers; %s", _REBUILD)
+        return False
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        _log.warning("%s does not load with torch %s (%s); %s", path.name, torch.__version__, error, _REBUILD)
+        return False
+    return True
+
+
+_compiled = _load_compiled(Path(__file__).parent / "_kernels_cpu.so")
