@@ -24,7 +24,7 @@ def pose_answer(
     resolved: list[Resolved],
     solution: Solution,
     *,
-    release: str,
+    degraded: bool,
     ism_ms: float | None,
     found: schemas.FoundDetections | None,
 ) -> Answer:
@@ -55,7 +55,14 @@ def pose_answer(
     if question.kept is not None:
         data, content_type = call.encode(_second_dialect(question, rows, common))
     else:
-        answer = schemas.PoseAnswer(poses=rows, timing=call.timing, engine=solution.engine, release=release, **common)
+        answer = schemas.PoseAnswer(
+            poses=rows,
+            timing=call.timing,
+            engine=solution.engine,
+            degraded=degraded,
+            release=call.release,
+            **common,
+        )
         if question.visualize and solution.visualization is not None:
             answer.visualization = solution.visualization
         if found is not None:

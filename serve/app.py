@@ -1,9 +1,10 @@
 """The pipeline on one screen: every stage, its processes, its batch. Runs behind the gateway, on loopback only.
 
-    /pose      decode ──▶ pose ──▶ respond      detections and CAD in, poses out
-    /finish                        respond      overlay and files of a request that was split
-    /inspect   inspect                          is this mesh usable, in which unit, how healthy
-    /onboard   onboard                          build the engines' models of an object
+    /pose            decode ──▶ pose ──▶ respond      detections and CAD in, poses out
+    /finish                              respond      overlay and files of a request that was split
+    /inspect         inspect                          is this mesh usable, in which unit, how healthy
+    /onboard         onboard                          build the geometric engine's model of an object
+    /onboard_sam6d   onboard_sam6d                    build the network's, where it is among the engines
 
 `python -m serve.app --path DIR --port N --address 127.0.0.1 --timeout MS --capacity N --max-request-size BYTES`, with
 the settings in `PEM_STAGES` and, where it must not outlive its parent, the parent's pid in `PEM_PARENT_PID`.
@@ -25,7 +26,7 @@ from workers import settings
 from workers.decode import DecodeStage
 from workers.inspect_cad import InspectStage
 from workers.lifecycle import die_with_parent, slot_environment, starts_dir
-from workers.onboard import OnboardStage
+from workers.onboard import OnboardSam6dStage, OnboardStage
 from workers.pose import PoseStage
 from workers.respond import RespondStage
 
@@ -34,7 +35,7 @@ NEVER_S = 86_400.0  # Mosec's own limit on a batch answers all of it with 408: t
 
 
 def build(stages: settings.Stages) -> Server:
-    """The server with its four routes over five stages."""
+    """The server with its routes over its stages."""
     server = Server()
     server._rs_runtime_manager = FrontThatDiesWithUs(server._configs["timeout"])
 
@@ -50,9 +51,10 @@ def build(stages: settings.Stages) -> Server:
     inspect = stage(InspectStage, ["cpu"], threads=stages.onboard.threads)
     onboard = stage(OnboardStage, ["cpu"], threads=stages.onboard.threads)
 
-    server.register_runtime(
-        {"/pose": [decode, pose, respond], "/finish": [respond], "/inspect": [inspect], "/onboard": [onboard]}
-    )
+    routes = {"/pose": [decode, pose, respond], "/finish": [respond], "/inspect": [inspect], "/onboard": [onboard]}
+    if "sam6d" in stages.engines:
+        routes["/onboard_sam6d"] = [stage(OnboardSam6dStage, ["cpu"], threads=stages.onboard.threads)]
+    server.register_runtime(routes)
     return server
 
 

@@ -36,6 +36,7 @@ ROUTE_STAGES: Final = {
     "/finish": {"respond"},
     "/inspect": {"inspect"},
     "/onboard": {"onboard"},
+    "/onboard_sam6d": {"onboard_sam6d"},
 }
 _MOSEC_TIMEOUT_MS = 3_600_000  # never the one that ends a call: deadlines are ours
 _CAPACITY = 4096
@@ -98,6 +99,7 @@ class Backend:
         self.on_ready = on_ready
         self.on_worker_death = on_worker_death
         self.on_fatal: Callable[[], None] = lambda: None  # something that looks after it has itself failed
+        self.on_hopeless: Callable[[str], None] = lambda _: None  # a worker cannot start, and says why
         self._process: asyncio.subprocess.Process | None = None
         self._port = 0
         self._session: aiohttp.ClientSession | None = None
@@ -293,6 +295,13 @@ class Backend:
                 return worker.info
         return {}
 
+    def lost(self) -> dict[str, str]:
+        """Engine -> why a worker could not start it; it does without."""
+        found: dict[str, str] = {}
+        for worker in self.workers.values():
+            found |= worker.info.get("lost", {})
+        return found
+
     async def _watch(self) -> None:
         """Find new workers, and kill those stuck in one batch for longer than they may."""
         while True:
@@ -339,7 +348,7 @@ class Backend:
         if batch != state.busy_since_unix:
             batch, since = self._busy[state.pid] = (state.busy_since_unix, time.monotonic())
         busy_s = time.monotonic() - since
-        limit_s = (self.stages.onboard if state.stage in ("inspect", "onboard") else self.stages.pose).max_seconds
+        limit_s = (self.stages.pose if state.stage in ROUTE_STAGES["/pose"] else self.stages.onboard).max_seconds
         if busy_s > limit_s and state.pid in self._pidfds:
             log.error("worker_stuck", stage=state.stage, pid=state.pid, seconds=round(busy_s), held=len(state.holding))
             self._busy.pop(state.pid)
@@ -353,6 +362,8 @@ class Backend:
         self._forget(pid)
         if last is None or self._stopping:
             return
+        if "fatal" in last.info:
+            self.on_hopeless(last.info["fatal"])
         held_by_others = {i for s in states if s.pid != pid and s.alive for i in s.holding}
         for call in list(self._calls.values()):
             if call.call_id in last.holding:

@@ -17,6 +17,7 @@ from serve.commands import common
 from serve.commands import estimate as estimate_command
 from serve.commands import keys as keys_commands
 from serve.commands import objects as objects_commands
+from serve.commands import weights as weights_commands
 
 #: error code -> what to do about it on the command line; the server's own words are about the request
 _HINTS: Final[dict[str, str]] = {
@@ -128,10 +129,10 @@ def serve(
         overrides={name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
     )
     try:
-        from serve.server import CannotStart
+        from serve.engines import CannotStart
         from serve.server import serve as run
     except ImportError as error:
-        _need_server_extra(error)
+        common.need_server_extra(error)
     try:
         code = run(loaded)
     except CannotStart as error:
@@ -152,7 +153,7 @@ def demo(
     try:
         from serve.demo import run
     except ImportError as error:
-        _need_server_extra(error)
+        common.need_server_extra(error)
     common.check_folder(out)
     raise typer.Exit(run(out, keep=keep, json=json))
 
@@ -182,6 +183,10 @@ def status(
     rows.add_row("server", f"{state.server}, version {state.version}, up {_duration(state.uptime)}")
     rows.add_row("model", "loaded" if state.model_loaded else "[yellow]not loaded yet[/]")
     rows.add_row("engine", escape(f"{state.engine} on {state.device}, release {state.release}"))
+    if others := [release for name, release in state.engines.items() if name != state.engine]:
+        rows.add_row("on request", escape(", ".join(others)))
+    if state.degraded:
+        rows.add_row("[yellow]degraded[/]", escape(f"in place of the network: {state.degraded_reason}"))
     for name, track in state.tracks.items():
         workers = ", ".join(f"{count} {stage}" for stage, count in track.workers.items())
         rows.add_row(f"track {escape(name)}", escape(f"{track.state}; workers: {workers}; {track.restarts} restarts"))
@@ -194,6 +199,7 @@ def status(
 
 app.add_typer(objects_commands.app, name="objects")
 app.add_typer(keys_commands.app, name="keys")
+app.add_typer(weights_commands.app, name="weights")
 
 
 @app.command()
@@ -207,15 +213,6 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _need_server_extra(error: ImportError) -> NoReturn:
-    """A missing dependency, in words; an import that fails inside the project is a bug and passes through."""
-    missing = (error.name or "").split(".")[0]
-    if missing in ("serve", "workers", "posekit", "pointnet2_ext", ""):
-        raise error
-    install = """run `pip install ".[server]"` in the project's folder"""
-    common.fail(f"this needs {missing}, which the base install leaves out: {install}")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ POSEKIT_CODES: Final[dict[type[pe.PoseError], str]] = {
     pe.UnitsImplausible: "units",
     pe.StoreError: "internal",
     pe.StoreFull: "storage_full",
+    pe.BrokenCheckpoint: "internal",
 }
 
 #: workers.messages.Failure.kind -> code
@@ -83,6 +84,7 @@ FAILURE_CODES: Final[dict[str, str]] = {
     "deadline": "deadline",
     "storage": "storage_full",
     "not_found": "unknown_object",
+    "unavailable": "not_ready",
     "internal": "internal",
 }
 
@@ -95,7 +97,8 @@ def from_posekit(error: pe.PoseError) -> ApiError:
 def from_failure(failure: Failure) -> ApiError:
     """The client's view of a failure that came out of the pipeline."""
     code = FAILURE_CODES[failure.kind]
-    return ApiError(code, failure.detail, field=failure.field, retry_after_s=30 if code == "storage_full" else None)
+    waits = code in ("storage_full", "not_ready")
+    return ApiError(code, failure.detail, field=failure.field, retry_after_s=30 if waits else None)
 
 
 def internal_error() -> ApiError:

@@ -55,6 +55,7 @@ class Call:
     detail: str | None = None  # of the error, for the log
     field: str | None = None  # at fault, likewise
     rejected: dict[str, int] | None = None  # detections without a pose, by reason
+    release: str | None = None  # what answered
 
     async def receive(self) -> dict[str, Any]:
         """ASGI's receive, noting when the body has ended."""

@@ -11,7 +11,8 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -22,6 +23,7 @@ from posekit.errors import PoseError
 from serve import __version__, answers, body, logs, openapi, parse, schemas
 from serve.backend import Backend
 from serve.body import ClientGone
+from serve.engines import HINT, Offer
 from serve.errors import ApiError, from_posekit, internal_error
 from serve.exchange import FORM, JSON, MSGPACK, Answer, Call, Receive, Scope, Send
 from serve.ism import IsmClient
@@ -34,6 +36,7 @@ from serve.queue import PoseQueue
 from serve.retention import Outputs
 from serve.settings import Settings
 from serve.spool import RunDir
+from workers.engines import versions
 from workers.messages import Job
 from workers.state import WorkerState
 
@@ -55,14 +58,14 @@ class Gateway:
         backend: Backend,
         run_dir: RunDir,
         *,
-        engines: Mapping[str, str],
+        offer: Offer,
         device: str,
     ) -> None:
         self.settings = settings
         self.backend = backend
-        self.engines = dict(engines)  # name -> version; the first is the default
-        self.engine = next(iter(self.engines))
-        self.release = f"{self.engine}-{self.engines[self.engine]}"
+        self.offer = offer
+        engines = versions(backend.stages)
+        self.releases = {name: f"{name}-{version}" for name, version in engines.items()}  # the first is the default
         self.device = device
         self.started = time.time()
         self.warm = False  # the backend was ready once, and every registered object onboarded
@@ -70,6 +73,7 @@ class Gateway:
         self.keys = KeyRing(settings.keys_path)
         self.metrics = Metrics(settings.metrics.objects)
         self.objects = Objects(settings, backend, engines)
+        self.objects.lost = backend.lost
         self.ism = IsmClient(settings.ism)
         self.outputs = Outputs(settings.data_path / "outputs.list", settings.storage.output_days)
         self.queue = PoseQueue(
@@ -82,12 +86,45 @@ class Gateway:
         self.in_flight = 0
         self._in_flight_bytes = 0
         self._buckets: dict[str, tuple[float, float]] = {}  # key -> tokens, when
-        self.metrics.model(engine=self.engine, release=self.release, sha256="")
+
+    # ---------------------------------------------------------------------------------------------------- engines
+
+    @property
+    def degraded(self) -> str | None:
+        """Why the geometric engine stands in for the network; None where it does not have to."""
+        return self.offer.lost or self.backend.lost().get("sam6d")
+
+    @property
+    def engine(self) -> str:
+        """What `engine: auto` means now."""
+        return "geometric" if self.degraded else next(iter(self.releases))
+
+    @property
+    def release(self) -> str:
+        """What answers now, unless a request asks for another engine."""
+        return self.releases[self.engine]
+
+    @property
+    def answering(self) -> dict[str, str]:
+        """Engine -> release of those that answer now."""
+        return {name: release for name, release in self.releases.items() if name == self.engine or not self.degraded}
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The name of the weights in use; None where the engine has none."""
+        return self.settings.weights_path.stem if self.engine == "sam6d" else None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the weights in use."""
+        return self.offer.sha256 if self.engine == "sam6d" else None
 
     # ----------------------------------------------------------------------------------------------------- events
 
     async def backend_ready(self) -> None:
         """The backend can be called (again)."""
+        if self.degraded:
+            log.error("degraded", reason=self.degraded, weights=str(self.settings.weights_path), hint=HINT)
         if not self.warm:
             await self.objects.warm_up()
             self.warm = True
@@ -240,7 +277,7 @@ class Gateway:
             seconds=seconds,
             detections=call.detections,
             poses=call.poses,
-            release=self.release if pose else None,
+            release=(call.release or self.release) if pose else None,
             timing=call.timing,
             error=call.error,
             detail=call.detail,
@@ -349,20 +386,25 @@ class Gateway:
                         await one
 
     async def _solve(self, call: Call, question: Question, deadline: float) -> Answer:
-        engine = self._engine(question.engine)
+        engine, reason = self._engine(question.engine)
         output_dir = self._output_dir(question.output_dir)
         whole = question.template_dir is not None
         count = max(len(question.detections), 1 if whole else 0)
-        self.queue.admit(call.client, count, deadline - time.monotonic())
-        resolved = await asyncio.gather(
-            *(self.objects.resolve(c, question.model_unit, deadline) for c in question.choices)
-        )
+        self.queue.admit(call.client, count, deadline - time.monotonic(), engine)
+        try:
+            resolved = await self._resolve(question, deadline, engine)
+        except ApiError as error:
+            if error.code != "onboarding_failed" or engine != "sam6d" or not self.settings.sam6d.fallback:
+                raise
+            engine, reason = "geometric", error.detail
+            resolved = await self._resolve(question, deadline, engine)
         ism_ms: float | None = None
         if whole:
             ism_ms = await self._ask_ism(call, question, deadline)
         if time.monotonic() >= deadline:
             raise ApiError("deadline", "the deadline passed before the answer was ready")
-        self.queue.admit(call.client, len(question.detections), deadline - time.monotonic())  # others came meanwhile
+        left_s = deadline - time.monotonic()
+        self.queue.admit(call.client, len(question.detections), left_s, engine)  # others came meanwhile
         job = self._job(call, question, resolved, engine, output_dir, deadline)
         try:
             solution = await self.queue.solve(job, call.client, deadline)
@@ -375,18 +417,33 @@ class Gateway:
             raise
         if output_dir is not None and solution.output_written:
             self.outputs.wrote(output_dir)
+        if engine == "sam6d" and solution.engine != engine:  # lost on the way
+            reason = self.degraded or "the network could not be used"
+        if reason is not None:
+            solution.warnings.append(f"degraded: the geometric engine stood in for the network: {reason}")
+        call.release = self.releases[solution.engine]
         found = await asyncio.to_thread(answers.found_detections, question, solution.rows) if whole else None
-        return answers.pose_answer(call, question, resolved, solution, release=self.release, ism_ms=ism_ms, found=found)
+        return answers.pose_answer(
+            call, question, resolved, solution, degraded=reason is not None, ism_ms=ism_ms, found=found
+        )
 
-    def _engine(self, asked: str) -> str:
+    async def _resolve(self, question: Question, deadline: float, engine: str) -> list[Resolved]:
+        one = partial(self.objects.resolve, unit=question.model_unit, deadline=deadline, engine=engine)
+        return await asyncio.gather(*(one(choice) for choice in question.choices))
+
+    def _engine(self, asked: str) -> tuple[str, str | None]:
+        """The engine for a request, and why it is not the one that the request would have had."""
+        lost = self.degraded
+        if lost is not None and asked != "geometric":
+            return "geometric", lost
         name = self.engine if asked == "auto" else asked
-        if name not in self.engines:
+        if name not in self.releases:
             raise ApiError(
                 "invalid",
-                f"the engine {name!r} is not configured here; there is {', '.join(self.engines)}",
+                f"the engine {name!r} is not configured here; there is {', '.join(self.releases)}",
                 field="engine",
             )
-        return name
+        return name, None
 
     def _output_dir(self, text: str | None) -> Path | None:
         if text is None:
@@ -548,7 +605,10 @@ class Gateway:
                 tracks={backend.name: track},
                 objects=self.objects.count,
                 queue=schemas.QueueState(requests=self.queue.requests, detections=self.queue.detections),
-                detections_per_second=round(self.queue.detections_per_second, 3),
+                detections_per_second=round(self.queue.detections_per_second(self.engine), 3),
+                engines=self.answering,
+                degraded=self.degraded is not None,
+                degraded_reason=self.degraded,
             ),
         )
 
@@ -557,7 +617,13 @@ class Gateway:
         return self._ok(
             call,
             schemas.Version(
-                version=__version__, engine=self.engine, release=self.release, checkpoint=None, sha256=None
+                version=__version__,
+                engine=self.engine,
+                release=self.release,
+                checkpoint=self.checkpoint,
+                sha256=self.sha256,
+                engines=self.answering,
+                degraded=self.degraded is not None,
             ),
         )
 
@@ -592,6 +658,8 @@ class Gateway:
         """`GET /metrics`"""
         for worker in self.backend.workers.values():
             self._count_cache(worker)
+        self.metrics.model(engine=self.engine, release=self.release, sha256=self.sha256 or "")
+        self.metrics.degraded(self.degraded is not None)
         self.metrics.queue(self.queue.waiting_detections)
         self.metrics.draining(self.draining)
         return Answer(200, self.metrics.expose(await self.backend.metrics_text()), METRICS_TYPE)

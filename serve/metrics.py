@@ -101,6 +101,7 @@ class Metrics:
         self.kernel_info = self._gauge(
             "pose_kernel_info", "Which kernel each operation runs on; always 1.", "op", "kernel"
         )
+        self.is_degraded = self._gauge("pose_degraded", "1 while the geometric engine stands in for the network.")
         self.is_draining = self._gauge("pose_draining", "1 while the server finishes and takes nothing new.")
         self.restarts = self._counter("pose_worker_restarts", "Worker processes that ended and were replaced.")
         self._start_at_zero()
@@ -165,6 +166,10 @@ class Metrics:
     def draining(self, now: bool) -> None:
         """Whether the server is finishing."""
         self.is_draining.set(now)
+
+    def degraded(self, now: bool) -> None:
+        """Whether the geometric engine stands in for the network."""
+        self.is_degraded.set(now)
 
     def model(self, *, engine: str, release: str, sha256: str, track: str = "production") -> None:
         """What answers on a track from now on; replaces what did before."""

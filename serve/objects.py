@@ -1,7 +1,9 @@
 """The CAD models that the service knows: registered, found by path, or sent along; onboarded once, however many ask.
 
 An object's identity is its content (posekit/meshes.py: `content_id`). Its folder on disk is the truth
-(posekit/store.py); this module adds names, the onboarding in flight, and the bound on the disk.
+(posekit/store.py); this module adds names, the onboardings in flight, and the bound on the disk. Each engine onboards
+an object by itself, the geometric one first: it takes a second, the network a minute, and a request waits only for the
+engine that it wants.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -25,7 +27,7 @@ import msgspec
 import structlog
 
 from posekit.errors import PoseError, StoreError
-from posekit.store import ObjectStore, StoredObject
+from posekit.store import ObjectStore, StoredModel, StoredObject
 from serve import schemas
 from serve.backend import Backend, BackendError, Interrupted
 from serve.errors import ApiError, from_failure, from_posekit, internal_error
@@ -40,9 +42,9 @@ from workers.messages import (
     ObjectRef,
     OnboardAnswer,
     OnboardTask,
-    WireSymmetries,
     symmetries_to_wire,
 )
+from workers.state import progress_path
 
 log = structlog.get_logger()
 
@@ -54,16 +56,24 @@ _decode_onboarded = msgspec.msgpack.Decoder(OnboardAnswer).decode
 _REMEMBERED_SOURCES = 4096
 _MAX_COMPANIONS = 64  # files that an OBJ may refer to
 _INSPECT_S = 120.0  # for reading a mesh, waiting for others included
+_ROUTES: Final = {"geometric": "/onboard", "sam6d": "/onboard_sam6d"}
+_EFFORT: Final = {"geometric": 1.0, "sam6d": 20.0}  # what an engine's onboarding weighs in an object's progress
+
+
+@dataclass
+class _Model:
+    """One engine's model of an object: there (`ready`), impossible (`error`), or still to be made."""
+
+    ready: bool = False
+    error: str | None = None
+    facts: StoredModel | None = None
+    started: float = 0.0  # its onboarding (monotonic)
 
 
 @dataclass
 class _Known:
     stored: StoredObject
-    ready: bool = False
-    error: str | None = None
-    symmetries: WireSymmetries | None = None
-    seconds: float | None = None
-    started: float = 0.0
+    models: dict[str, _Model] = field(default_factory=dict)  # by engine, in the order in which they are made
     last_used: float = 0.0
 
 
@@ -82,11 +92,13 @@ class Objects:
     def __init__(self, settings: Settings, backend: Backend, engine_versions: Mapping[str, str]) -> None:
         self._settings = settings
         self._backend = backend
-        self._versions = dict(engine_versions)
+        self._default = next(iter(engine_versions))
+        self._versions = dict(sorted(engine_versions.items(), key=lambda item: _EFFORT[item[0]]))
+        self.lost: Callable[[], Collection[str]] = tuple  # engines that do not answer: nothing waits for their models
         self._store = ObjectStore(settings.objects_path)
         self._known: dict[str, _Known] = {}
         self._names: dict[str, str] = {}
-        self._onboarding: dict[str, asyncio.Task[None]] = {}
+        self._onboarding: dict[tuple[str, str], asyncio.Task[None]] = {}  # by object and engine
         self._ingesting: dict[tuple[Any, ...], asyncio.Task[str]] = {}
         self._sources: dict[tuple[Any, ...], str] = {}  # what a path or an inline CAD turned out to be
         self._companions: dict[tuple[str, int, int], list[Path]] = {}  # an OBJ's stamp -> the files it refers to
@@ -108,31 +120,37 @@ class Objects:
             self._learn(stored)
 
     def _learn(self, stored: StoredObject) -> _Known:
-        known = _Known(stored, last_used=time.time())
-        known.error = self._store.failure(stored.object_id)
-        known.ready = known.error is None and self._onboarded(stored.object_id)
-        if known.ready:
-            known.symmetries = self._read_symmetries(stored.object_id)
+        known = _Known(stored, models={engine: _Model() for engine in self._versions}, last_used=time.time())
+        for engine, model in known.models.items():
+            model.error = self._store.failure(stored.object_id, engine, self._versions[engine])
+            self._look(known, engine)
         self._known[stored.object_id] = known
         self._names |= dict.fromkeys(_names(stored), stored.object_id)
         return known
 
-    def _onboarded(self, object_id: str) -> bool:
-        return all(self._store.has_model(object_id, engine, version) for engine, version in self._versions.items())
+    def _look(self, known: _Known, engine: str) -> None:
+        """Take note of the model that is on disk, if there is one: `pem objects templates` may have put it there."""
+        model, version = known.models[engine], self._versions[engine]
+        with contextlib.suppress(StoreError):
+            model.facts = self._store.describe_model(known.stored.object_id, engine, version)
+            model.ready, model.error = True, None
 
-    def _read_symmetries(self, object_id: str) -> WireSymmetries | None:
-        engine, version = next(iter(self._versions.items()))
-        try:
-            return symmetries_to_wire(self._store.load_symmetries(object_id, engine, version))
-        except StoreError:
-            return None
+    @property
+    def _engines(self) -> list[str]:
+        """Those that answer, the quickest to onboard first."""
+        lost = self.lost()
+        return [engine for engine in self._versions if engine not in lost]
 
     async def warm_up(self) -> None:
-        """Onboard whatever is not yet (interrupted, or a new engine version) before the service says ready."""
-        waiting = [self._onboard(known) for known in self._known.values() if not known.ready and known.error is None]
-        if waiting:
-            log.info("onboarding_at_start", objects=len(waiting))
-            await asyncio.gather(*waiting, return_exceptions=True)
+        """Onboard whatever is not yet (interrupted, or a new engine version).
+
+        The service says ready once every object can be used by the quickest engine; the others go on behind it.
+        """
+        everything = [task for known in self._known.values() for task in self._onboard_all(known)]
+        first = [task for (_, engine), task in self._onboarding.items() if engine == self._engines[0]]
+        if everything:
+            log.info("onboarding_at_start", models=len(everything), waiting_for=len(first))
+            await asyncio.gather(*first, return_exceptions=True)
 
     # ----------------------------------------------------------------------------------------------------- answers
 
@@ -153,7 +171,10 @@ class Objects:
 
     def get(self, id_or_name: str) -> schemas.ObjectAnswer:
         """One of them; 404 where there is none."""
-        return self._answer(self._find(id_or_name, "object_id"))
+        known = self._find(id_or_name, "object_id")
+        for engine in self._versions:
+            self._look(known, engine)
+        return self._answer(known)
 
     def _find(self, id_or_name: str, field: str | None) -> _Known:
         known = self._known.get(self._names.get(id_or_name, id_or_name))
@@ -168,14 +189,19 @@ class Objects:
 
     def _answer(self, known: _Known) -> schemas.ObjectAnswer:
         stored = known.stored
-        status: Literal["ready", "failed", "onboarding"] = (
-            "failed" if known.error else "ready" if known.ready else "onboarding"
-        )
+        models = {engine: known.models[engine] for engine in self._engines}
+        errors = [model.error for model in models.values() if model.error]
+        alone = self._default in models and not self._settings.sam6d.fallback  # nothing may stand in for it
+        usable = models[self._default].ready if alone else any(model.ready for model in models.values())
+        status: Literal["ready", "failed", "onboarding"] = "ready" if usable else "failed"
+        if any(not model.ready and not model.error for model in models.values()):
+            status = "onboarding"
+        facts = [model.facts for model in models.values() if model.facts is not None]
         return schemas.ObjectAnswer(
             object_id=stored.object_id,
             name=stored.name,
             status=status,
-            progress=1.0 if known.ready else self._progress(stored.object_id),
+            progress=1.0 if status == "ready" else self._progress(known),
             model_unit=stored.model_unit,
             health=Health(
                 faces=stored.faces,
@@ -184,25 +210,55 @@ class Objects:
                 diameter_mm=stored.diameter_mm,
                 warnings=stored.warnings,
             ),
-            symmetries=known.symmetries,
+            symmetries=symmetries_to_wire(facts[0].symmetries) if facts else None,
             created=stored.created_unix,
-            onboard_seconds=known.seconds,
-            error=known.error,
+            onboard_seconds=round(math.fsum(one.seconds for one in facts), 3) or None,
+            engines={engine: self._model_answer(known, engine) for engine in models},
+            error=errors[0] if errors else None,
         )
 
-    def _progress(self, object_id: str) -> float:
+    def _model_answer(self, known: _Known, engine: str) -> schemas.ObjectModelAnswer:
+        model, facts = known.models[engine], known.models[engine].facts
+        if model.error:
+            return schemas.ObjectModelAnswer(status="failed", progress=0.0, error=model.error)
+        if not model.ready:
+            progress = self._progress_of(known.stored.object_id, engine)
+            status: Literal["queued", "onboarding"] = "queued" if progress is None else "onboarding"
+            return schemas.ObjectModelAnswer(status=status, progress=progress or 0.0)
+        ready = schemas.ObjectModelAnswer(status="ready", progress=1.0)
+        if facts is not None:
+            ready.bytes = facts.nbytes
+            ready.seconds = round(facts.seconds, 3) or None
+            ready.threads = facts.threads or None
+        return ready
+
+    def _progress(self, known: _Known) -> float:
+        """Of an object with everything that onboards it, 0 to 1."""
+        done = total = 0.0
+        for engine in self._engines:
+            model = known.models[engine]
+            ended = model.ready or model.error is not None
+            done += _EFFORT[engine] * (1.0 if ended else self._progress_of(known.stored.object_id, engine) or 0.0)
+            total += _EFFORT[engine]
+        return min(done / total, 0.99)
+
+    def _progress_of(self, object_id: str, engine: str) -> float | None:
+        """Of one engine's onboarding; None where it has not begun."""
         try:
-            value = float((self._backend.run_dir / "progress" / object_id).read_text())
+            value = float(progress_path(self._backend.run_dir, object_id, engine).read_text())
         except (OSError, ValueError):
-            return 0.0
+            return None
         return min(max(value, 0.0), 0.99) if math.isfinite(value) else 0.0
 
     # ------------------------------------------------------------------------------------------- use by a pose request
 
-    async def resolve(self, choice: CadChoice, unit: Literal["mm", "m", "auto"], deadline: float) -> Resolved:
-        """The onboarded object behind a request's CAD, waiting for its onboarding until `deadline` (monotonic).
+    async def resolve(
+        self, choice: CadChoice, unit: Literal["mm", "m", "auto"], deadline: float, engine: str
+    ) -> Resolved:
+        """The object behind a request's CAD, onboarded for `engine`; waits for that until `deadline` (monotonic).
 
-        Raises ApiError: unknown or forbidden CAD, a mesh that cannot be used, `onboarding` where that lasts too long.
+        Raises ApiError: unknown or forbidden CAD, a mesh that cannot be used, `onboarding` where that lasts too long,
+        `onboarding_failed` where it cannot be.
         """
         begun = time.monotonic()
         path_used: str | None = None
@@ -217,16 +273,18 @@ class Objects:
                 key, ingest = self._from_inline(choice, unit)
             known = await self._until(self._once(key, ingest), deadline, "the CAD is still being read", None)
         known.last_used = time.time()
-        if known.error is not None:
-            raise ApiError("onboarding_failed", f"this CAD could not be onboarded: {known.error}", field=choice.field)
+        model = known.models[engine]
+        if not model.ready:
+            self._look(known, engine)
         waited: float | None = None
-        if not known.ready:
-            await self._until(self._onboard(known), deadline, "the CAD is still being onboarded", known)
+        if not model.ready and model.error is None:
+            self._onboard_all(known)
+            await self._until(
+                self._onboard(known, engine), deadline, "the CAD is still being onboarded", (known, engine)
+            )
             waited = (time.monotonic() - begun) * 1e3
-            if known.error is not None:
-                raise ApiError(
-                    "onboarding_failed", f"this CAD could not be onboarded: {known.error}", field=choice.field
-                )
+        if model.error is not None:
+            raise ApiError("onboarding_failed", f"this CAD could not be onboarded: {model.error}", field=choice.field)
         stored = known.stored
         ref = ObjectRef(
             object_id=stored.object_id, diameter_mm=stored.diameter_mm, middle_mm=sorted(stored.extents_mm)[1]
@@ -234,7 +292,11 @@ class Objects:
         return Resolved(ref, path_used, waited)
 
     async def _until(
-        self, work: asyncio.Future[T] | Coroutine[Any, Any, T], deadline: float, words: str, known: _Known | None
+        self,
+        work: asyncio.Future[T] | Coroutine[Any, Any, T],
+        deadline: float,
+        words: str,
+        onboarding: tuple[_Known, str] | None,
     ) -> T:
         """Wait for shared work until the deadline; the work itself goes on."""
         future = asyncio.ensure_future(work)
@@ -242,8 +304,10 @@ class Objects:
             return await asyncio.wait_for(asyncio.shield(future), max(deadline - time.monotonic(), 0.0))
         except TimeoutError:
             left_s = 2.0
-            if known is not None:
-                elapsed, progress = time.monotonic() - known.started, self._progress(known.stored.object_id)
+            if onboarding is not None:
+                known, engine = onboarding
+                elapsed = time.monotonic() - known.models[engine].started
+                progress = self._progress_of(known.stored.object_id, engine) or 0.0
                 left_s = elapsed / progress - elapsed if progress > 0.05 else elapsed
             raise ApiError(
                 "onboarding", f"{words}; it goes on, ask again", retry_after_s=min(max(left_s, 1.0), 60.0)
@@ -353,20 +417,24 @@ class Objects:
             known, created = await self._ingest(
                 staged, [name], cad_format, request.model_unit, field="file", name=request.name, declared=declared
             )
-            if known.error is not None:  # asked for once more: perhaps the reason is gone
-                known.error = None
-                self._store.clear_failure(known.stored.object_id)
-            if not known.ready:
-                self._onboard(known)
+            if any(model.error for model in known.models.values()):  # asked for once more: perhaps the reason is gone
+                for model in known.models.values():
+                    model.error = None
+                self._store.clear_failures(known.stored.object_id)
+            self._onboard_all(known)
             return self._answer(known), created
         finally:
             self.discard(staged)
 
     async def wait(self, object_id: str, seconds: float) -> None:
         """Until its onboarding has ended, at most so long."""
-        task = self._onboarding.get(object_id)
-        if task is not None:
-            await asyncio.wait({task}, timeout=seconds)
+        tasks = self._onboardings(object_id)
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+
+    def _onboardings(self, object_id: str) -> set[asyncio.Task[None]]:
+        """Those of an object that are going on."""
+        return {task for (of, _), task in self._onboarding.items() if of == object_id}
 
     def remove(self, id_or_name: str) -> None:
         """Forget an object and delete its folder."""
@@ -377,7 +445,8 @@ class Objects:
         except PoseError as error:
             raise from_posekit(error) from None
         self._known.pop(object_id, None)
-        self._onboarding.pop(object_id, None)  # what still runs is nobody's: registered anew, it is onboarded anew
+        for engine in self._versions:
+            self._onboarding.pop((object_id, engine), None)  # what still runs is nobody's: added anew, onboarded anew
         for name in _names(known.stored):
             self._names.pop(name, None)
         log.info("object_removed", object_id=object_id, name=known.stored.name)
@@ -420,9 +489,9 @@ class Objects:
             self._check_name(name, object_id)
             known = self._known.get(object_id)
             if known is not None:
-                running = self._onboarding.get(object_id)
-                if running is not None and declared not in (None, known.stored.declared_symmetries):
-                    await asyncio.wait({running})  # or its model, with other symmetries, would come after the change
+                running = self._onboardings(object_id)
+                if running and declared not in (None, known.stored.declared_symmetries):
+                    await asyncio.wait(running)  # or a model with other symmetries would come after the change
                 self._update(known, name, declared)
                 return known, False
             if name is not None:
@@ -519,7 +588,7 @@ class Objects:
         self._store.replace(stored)
         if "declared_symmetries" in changes:
             self._store.remove_models(stored.object_id)
-            known.ready, known.symmetries = False, None
+            known.models = {engine: _Model(error=model.error) for engine, model in known.models.items()}
         self._names |= dict.fromkeys(_names(stored), stored.object_id)
         known.stored = stored
         log.info("object_changed", object_id=stored.object_id, name=stored.name, aliases=stored.aliases)
@@ -532,7 +601,7 @@ class Objects:
                 known
                 for known in self._known.values()
                 if known.stored.name is None
-                and known.stored.object_id not in self._onboarding
+                and not self._onboardings(known.stored.object_id)
                 and time.time() - known.last_used > 60
             ]
             if not idle:
@@ -548,57 +617,66 @@ class Objects:
 
     # --------------------------------------------------------------------------------------------------- onboarding
 
-    def _onboard(self, known: _Known) -> asyncio.Task[None]:
-        """The one onboarding of this object."""
-        object_id = known.stored.object_id
-        task = self._onboarding.get(object_id)
+    def _onboard_all(self, known: _Known) -> list[asyncio.Task[None]]:
+        """Onboard an object for every engine that answers and has neither a model of it nor a reason for none."""
+        missing = [name for name in self._engines if not known.models[name].ready and known.models[name].error is None]
+        return [self._onboard(known, engine) for engine in missing]
+
+    def _onboard(self, known: _Known, engine: str) -> asyncio.Task[None]:
+        """The one onboarding of this object for this engine."""
+        key = (known.stored.object_id, engine)
+        task = self._onboarding.get(key)
         if task is None:
-            known.started = time.monotonic()
-            task = asyncio.create_task(self._run_onboarding(known))
-            self._onboarding[object_id] = task
-            task.add_done_callback(lambda done: self._onboarding_ended(object_id, done))
+            known.models[engine].started = time.monotonic()
+            task = asyncio.create_task(self._run_onboarding(known, engine))
+            self._onboarding[key] = task
+            task.add_done_callback(lambda done: self._onboarding_ended(key, done))
         return task
 
-    def _onboarding_ended(self, object_id: str, task: asyncio.Task[None]) -> None:
-        if self._onboarding.get(object_id) is task:
-            del self._onboarding[object_id]
+    def _onboarding_ended(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
+        if self._onboarding.get(key) is task:
+            del self._onboarding[key]
         if not task.cancelled():
             task.exception()  # looked at, also where nobody waited
 
-    async def _run_onboarding(self, known: _Known) -> None:
-        object_id = known.stored.object_id
-        task = OnboardTask(task_id=f"onboard-{uuid.uuid4().hex}", object_id=object_id, engines=list(self._versions))
+    async def _run_onboarding(self, known: _Known, engine: str) -> None:
+        object_id, model = known.stored.object_id, known.models[engine]
+        first = self._onboarding.get((object_id, next(iter(self._versions))))
+        if first is not None and first is not asyncio.current_task():
+            await asyncio.wait({first})  # the symmetries that it finds serve this engine, too
+        task = OnboardTask(task_id=f"onboard-{uuid.uuid4().hex}", object_id=object_id)
         begun = time.monotonic()
         error: str
         try:
             body = await self._backend.call_with_retries(
-                "/onboard", task.task_id, msgspec.msgpack.encode(task), retries=1
+                _ROUTES[engine], task.task_id, msgspec.msgpack.encode(task), retries=1
             )
             answer = _decode_onboarded(body)
             if isinstance(answer, Failure):
                 error = answer.detail
-                if answer.kind == "storage":  # says nothing about the CAD: not to be remembered
-                    log.error("onboarding_failed", object_id=object_id, error=error)
+                if answer.kind in ("storage", "unavailable"):  # says nothing about the CAD: not to be remembered
+                    log.error("onboarding_failed", object_id=object_id, engine=engine, error=error)
                     raise from_failure(answer)
             else:
-                known.ready, known.error, known.symmetries = True, None, answer.symmetries
-                known.seconds = round(time.monotonic() - begun, 3)
-                log.info("object_ready", object_id=object_id, name=known.stored.name, seconds=known.seconds)
+                self._look(known, engine)
+                model.ready, model.error = True, None
+                seconds = round(time.monotonic() - begun, 3)
+                log.info("object_ready", object_id=object_id, name=known.stored.name, engine=engine, seconds=seconds)
                 return
         except Interrupted:
             error = "the process that onboarded it died over it, twice"
         except (BackendError, msgspec.DecodeError) as problem:
             error = "an internal error happened; the server's log has it"
-            log.error("onboarding_error", object_id=object_id, error=str(problem))
+            log.error("onboarding_error", object_id=object_id, engine=engine, error=str(problem))
         finally:
             with contextlib.suppress(OSError):
-                (self._backend.run_dir / "progress" / object_id).unlink(missing_ok=True)
+                progress_path(self._backend.run_dir, object_id, engine).unlink(missing_ok=True)
         if self._known.get(object_id) is not known:
             return  # deleted meanwhile
-        known.error = error
-        log.error("onboarding_failed", object_id=object_id, name=known.stored.name, error=error)
+        model.error = error
+        log.error("onboarding_failed", object_id=object_id, name=known.stored.name, engine=engine, error=error)
         with contextlib.suppress(PoseError):
-            await asyncio.to_thread(self._store.fail, object_id, error)
+            await asyncio.to_thread(self._store.fail, object_id, engine, self._versions[engine], error)
 
 
 # --------------------------------------------------------------------------------------------------------------- paths

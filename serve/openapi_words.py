@@ -29,7 +29,8 @@ REQUEST: Final = {
     "model_unit": "Unit of the CAD's numbers, mm unless given; auto guesses and says so. Not with object_id, "
     "which has its unit.",
     "engine": "Which engine answers, among those configured; auto is the server's choice.",
-    "refine": "auto: icp for the geometric engine, none for sam6d.",
+    "refine": "auto: icp for the geometric engine, none for sam6d. icp with sam6d: the geometric engine's refiner "
+    "polishes the network's pose.",
     "hypotheses": "How many runners-up to return with each pose.",
     "units": "What happens when depth, masks and CAD fit each other only in another unit: check refuses what is "
     "certainly a slip and warns of what is odd, strict refuses both.",
@@ -44,7 +45,8 @@ REQUEST: Final = {
     "detections": "Columns `{masks, boxes, scores, object_ids}`, or SAM-6D's list of "
     "`{segmentation, category_id, bbox, score}`. None at all is a valid question.",
     "box_format": "How boxes are written: xywh, or xyxy as some ISM servers do.",
-    "init_poses": "One for each mask, null to search: refine these poses instead (tracking).",
+    "init_poses": "One for each mask, null to search: refine these poses instead (tracking). The geometric engine's "
+    "refiner does that for either engine.",
     "template_dir": "The ISM server's own path of the object's templates, passed on to it.",
     "ism_cad_path": "The ISM server's own path of the CAD, passed on to it.",
 }
@@ -59,6 +61,7 @@ SCHEMAS: Final[dict[str, str]] = {
     "RowError": "Why a detection has no pose.",
     "Health": "What a CAD model looks like.",
     "WireSymmetries": "An object's symmetries as BOP writes them.",
+    "ObjectModelAnswer": "What one engine has made of an object.",
     "ObjectList": "The registered objects.",
     "Status": "How the server is.",
     "Version": "What answers here.",
@@ -119,7 +122,7 @@ FIELDS: Final[dict[str, dict[str, str]]] = {
         "error_message": "The failure in words.",
         "warnings": "What was odd and did not stop the answer.",
         "engine": "Which engine answered.",
-        "degraded": "The geometric engine stood in for the network.",
+        "degraded": "The geometric engine stood in for the network; a warning says why.",
         "release": "What answered, for comparing answers over time.",
         "visualization": "Overlay PNG, where asked for.",
         "detections": "What the ISM server found (full pipeline only).",
@@ -203,7 +206,16 @@ FIELDS: Final[dict[str, dict[str, str]]] = {
         "health": "What the CAD looks like.",
         "symmetries": "Given or found; null while onboarding.",
         "created": "Unix seconds.",
-        "onboard_seconds": "How long onboarding took.",
+        "onboard_seconds": "How long onboarding took, all engines together.",
+        "engines": "By engine: a request only waits for the one that it asks for.",
+        "error": "Why onboarding failed. With status ready another engine can be asked all the same.",
+    },
+    "ObjectModelAnswer": {
+        "status": "queued: others are onboarded before it.",
+        "progress": "0 to 1.",
+        "seconds": "How long onboarding took.",
+        "threads": "CPU threads that it took them on.",
+        "bytes": "What it takes on the server's disk.",
         "error": "Why onboarding failed.",
     },
     "Health": {
@@ -230,7 +242,10 @@ FIELDS: Final[dict[str, dict[str, str]]] = {
         "tracks": "The backends by name.",
         "objects": "How many are registered.",
         "queue": "What waits or runs right now.",
-        "detections_per_second": "Measured lately; the queue's admission reckons with it.",
+        "detections_per_second": "Of `engine`, measured lately; the queue's admission reckons with it.",
+        "engines": "Name -> release of those that answer, the default first.",
+        "degraded": "The geometric engine stands in for the network.",
+        "degraded_reason": "Why; null where it does not.",
     },
     "QueueState": {"requests": "Waiting or running.", "detections": "Waiting or running."},
     "Track": {
@@ -243,8 +258,10 @@ FIELDS: Final[dict[str, dict[str, str]]] = {
         "version": "Of the server.",
         "engine": "What `engine: auto` means here.",
         "release": "What answers now.",
-        "checkpoint": "File name of the weights; null where the engine has none.",
-        "sha256": "Of that file.",
+        "checkpoint": "Name of the weights; null where the engine has none.",
+        "sha256": "Of their file.",
+        "engines": "Name -> release of those that answer, the default first.",
+        "degraded": "The geometric engine stands in for the network.",
     },
     "Health2": {
         "status": "healthy: poses can be asked for.",
@@ -333,6 +350,7 @@ _OBJECT: Final[Json] = {
     "symmetries": {"symmetries_discrete": [], "symmetries_continuous": [{"axis": [0, 0, 1], "offset": [0, 0, 0]}]},
     "created": 1750000000.0,
     "onboard_seconds": 2.3,
+    "engines": {"geometric": {"status": "ready", "progress": 1.0, "seconds": 2.3, "threads": 1, "bytes": 2404549}},
 }
 
 #: schema -> name -> an example that the struct accepts
@@ -427,6 +445,9 @@ EXAMPLES: Final[dict[str, dict[str, Json]]] = {
             "objects": 3,
             "queue": {"requests": 2, "detections": 14},
             "detections_per_second": 21.5,
+            "engines": {"geometric": "geometric-2"},
+            "degraded": False,
+            "degraded_reason": None,
         }
     },
     "Version": {
@@ -436,6 +457,8 @@ EXAMPLES: Final[dict[str, dict[str, Json]]] = {
             "release": "geometric-2",
             "checkpoint": None,
             "sha256": None,
+            "engines": {"geometric": "geometric-2"},
+            "degraded": False,
         }
     },
     "Health2": {

@@ -17,7 +17,8 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -51,7 +52,7 @@ class Solution:
     """All rows of one request, in order, with what they cost."""
 
     rows: list[Row]
-    engine: str
+    engine: str  # another than was asked for where that answered any of the parts
     warnings: list[str]
     decode_ms: float
     queue_ms: float  # in this queue and between stages
@@ -73,6 +74,10 @@ class _Part:
     @property
     def cost(self) -> int:
         return max(1, self.part.stop - self.part.start)
+
+    @property
+    def engine(self) -> str:
+        return self.ticket.job.engine
 
 
 @dataclass(eq=False)
@@ -96,7 +101,7 @@ class _Ticket:
 
 
 class _Rate:
-    """Detections per second of one device, as the passes report it; recent ones count more."""
+    """Detections per second of one engine on one device, as the passes report it; recent ones count more."""
 
     def __init__(self) -> None:
         self._detections = 0.0
@@ -148,18 +153,25 @@ class PoseQueue:
         self._yielded: set[str] = set()  # clients whose last turn went to a starving request
         self._again: list[_Part] = []  # parts of dead workers: alone, and before everything else
         self._alone = False  # such a part is inside
-        self._inside = 0  # detections inside Mosec
+        self._sent: Counter[str] = Counter()  # engine -> detections inside Mosec
         self._tickets: set[_Ticket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._rate = _Rate()
+        self._rates: dict[str, _Rate] = {}  # by engine
 
     # ------------------------------------------------------------------------------------------------- numbers
 
-    @property
-    def detections_per_second(self) -> float:
-        """Measured throughput of all devices together."""
-        self._rate.seed(float(self._backend.pose_info().get("detections_per_second") or 0.0))
-        return max(self._rate.value * self._devices, 1e-3)
+    def detections_per_second(self, engine: str) -> float:
+        """An engine's measured throughput on all devices together."""
+        rate = self._rate(engine)
+        rate.seed(float(self._backend.pose_info().get("detections_per_second", {}).get(engine, 0.0)))
+        return max(rate.value * self._devices, 1e-3)
+
+    def _rate(self, engine: str) -> _Rate:
+        return self._rates.setdefault(engine, _Rate())
+
+    def _seconds(self, detections: Mapping[str, float]) -> float:
+        """How long so many detections of each engine take."""
+        return math.fsum(count / self.detections_per_second(engine) for engine, count in detections.items() if count)
 
     @property
     def requests(self) -> int:
@@ -177,16 +189,21 @@ class PoseQueue:
         return self._queued
 
     @property
+    def _inside(self) -> int:
+        return self._sent.total()
+
+    @property
     def _queued(self) -> int:
         return sum(t.remaining for tickets in self._waiting.values() for t in tickets) + sum(
             p.cost for p in self._again
         )
 
-    def admit(self, client: str, count: int, deadline_s: float) -> None:
-        """Raise where `count` more detections of this client could not be answered within `deadline_s`."""
-        rate = self.detections_per_second
+    def admit(self, client: str, count: int, deadline_s: float, engine: str) -> None:
+        """Raise where `count` more detections of this client, for `engine`, could not be answered in `deadline_s`."""
+        rate = self.detections_per_second(engine)
+        is_sure = self._rate(engine).is_sure
         alone_s = count / rate
-        if deadline_s < _LEAST_S or (self._rate.is_sure and alone_s / _SURE > deadline_s):
+        if deadline_s < _LEAST_S or (is_sure and alone_s / _SURE > deadline_s):
             what = f"{count} detections take" if count != 1 else "1 detection takes"
             raise ApiError(
                 "deadline_too_short",
@@ -196,11 +213,12 @@ class PoseQueue:
             )
         queued = self._queued
         ahead = self._ahead(client, count)
-        ahead_s = ahead / rate
-        if ahead and (self._rate.is_sure or queued) and ahead_s + alone_s > deadline_s:
+        ahead_s = self._seconds(ahead)
+        if ahead_s and (is_sure or queued) and ahead_s + alone_s > deadline_s:
             raise ApiError(
                 "over_capacity",
-                f"{ahead} detections are ahead, about {ahead_s:.1f} s of work; the deadline is {deadline_s:.3g} s",
+                f"{math.fsum(ahead.values()):.0f} detections are ahead, about {ahead_s:.1f} s of work; "
+                f"the deadline is {deadline_s:.3g} s",
                 retry_after_s=ahead_s + alone_s - deadline_s,
             )
         ceiling = self._settings.ceiling_detections
@@ -215,16 +233,28 @@ class PoseQueue:
     def _queued_by(self, client: str) -> int:
         return sum(ticket.remaining for ticket in self._waiting.get(client, []))
 
-    def _ahead(self, client: str, count: int) -> int:
-        """Detections that will be worked on before the last of `count` new ones of this client, turns considered."""
-        mine = sum(t.remaining for t in self._waiting.get(client, []) if t.remaining <= count)
+    def _ahead(self, client: str, count: int) -> dict[str, float]:
+        """Detections, by engine, that will be worked on before the last of `count` new ones of this client.
+
+        Turns are considered; what goes before of another client's is spread over its engines as they stand in line.
+        """
+        ahead: defaultdict[str, float] = defaultdict(float, self._sent)
+        for part in self._again:
+            ahead[part.engine] += part.cost
+        mine = 0
+        for ticket in self._waiting.get(client, []):
+            if ticket.remaining <= count:
+                mine += ticket.remaining
+                ahead[ticket.job.engine] += ticket.remaining
         standing = self._standing(client)
-        others = sum(
-            min(self._queued_by(other), mine + count + max(0, math.ceil(standing - self._served[other])))
-            for other in self._waiting
-            if other != client
-        )
-        return self._inside + sum(part.cost for part in self._again) + mine + others
+        for other, tickets in self._waiting.items():
+            queued = self._queued_by(other)
+            if other == client or not queued:
+                continue
+            before_mine = min(queued, mine + count + max(0, math.ceil(standing - self._served[other])))
+            for ticket in tickets:
+                ahead[ticket.job.engine] += ticket.remaining * before_mine / queued
+        return ahead
 
     def _standing(self, client: str) -> float:
         """What a client was served, on the common clock: one that comes (back) starts where the others are."""
@@ -344,7 +374,7 @@ class PoseQueue:
         ticket.first_started = ticket.first_started or now
         part.waited_s = now - ticket.arrived
         ticket.running += 1
-        self._inside += part.cost
+        self._sent[part.engine] += part.cost
         task = asyncio.create_task(self._run(part))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -359,7 +389,7 @@ class PoseQueue:
                 self._fail(ticket, from_failure(answer))
             else:
                 for record in answer.passes:
-                    self._rate.add(record)
+                    self._rate(record.engine).add(record)
                 self._on_part(answer, part.waited_s)
                 ticket.answers[part.part.start] = answer
         except Interrupted as interruption:
@@ -377,7 +407,7 @@ class PoseQueue:
             self._fail(ticket, internal_error())
         finally:
             ticket.running -= 1
-            self._inside -= part.cost
+            self._sent[part.engine] -= part.cost
             if self._inside == 0:
                 self._alone = False
             if not ticket.running and not ticket.pending and not any(p.ticket is ticket for p in self._again):
@@ -494,9 +524,10 @@ def _merge(ticket: _Ticket) -> Solution:
     warnings = list(dict.fromkeys(warning for answer in answers for warning in answer.warnings))
     waited_s = (ticket.first_started or ticket.arrived) - ticket.arrived
     largest = max(answers, key=lambda answer: answer.batch_detections)
+    asked = ticket.job.engine
     return Solution(
         rows=[row for answer in answers for row in answer.rows],
-        engine=answers[0].engine,
+        engine=next((answer.engine for answer in answers if answer.engine != asked), asked),
         warnings=warnings,
         decode_ms=max(answer.decode_ms for answer in answers),
         queue_ms=waited_s * 1e3 + max(answer.queue_ms for answer in answers),

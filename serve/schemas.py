@@ -230,6 +230,17 @@ class SegDataAnswer(msgspec.Struct, kw_only=True):
     error: ErrorBody | msgspec.UnsetType = msgspec.UNSET
 
 
+class ObjectModelAnswer(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one engine has made of an object."""
+
+    status: Literal["queued", "onboarding", "ready", "failed"]
+    progress: float
+    seconds: float | None = None  # that onboarding took
+    threads: int | None = None  # on so many CPU threads
+    bytes: int | None = None  # on disk
+    error: str | None = None
+
+
 class ObjectAnswer(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One CAD object."""
 
@@ -242,6 +253,7 @@ class ObjectAnswer(msgspec.Struct, kw_only=True, omit_defaults=True):
     symmetries: WireSymmetries | None
     created: float | None = None  # unix seconds
     onboard_seconds: float | None = None
+    engines: dict[str, ObjectModelAnswer] = {}
     error: str | None = None
 
 
@@ -282,6 +294,9 @@ class Status(msgspec.Struct, kw_only=True):
     objects: int
     queue: QueueState
     detections_per_second: float
+    engines: dict[str, str]  # name -> release
+    degraded: bool
+    degraded_reason: str | None
 
 
 class Version(msgspec.Struct, kw_only=True):
@@ -292,6 +307,8 @@ class Version(msgspec.Struct, kw_only=True):
     release: str
     checkpoint: str | None
     sha256: str | None
+    engines: dict[str, str]  # name -> release
+    degraded: bool
 
 
 class Health2(msgspec.Struct, kw_only=True):

@@ -19,7 +19,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 import uvicorn
@@ -28,12 +28,12 @@ from starlette.middleware.cors import CORSMiddleware
 
 from serve import __version__, logs
 from serve.backend import Backend
+from serve.engines import HINT, CannotStart, Offer, choose
 from serve.errors import ApiError
 from serve.gateway import Gateway
 from serve.settings import Settings, SettingsError, unknown_variables
 from serve.spool import RunDir
 from serve.tasks import watched
-from workers.engines import versions
 
 log = structlog.get_logger()
 
@@ -41,13 +41,9 @@ _BACKEND_GRACE_S = 0.3  # nothing is inside it any more, and its workers would t
 _CLOSING_S = 1.0  # of the drain limit, kept for closing the port and stopping the backend
 
 
-class CannotStart(Exception):
-    """The server cannot start; the message tells the operator why and what to do."""
-
-
 def serve(settings: Settings) -> int:
     """Run the server until SIGTERM or SIGINT; returns the exit code. Raises CannotStart with words for the operator."""
-    engines = resolve_engines(settings)
+    offer = choose(settings)
     devices = resolve_devices(settings)
     data = settings.data_path
     try:
@@ -59,14 +55,14 @@ def serve(settings: Settings) -> int:
     with _locked(data), contextlib.closing(_listen(settings)) as listener:
         logs.configure(settings.log, data)
         try:
-            return uvloop.run(_main(settings, engines, devices, listener))
+            return uvloop.run(_main(settings, offer, devices, listener))
         finally:
             logs.shutdown()
 
 
 async def _main(
     settings: Settings,
-    engines: tuple[Literal["geometric", "sam6d"], ...],
+    offer: Offer,
     devices: tuple[str, ...],
     listener: socket.socket,
 ) -> int:
@@ -74,8 +70,9 @@ async def _main(
         log.warning("unknown_variable", name=name, hint="it looks like a setting and is none: a typo?")
     host, port = listener.getsockname()[:2]
     run_dir = RunDir(Path(settings.spool_dir))
-    backend = Backend(settings.stages(run_dir=run_dir.path, devices=devices, engines=engines), run_dir.path)
-    gateway = Gateway(settings, backend, run_dir, engines=versions(engines), device=",".join(devices))
+    stages = settings.stages(run_dir=run_dir.path, devices=devices, engines=offer.engines)
+    backend = Backend(stages, run_dir.path)
+    gateway = Gateway(settings, backend, run_dir, offer=offer, device=",".join(devices))
     backend.on_ready, backend.on_worker_death = gateway.backend_ready, gateway.worker_died
     _warn_if_open(settings, gateway)
     gateway.objects.load()
@@ -93,6 +90,7 @@ async def _main(
     )
     stop = _StopSignals()
     backend.on_fatal = stop.failed
+    backend.on_hopeless = lambda why: None if gateway.warm else stop.cannot_start(why)
     serving = watched(server.serve(sockets=[listener]), "http server", stop.failed)
     serving.add_done_callback(lambda _: stop.asked.set())
     log.info(
@@ -113,6 +111,8 @@ async def _main(
     await gateway.ism.close()
     run_dir.remove()
     log.info("stopped", exit_code=stop.exit_code)
+    if stop.reason is not None:
+        raise CannotStart(stop.reason)
     return stop.exit_code
 
 
@@ -164,6 +164,7 @@ class _StopSignals:
         self.asked = asyncio.Event()
         self.insisted = asyncio.Event()
         self.exit_code = 0
+        self.reason: str | None = None  # why the server cannot start
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup asks to be left alone
@@ -174,6 +175,11 @@ class _StopSignals:
         self.exit_code = 1
         self.asked.set()
 
+    def cannot_start(self, reason: str) -> None:
+        """What the settings ask for is not to be had: trying again would change nothing."""
+        self.reason = f"{reason}; {HINT}"
+        self.failed()
+
     def _signalled(self, number: int) -> None:
         if self.asked.is_set() and number == signal.SIGINT:
             self.insisted.set()
@@ -181,13 +187,6 @@ class _StopSignals:
 
 
 # ------------------------------------------------------------------------------------------------------------ the start
-
-
-def resolve_engines(settings: Settings) -> tuple[Literal["geometric", "sam6d"], ...]:
-    """The engines that this start can offer, the default first."""
-    if settings.engine == "sam6d":
-        raise CannotStart("the engine sam6d is not part of this release; start with --engine geometric (or auto)")
-    return ("geometric",)
 
 
 def resolve_devices(settings: Settings) -> tuple[str, ...]:

@@ -15,7 +15,19 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from workers.settings import Count, Decode, Megabytes, Onboard, Pose, Respond, Seconds, Stages, Table
+from workers.settings import (
+    Count,
+    Decode,
+    EngineName,
+    Megabytes,
+    Onboard,
+    Pose,
+    Respond,
+    Sam6d,
+    Seconds,
+    Stages,
+    Table,
+)
 
 Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
 
@@ -85,6 +97,7 @@ class Settings(Table, frozen=True):
     cad_root: str | None = None  # cad_path must lie inside; default <data_dir>/cad
     output_root: str | None = None  # output_dir must lie inside; default <data_dir>/outputs
     keys_file: str | None = None  # default <data_dir>/keys.json
+    checkpoints_dir: str = "checkpoints"  # the weights that `pem weights import` keeps
     engine: Literal["geometric", "sam6d", "auto"] = "auto"  # auto: sam6d where its weights are, else geometric
     device: str = "auto"  # auto | cpu | cuda | cuda:0,1
     drain_s: Seconds = 30.0  # after SIGTERM requests in flight may finish for this long
@@ -98,6 +111,7 @@ class Settings(Table, frozen=True):
     metrics: Metrics = Metrics()
     decode: Decode = Decode()
     pose: Pose = Pose()
+    sam6d: Sam6d = Sam6d()
     respond: Respond = Respond()
     onboard: Onboard = Onboard()
 
@@ -126,15 +140,24 @@ class Settings(Table, frozen=True):
         """The CAD store."""
         return self.data_path / "objects"
 
-    def stages(
-        self, *, run_dir: Path, devices: tuple[str, ...], engines: tuple[Literal["geometric", "sam6d"], ...]
-    ) -> Stages:
-        """The workers' share, with devices and engines resolved."""
+    @property
+    def checkpoints_path(self) -> Path:
+        """The folder of weights; absolute."""
+        return Path(self.checkpoints_dir).expanduser().resolve()
+
+    @property
+    def weights_path(self) -> Path:
+        """The file of the network's weights; absolute."""
+        return (self.checkpoints_path / Path(self.sam6d.weights).expanduser()).resolve()
+
+    def stages(self, *, run_dir: Path, devices: tuple[str, ...], engines: tuple[EngineName, ...]) -> Stages:
+        """The workers' share, with devices, engines and weights resolved."""
         return Stages(
             objects_dir=str(self.objects_path),
             run_dir=str(run_dir),
             devices=devices,
             engines=engines,
+            sam6d=msgspec.structs.replace(self.sam6d, weights=str(self.weights_path)),
             decode=self.decode,
             pose=self.pose,
             respond=self.respond,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,18 @@ def server(tmp_path_factory: pytest.TempPathFactory, question: Question) -> Iter
     with RunningServer(tmp_path_factory.mktemp("server") / "data") as one:
         question.register(one.url)
         yield one
+
+
+@pytest.fixture(scope="session")
+def generated_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file of weights for the network: made-up numbers, with which it computes and finds nothing."""
+    generated = importlib.import_module("benchmarks.generated_weights")  # imports torch
+    if not generated.available():
+        pytest.skip("the folder shared/sam6d, from which the network's weights are made up, is not here")
+    path = tmp_path_factory.mktemp("weights") / "generated.safetensors"
+    generated.write(path)
+    yield path
+    path.unlink()
 
 
 @pytest.fixture

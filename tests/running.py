@@ -65,6 +65,7 @@ class RunningServer:
     def start(self, wait: bool = True) -> Self:
         """Start it; returns when it is ready."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PEM_")}
+        environment["PEM_CHECKPOINTS_DIR"] = str(self.data / "checkpoints")  # not what lies in the project's folder
         environment |= {f"PEM_{name.upper()}": str(value) for name, value in self.settings.items()}
         self.data.mkdir(parents=True, exist_ok=True)
         with (self.data / "stderr.log").open("ab") as stderr:

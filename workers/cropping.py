@@ -181,6 +181,8 @@ def _crop(job: Job, frame: _Frame, seen: _Seen) -> Crop:
     K[0, 2] -= columns.start
     K[1, 2] -= rows.start
     K[:2] /= step  # exact: pixel centres are whole numbers, and every step-th is kept
+    image_rows = range(rows.start % step, frame.size[0], step)  # of the image, thinned out to go with the crop
+    image_columns = range(columns.start % step, frame.size[1], step)
     return msgspec.structs.replace(
         crop,
         rgb=pack(rgb),
@@ -189,6 +191,8 @@ def _crop(job: Job, frame: _Frame, seen: _Seen) -> Crop:
         K=tuple(float(x) for x in K.ravel()),
         seed=job.seed if job.seed is not None else _seed_from(rgb, depth_m, mask, K, crop.object_id or ""),
         init_T_cam_obj=_metres(spec),
+        origin_px=(columns.start // step, rows.start // step),
+        image_size_px=(len(image_columns), len(image_rows)),
     )
 
 

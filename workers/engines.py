@@ -14,43 +14,75 @@ import pointnet2_ext
 from posekit.engine import Engine, Float32, Float64, Instance, Mesh, ObjectModel
 from posekit.errors import StoreError
 from posekit.store import ObjectStore
+from workers.settings import Stages
+
+Loader = Callable[[Stages, str, int], Engine]
 
 
-def _geometric(device: str, threads: int) -> Engine:
+def _geometric(stages: Stages, device: str, threads: int) -> Engine:
     from posekit.geometric.engine import GeometricEngine
 
     return GeometricEngine(device=device, threads=threads)
 
 
-def _geometric_version() -> str:
+def _geometric_version(stages: Stages) -> str:
     from posekit.geometric import VERSION
 
     return VERSION
 
 
-_ENGINES: dict[str, tuple[Callable[[str, int], Engine], Callable[[], str]]] = {
+def _sam6d(stages: Stages, device: str, threads: int) -> Engine:
+    from posekit.sam6d.engine import Sam6dEngine
+
+    own = stages.sam6d
+    precision = own.precision
+    if precision == "auto":
+        precision = "bf16" if device.startswith("cuda") and not own.exact else "float32"
+    return Sam6dEngine(
+        weights_file=Path(own.weights),
+        device=device,
+        threads=threads,
+        exact=own.exact,
+        precision=precision,
+        views=own.views,
+    )
+
+
+def _sam6d_version(stages: Stages) -> str:
+    from posekit.sam6d.version import version_of
+
+    return version_of(Path(stages.sam6d.weights), stages.sam6d.views)
+
+
+_ENGINES: dict[str, tuple[Loader, Callable[[Stages], str]]] = {
     "geometric": (_geometric, _geometric_version),
+    "sam6d": (_sam6d, _sam6d_version),
 }
 
 
-def load_engine(name: str, *, device: str, threads: int) -> Engine:
+def load_engine(name: str, stages: Stages | None = None, *, device: str, threads: int) -> Engine:
     """The engine `name` on `device` ("cpu", "cuda:0"), with `threads` CPU threads. Imports what it needs: seconds."""
-    return _known(name)[0](device, threads)
+    return _known(name)[0](stages or Stages(), device, threads)
 
 
-def versions(names: Iterable[str]) -> dict[str, str]:
-    """Engine name -> version, part of the stored model's file name. Imports no torch."""
-    return {name: _known(name)[1]() for name in names}
+def versions(stages: Stages) -> dict[str, str]:
+    """Engine name -> version, part of the stored model's file name, the default first. Imports no torch."""
+    return {name: _known(name)[1](stages) for name in stages.engines}
 
 
-def kernels(device: str) -> dict[str, str]:
-    """Operation -> "compiled" or "reference": what answers on `device`. Imports torch."""
+def kernels(device: str, engines: Iterable[str] = ("geometric",)) -> dict[str, str]:
+    """Operation -> "compiled" or "reference": what these engines run on `device`. Imports torch."""
     from posekit.geometric import kernels as geometric
 
-    return {**pointnet2_ext.kernels(device), **geometric.kernels(device)}
+    found: dict[str, str] = {**pointnet2_ext.kernels(device), **geometric.kernels(device)}
+    if "sam6d" in engines:
+        from posekit.sam6d import kernels as sam6d
+
+        found |= sam6d.kernels(device)
+    return found
 
 
-def _known(name: str) -> tuple[Callable[[str, int], Engine], Callable[[], str]]:
+def _known(name: str) -> tuple[Loader, Callable[[Stages], str]]:
     if name not in _ENGINES:
         raise ValueError(f"there is no engine {name!r}; there are: {', '.join(_ENGINES)}")
     return _ENGINES[name]
@@ -89,7 +121,7 @@ def _practice_model(engine: Engine, folder: Path) -> ObjectModel:
     try:
         return ObjectStore(folder).load_model(object_id, engine.name, engine.version)
     except StoreError:
-        model = engine.onboard(object_id, box_mesh(), None, lambda _: None)
+        model = engine.practice_model(object_id, box_mesh())
     with contextlib.suppress(StoreError, OSError):  # no room: then the next worker builds it again
         store = ObjectStore(folder)
         store.folder(object_id).mkdir(exist_ok=True)

@@ -123,7 +123,9 @@ class FinishPart(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
 
 # ------------------------------------------------------------------------------------------------ failures of requests
 
-FailureKind = Literal["bad_data", "too_large", "invalid", "units", "deadline", "storage", "not_found", "internal"]
+FailureKind = Literal[
+    "bad_data", "too_large", "invalid", "units", "deadline", "storage", "not_found", "unavailable", "internal"
+]
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
@@ -153,6 +155,8 @@ class Crop(msgspec.Struct, frozen=True, kw_only=True):
     K: tuple[float, ...] = ()  # 9 numbers, of the crop
     seed: int = 0
     init_T_cam_obj: tuple[float, ...] | None = None  # 16 numbers, metres
+    origin_px: tuple[int, int] = (0, 0)  # column and row of the crop's first pixel in its image
+    image_size_px: tuple[int, int] | None = None  # width and height of that image, in pixels of the crop's size
 
 
 class Cut(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
@@ -217,6 +221,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
 class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One pass of the pose stage; rides on the first request that took part, so that it is counted once."""
 
+    engine: str
     detections: int
     requests: int
     seconds: float
@@ -302,15 +307,14 @@ class WireSymmetries(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OnboardTask(msgspec.Struct, frozen=True, kw_only=True):
-    """Route /onboard: build the engines' models of an object whose folder is already in the store."""
+    """Routes /onboard and /onboard_sam6d: build an engine's model of an object whose folder is in the store."""
 
     task_id: str
     object_id: str
-    engines: list[str]
 
 
 class Onboarded(msgspec.Struct, frozen=True, kw_only=True, tag="onboarded"):
-    """Every engine's model is on disk."""
+    """The engine's model is on disk."""
 
     task_id: str
     object_id: str

@@ -1,16 +1,20 @@
-"""Onboard stage. In: an object in the store. Out: its symmetries, once every engine's model is on disk, or a Failure.
+"""Onboard stages. In: an object in the store. Out: its symmetries, once the engine's model is on disk, or a Failure.
 
-On the CPU, on few threads and at low priority, so that a new object never stalls other clients' poses.
+One stage per engine, so that an object is there for the geometric engine in a second while the network's templates of
+another one take their minute. On the CPU, on few threads and at low priority, so that a new object never stalls other
+clients' poses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 
+from posekit import geometric
 from posekit.engine import Engine, Progress, Symmetries
 from posekit.errors import PoseError, StoreError, StoreFull
 from posekit.store import ObjectStore, StoredObject
@@ -18,15 +22,17 @@ from workers.engines import load_engine
 from workers.jobs import failure_from
 from workers.lifecycle import Stage, limit_threads
 from workers.messages import Failure, Onboarded, OnboardTask, WireSymmetries, symmetries_from_wire, symmetries_to_wire
-from workers.settings import objects_path
+from workers.settings import EngineName, objects_path
+from workers.state import progress_path
 
 NICENESS = 10
 
 
 class OnboardStage(Stage):
-    """The only stage of /onboard."""
+    """The only stage of /onboard: the geometric engine's models."""
 
     stage_name = "onboard"
+    engine_name: ClassVar[EngineName] = "geometric"
     receives = OnboardTask
 
     def __init__(self) -> None:
@@ -34,17 +40,20 @@ class OnboardStage(Stage):
         with self.starting():
             if self.spawned:
                 os.nice(NICENESS)
-            threads = self.settings.onboard.threads
-            self.engines: dict[str, Engine] = {
-                name: load_engine(name, device="cpu", threads=threads) for name in self.settings.engines
-            }
-            limit_threads(threads)
+            self.threads = self.settings.onboard.threads
+            self.engine: Engine | None = None
+            with self.engine_start(self.engine_name):
+                self.engine = load_engine(self.engine_name, self.settings, device="cpu", threads=self.threads)
+            limit_threads(self.threads)
             self.store = ObjectStore(objects_path(self.settings))
 
     def forward(self, task: OnboardTask) -> Onboarded | Failure:
         """Build what is missing; what is there already is left alone."""
+        if self.engine is None:
+            detail = f"the engine {self.engine_name!r} could not be started"
+            return Failure(part_id=task.task_id, kind="unavailable", detail=detail)
         try:
-            return self._onboard(task)
+            return self._onboard(self.engine, task)
         except StoreFull as error:
             return failure_from(error, task.task_id)
         except PoseError as error:
@@ -57,42 +66,42 @@ class OnboardStage(Stage):
         except Exception:
             return self.internal(task.task_id, object_id=task.object_id)
 
-    def _onboard(self, task: OnboardTask) -> Onboarded | Failure:
+    def _onboard(self, engine: Engine, task: OnboardTask) -> Onboarded | Failure:
         begun = time.perf_counter()
         stored = self.store.get(task.object_id)
         if stored is None:
             return Failure(part_id=task.task_id, kind="not_found", detail="no such object is in the store")
-        declared = _declared(stored)
-        found: list[Symmetries] = []
-        for done, name in enumerate(task.engines):
-            progress = self._progress(task.object_id, done, len(task.engines))
-            found.append(self._build(self.engines[name], task.object_id, declared, progress))
         return Onboarded(
             task_id=task.task_id,
             object_id=task.object_id,
-            symmetries=symmetries_to_wire(found[0]),
+            symmetries=symmetries_to_wire(self._build(engine, stored)),
             seconds=time.perf_counter() - begun,
         )
 
-    def _build(self, engine: Engine, object_id: str, declared: Symmetries | None, progress: Progress) -> Symmetries:
-        """The symmetries of one engine's model, which is built where there is none that can be read."""
-        try:
-            return self.store.load_symmetries(object_id, engine.name, engine.version)
-        except StoreError:
-            progress(0.0)
-        model = engine.onboard(object_id, self.store.load_mesh(object_id), declared, progress)
-        self.store.save_model(model)
+    def _build(self, engine: Engine, stored: StoredObject) -> Symmetries:
+        """The symmetries of the engine's model, which is built where there is none that can be read."""
+        object_id = stored.object_id
+        with contextlib.suppress(StoreError):
+            return self.store.describe_model(object_id, engine.name, engine.version).symmetries
+        progress = self._progress(object_id)
+        progress(0.0)
+        begun = time.perf_counter()
+        symmetries = known_symmetries(self.store, stored, engine.name)
+        model = engine.onboard(object_id, self.store.load_mesh(object_id), symmetries, progress)
+        with contextlib.suppress(StoreError):  # `pem objects templates` put one there meanwhile: it stays
+            return self.store.describe_model(object_id, engine.name, engine.version).symmetries
+        self.store.save_model(model, seconds=time.perf_counter() - begun, threads=self.threads)
         return model.symmetries
 
-    def _progress(self, object_id: str, done: int, engines: int) -> Progress:
-        """Tell in a file how far all engines together are, 0 to 1; nothing depends on it."""
-        path = progress_path(self.run_dir, object_id)
+    def _progress(self, object_id: str) -> Progress:
+        """Tell in a file how far the engine is, 0 to 1; nothing depends on it."""
+        path = progress_path(self.run_dir, object_id, self.engine_name)
 
         def tell(share: float) -> None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 beside = path.with_suffix(".new")
-                beside.write_text(f"{(done + min(max(share, 0.0), 1.0)) / engines:.4f}")
+                beside.write_text(f"{min(max(share, 0.0), 1.0):.4f}")
                 beside.replace(path)
             except OSError as error:
                 self.log.warning("no_progress_file", reason=str(error))
@@ -100,13 +109,18 @@ class OnboardStage(Stage):
         return tell
 
 
-def progress_path(run_dir: Path, object_id: str) -> Path:
-    """Where the progress of an onboarding is told."""
-    return run_dir / "progress" / object_id
+class OnboardSam6dStage(OnboardStage):
+    """The only stage of /onboard_sam6d: the network's models."""
+
+    stage_name = "onboard_sam6d"
+    engine_name = "sam6d"
 
 
-def _declared(stored: StoredObject) -> Symmetries | None:
-    """The user's symmetries, which override those found; None where the user said nothing."""
-    if stored.declared_symmetries is None:
-        return None
-    return symmetries_from_wire(msgspec.convert(stored.declared_symmetries, WireSymmetries))
+def known_symmetries(store: ObjectStore, stored: StoredObject, engine: str) -> Symmetries | None:
+    """The user's symmetries; where there are none, those that the geometric engine found, for the other engines."""
+    if stored.declared_symmetries is not None:
+        return symmetries_from_wire(msgspec.convert(stored.declared_symmetries, WireSymmetries))
+    if engine != "geometric":
+        with contextlib.suppress(StoreError):
+            return store.describe_model(stored.object_id, "geometric", geometric.VERSION).symmetries
+    return None

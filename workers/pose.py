@@ -12,13 +12,17 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
-from posekit.engine import Engine, ObjectModel, Outcome, Rejection
+import msgspec
+
+from posekit.engine import Engine, Instance, ObjectModel, Outcome, Rejection
 from posekit.errors import StoreError
 from workers.engines import kernels, load_engine, practise
 from workers.lifecycle import DEVICE, INTERNAL_DETAIL, Stage, limit_threads
 from workers.messages import Cut, Failure, PassRecord, PoseInput, Solved
 from workers.models import ModelCache
+from workers.refine import refined
 from workers.settings import objects_path
 from workers.work import Item, Work, with_passes
 
@@ -37,25 +41,28 @@ class PoseStage(Stage):
             own = self.settings.pose
             device = os.environ.get(DEVICE) or "cpu"
             threads = own.threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
-            self.engines: dict[str, Engine] = {
-                name: load_engine(name, device=device, threads=threads) for name in self.settings.engines
-            }
-            limit_threads(1)  # of each of them
+            self.engines: dict[str, Engine] = {}
+            rates: dict[str, float] = {}
+            for name in self.settings.engines:
+                with self.engine_start(name):
+                    engine = load_engine(name, self.settings, device=device, threads=threads)
+                    limit_threads(1)  # of each of them
+                    rates[name] = practise(engine, own.pass_detections, self.run_dir / "practice")
+                    self.engines[name] = engine
             self.models = ModelCache(objects_path(self.settings), limit_bytes=own.object_cache_mb * 1_000_000)
             broken = self.models.warm_up(self.engines.values())
-            rates = [practise(e, own.pass_detections, self.run_dir / "practice") for e in self.engines.values()]
             self.state.update(
                 engines={name: engine.version for name, engine in self.engines.items()},
                 device=device,
-                kernels=kernels(device),
-                detections_per_second=min(rates),
+                kernels=kernels(device, self.engines),
+                detections_per_second=rates,
                 broken_objects=broken,
             )
             self._tell_cache()
 
     def forward(self, batch: list[Cut | Failure]) -> list[Solved | Failure]:
         """Every part's rows, in order; a failure of an earlier stage passes through."""
-        works = [Work(item) if isinstance(item, Cut) else item for item in batch]
+        works = [Work(self._for_an_engine_here(item)) if isinstance(item, Cut) else item for item in batch]
         passes: list[PassRecord] = []
         for name, engine in self.engines.items():
             waiting = deque(item for work in works if isinstance(work, Work) for item in work.items(name))
@@ -63,6 +70,12 @@ class PoseStage(Stage):
                 passes.append(self._run_pass(engine, taken))
         self._tell_cache()
         return with_passes([self._answer(work) if isinstance(work, Work) else work for work in works], passes)
+
+    def _for_an_engine_here(self, cut: Cut) -> Cut:
+        """A part for the network that this worker could not start, sent before that was known: for its stand-in."""
+        if cut.engine in self.state.state.info.get("lost", {}):
+            return msgspec.structs.replace(cut, engine="geometric", refine="icp")
+        return cut
 
     def _take(self, waiting: deque[Item]) -> list[Item]:
         """The next pass: the first detections whose deadline has not passed."""
@@ -77,6 +90,7 @@ class PoseStage(Stage):
         begun = time.perf_counter()
         outcomes = self._solve(engine, taken)
         record = PassRecord(
+            engine=engine.name,
             detections=len(taken),
             requests=len({item.work.cut.request_id for item in taken}),
             seconds=time.perf_counter() - begun,
@@ -104,15 +118,23 @@ class PoseStage(Stage):
 
     def _estimate(self, engine: Engine, items: Sequence[Item]) -> list[Outcome]:
         """The engine's outcomes; detections whose object has no usable model become `no_cad`."""
+        instances = [item.instance() for item in items]
+        if engine.name == "geometric":
+            return self._ask(engine, instances)
+        return refined(
+            instances, network=partial(self._ask, engine), refiner=partial(self._ask, self.engines["geometric"])
+        )
+
+    def _ask(self, engine: Engine, instances: Sequence[Instance]) -> list[Outcome]:
         models: dict[str, ObjectModel] = {}
-        for object_id in dict.fromkeys(item.object_id for item in items):
+        for object_id in dict.fromkeys(instance.object_id for instance in instances):
             try:
                 models[object_id] = self.models.get(engine, object_id)
             except StoreError as error:
                 self.log.warning("no_model", engine=engine.name, object_id=object_id, reason=error.detail)
-        good = [item.instance() for item in items if item.object_id in models]
+        good = [instance for instance in instances if instance.object_id in models]
         outcomes = iter(engine.estimate(good, models) if good else [])
-        return [next(outcomes) if item.object_id in models else NO_MODEL for item in items]
+        return [next(outcomes) if instance.object_id in models else NO_MODEL for instance in instances]
 
     def _answer(self, work: Work) -> Solved | Failure:
         try:

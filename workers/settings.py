@@ -55,13 +55,24 @@ class Onboard(Table, frozen=True):
     max_seconds: Seconds = 900.0
 
 
+class Sam6d(Table, frozen=True):
+    """SAM-6D's pose estimation network."""
+
+    weights: str = "sam-6d-pem-base.safetensors"  # a file in checkpoints_dir, or its path
+    fallback: bool = True  # where the network cannot be loaded the geometric engine answers, degraded; false: no start
+    exact: bool = False  # float32 and the published arithmetic, step by step: slower
+    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"  # auto: float32 on a CPU, bf16 on a GPU
+    views: Annotated[int, Meta(ge=4, le=42)] = 42  # rendered of each object; fewer onboard faster and match worse
+
+
 class Stages(Table, frozen=True):
     """Everything a worker needs to know."""
 
     objects_dir: str = "data/objects"
     run_dir: str = "data/run"  # state files of the workers, progress files of onboarding
     devices: tuple[str, ...] = ("cpu",)  # resolved: one pose worker each
-    engines: tuple[EngineName, ...] = ("geometric",)
+    engines: tuple[EngineName, ...] = ("geometric",)  # the first is the default
+    sam6d: Sam6d = Sam6d()  # its weights are an absolute path here
     decode: Decode = Decode()
     pose: Pose = Pose()
     respond: Respond = Respond()

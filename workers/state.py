@@ -147,6 +147,11 @@ def states_dir(run_dir: Path) -> Path:
     return run_dir / "workers"
 
 
+def progress_path(run_dir: Path, object_id: str, engine: str) -> Path:
+    """Where the onboard stage of an engine tells how far it is with an object, 0 to 1."""
+    return run_dir / "progress" / f"{object_id}-{engine}"
+
+
 def _shortened(info: dict[str, Any]) -> dict[str, Any]:
     """The entries that are no lists, and the names of those that are."""
     kept: dict[str, Any] = {name: value for name, value in info.items() if not isinstance(value, list)}

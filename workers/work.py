@@ -14,7 +14,7 @@ from posekit.engine import Instance, Outcome, Rejection
 from workers.messages import Crop, Cut, Failure, PackedArray, PassRecord, Solved
 from workers.rows import make_row
 
-_NO_PASS = PassRecord(detections=0, requests=0, seconds=0.0)
+_NO_PASS = PassRecord(engine="", detections=0, requests=0, seconds=0.0)
 
 
 @dataclass
@@ -97,6 +97,8 @@ class Item:
             refine=cut.refine,
             hypotheses=cut.hypotheses,
             init_T_cam_obj=None if init is None else np.array(init, dtype=np.float64).reshape(4, 4),
+            origin_px=crop.origin_px,
+            image_size_px=crop.image_size_px,
         )
 
     def note(self, outcome: Outcome, record: PassRecord) -> None:

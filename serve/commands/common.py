@@ -80,6 +80,15 @@ def fail(text: str, code: int = 1) -> NoReturn:
     raise typer.Exit(code)
 
 
+def need_server_extra(error: ImportError) -> NoReturn:
+    """A missing dependency, in words; an import that fails inside the project is a bug and passes through."""
+    missing = (error.name or "").split(".")[0]
+    if missing in ("serve", "workers", "posekit", "pointnet2_ext", ""):
+        raise error
+    install = """run `pip install ".[server]"` in the project's folder"""
+    fail(f"this needs {missing}, which the base install leaves out: {install}")
+
+
 def connect(url: str, api_key: str | None) -> Client:
     """A client for one command."""
     return Client(url, api_key, timeout_s=120.0)

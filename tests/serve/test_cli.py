@@ -64,7 +64,20 @@ def test_the_version_is_told(pem: Pem) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["serve"], ["demo"], ["estimate"], ["objects"], ["objects", "add"], ["keys"], ["keys", "add"], ["status"]],
+    [
+        [],
+        ["serve"],
+        ["demo"],
+        ["estimate"],
+        ["objects"],
+        ["objects", "add"],
+        ["objects", "templates"],
+        ["keys"],
+        ["keys", "add"],
+        ["weights"],
+        ["weights", "import"],
+        ["status"],
+    ],
     ids=lambda command: " ".join(command) or "pem",
 )
 def test_help_teaches(pem: Pem, command: list[str]) -> None:
@@ -349,7 +362,9 @@ def test_objects_from_file_to_removal(server: RunningServer, pem: Pem, tmp_path:
     listed = pem("objects", "list", "--json", "-", *at).json()["objects"]
     assert added["object_id"] in [item["object_id"] for item in listed]
     assert "cli-tee" in pem("objects", "list", *at).out
-    assert added["object_id"] in pem("objects", "show", "cli-tee", *at).out
+    shown = pem("objects", "show", "cli-tee", *at).out
+    assert added["object_id"] in shown
+    assert re.search(r"engine geometric .* ready, onboarded in \d+\.\d s on 1 thread, \d\.\d MB on disk", shown)
     assert pem("objects", "remove", "cli-tee", *at).code == 0
     gone = pem("objects", "show", "cli-tee", *at)
     assert gone.code == 1

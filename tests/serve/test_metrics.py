@@ -40,6 +40,7 @@ OURS = {
     "pose_object_cache_bytes",
     "pose_model_info",
     "pose_kernel_info",
+    "pose_degraded",
     "pose_draining",
     "pose_worker_restarts",
 }
@@ -309,7 +310,7 @@ def _used() -> Metrics:
             queue_ms=20,
             pose_ms=100,
             respond_ms=1,
-            passes=[PassRecord(detections=12, requests=3, seconds=0.1)],
+            passes=[PassRecord(engine="geometric", detections=12, requests=3, seconds=0.1)],
         ),
         {"abc": "mug", "xyz": "secret part"}.get,
         waited_s=0.5,
@@ -398,11 +399,12 @@ def test_a_new_model_replaces_the_one_on_its_track() -> None:
     assert releases == {"r2", "r3"}
 
 
-def test_kernels_draining_and_restarts_are_shown() -> None:
+def test_kernels_a_stand_in_draining_and_restarts_are_shown() -> None:
     metrics = Metrics()
     metrics.kernels({"ball_query": "compiled"})
     metrics.kernels({"ball_query": "reference"})
     metrics.draining(True)
+    metrics.degraded(True)
     metrics.restarted()
     metrics.rejected("a reason made up")
     page = samples(metrics.expose())
@@ -410,5 +412,6 @@ def test_kernels_draining_and_restarts_are_shown() -> None:
         (("kernel", "reference"), ("op", "ball_query"))
     ]
     assert page["pose_draining", ()] == 1
+    assert page["pose_degraded", ()] == 1
     assert page["pose_worker_restarts_total", ()] == 1
     assert page["pose_rejected_total", (("reason", "other"),)] == 1

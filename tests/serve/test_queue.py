@@ -111,7 +111,8 @@ class Stage:
         """The part comes back, its rows numbered by detection."""
         part, future = self.inside[part_id]
         rows = [_row(index) for index in range(part.start, part.stop)]
-        passes = [PassRecord(detections=len(rows), requests=1, seconds=seconds)] if seconds else []
+        engine = msgspec.msgpack.decode(Path(part.path).read_bytes() if part.path else part.job, type=Job).engine
+        passes = [PassRecord(engine=engine, detections=len(rows), requests=1, seconds=seconds)] if seconds else []
         answer = PartAnswer(part_id=part_id, **{"rows": rows, "engine": "geometric", "passes": passes, **changes})
         future.set_result(msgspec.msgpack.encode(answer))
         await settled()
@@ -400,21 +401,21 @@ async def test_a_stage_that_stays_away_is_given_up(tmp_path: Path) -> None:
 def refused(one: Bench, client: str, count: int, deadline_s: float) -> ApiError:
     """Why a request would not be let in."""
     with pytest.raises(ApiError) as raised:
-        one.queue.admit(client, count, deadline_s)
+        one.queue.admit(client, count, deadline_s, "geometric")
     return raised.value
 
 
 @alone
 async def test_little_work_is_let_in_beside_a_flood_with_long_deadlines(tmp_path: Path) -> None:
     async with bench(tmp_path) as one:
-        one.stage.info = {"detections_per_second": 10.0}
+        one.stage.info = {"detections_per_second": {"geometric": 10.0}}
         for index in range(6):
             await one.ask("flood", f"f{index}", 40)
         assert one.queue.detections == 240
-        one.queue.admit("other", 1, 2.0)  # 4 inside and one turn of the flood: half a second
-        one.queue.admit("flood", 1, 2.0)  # goes before its own client's larger ones
+        one.queue.admit("other", 1, 2.0, "geometric")  # 4 inside and one turn of the flood: half a second
+        one.queue.admit("flood", 1, 2.0, "geometric")  # goes before its own client's larger ones
         assert refused(one, "flood", 40, 20.0).code == "over_capacity", "there are 236 like it before it"
-        one.queue.admit("flood", 10, 300.0)
+        one.queue.admit("flood", 10, 300.0, "geometric")
         task = await one.ask("other", "o", 1)
         await one.stage.answer("f0/0")
         assert "o/0" in one.stage.inside, "as promised"
@@ -425,10 +426,10 @@ async def test_little_work_is_let_in_beside_a_flood_with_long_deadlines(tmp_path
 @alone
 async def test_what_was_promised_at_the_door_is_kept_among_many_clients(tmp_path: Path) -> None:
     async with bench(tmp_path, ceiling_detections=100_000) as one:
-        one.stage.info = {"detections_per_second": 10.0}
+        one.stage.info = {"detections_per_second": {"geometric": 10.0}}
         for index in range(5):
             await one.ask(f"client{index}", f"r{index}", 40)
-        ahead = one.queue._ahead("new", 8)
+        ahead = sum(one.queue._ahead("new", 8).values())
         task = await one.ask("new", "n", 8)
         before = len(one.stage.sent) - len(one.stage.inside)
         while not task.done():
@@ -445,43 +446,70 @@ async def test_the_ceiling_stops_who_floods_and_lets_others_in_up_to_their_share
         assert one.queue.waiting_detections == 40
         error = refused(one, "flood", 1, 900.0)
         assert error.code == "over_capacity"
-        assert error.retry_after_s == pytest.approx(1 / one.queue.detections_per_second)
-        one.queue.admit("other", 20, 900.0)
+        assert error.retry_after_s == pytest.approx(1 / one.queue.detections_per_second("geometric"))
+        one.queue.admit("other", 20, 900.0, "geometric")
         assert refused(one, "other", 21, 900.0).code == "over_capacity"
         await one.ask("other", "o", 20)
         assert refused(one, "other", 1, 900.0).code == "over_capacity"
         assert refused(one, "third", 14, 900.0).code == "over_capacity"
-        one.queue.admit("third", 13, 900.0)
+        one.queue.admit("third", 13, 900.0, "geometric")
         one.queue.fail_all(ApiError("draining", "over"))
-        one.queue.admit("flood", 1000, 900.0)  # whoever finds the queue empty is let in
+        one.queue.admit("flood", 1000, 900.0, "geometric")  # whoever finds the queue empty is let in
 
 
 @alone
 async def test_429_says_when_to_come_back(tmp_path: Path) -> None:
     async with bench(tmp_path) as one:
-        one.stage.info = {"detections_per_second": 10.0}
-        assert one.queue.detections_per_second == pytest.approx(10.0)
+        one.stage.info = {"detections_per_second": {"geometric": 10.0}}
+        assert one.queue.detections_per_second("geometric") == pytest.approx(10.0)
         await one.ask("anna", "a", 100)
         error = refused(one, "anna", 100, 15.0)
         assert error.code == "over_capacity"
         assert error.retry_after_s == pytest.approx(10 + 10 - 15)  # 100 ahead, 100 of its own
-        one.queue.admit("anna", 100, 21.0)
+        one.queue.admit("anna", 100, 21.0, "geometric")
+
+
+@alone
+async def test_each_engine_is_reckoned_at_its_own_speed(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+        one.stage.info = {"detections_per_second": {"geometric": 10.0, "sam6d": 1.0}}
+        await one.ask("anna", "a", 12, engine="sam6d")
+        error = refused(one, "ben", 4, 8.0)  # 4 of hers inside and one turn: 8 s
+        assert error.retry_after_s == pytest.approx(8 + 0.4 - 8)
+        one.queue.admit("ben", 4, 8.5, "geometric")
+        with pytest.raises(ApiError, match=r"about 8\.0 s"):
+            one.queue.admit("ben", 4, 8.5, "sam6d")
+        await one.stage.answer("a/0", seconds=16.0)
+        assert one.queue.detections_per_second("sam6d") < 0.5
+        assert one.queue.detections_per_second("geometric") == pytest.approx(10.0)
+
+
+@alone
+async def test_one_part_that_another_engine_answered_is_enough_to_say_so(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+        task = await one.ask("anna", "a", 2 * PASS, engine="sam6d")
+        await one.stage.answer("a/0", engine="sam6d")
+        await one.stage.answer("a/1", engine="geometric")
+        assert (await task).engine == "geometric"
+        task = await one.ask("anna", "b", engine="sam6d")
+        await one.stage.answer("b/0", engine="sam6d")
+        assert (await task).engine == "sam6d"
 
 
 @alone
 async def test_a_deadline_is_called_too_short_only_by_what_was_measured_lately(tmp_path: Path, clock: Clock) -> None:
     async with bench(tmp_path) as one:
-        one.stage.info = {"detections_per_second": 10.0}  # the worker's own estimate is not enough
-        one.queue.admit("anna", 1000, 1.0)
+        one.stage.info = {"detections_per_second": {"geometric": 10.0}}  # the worker's own estimate is not enough
+        one.queue.admit("anna", 1000, 1.0, "geometric")
         for index in range(3):
-            one.queue.admit("anna", 1000, 1.0)
+            one.queue.admit("anna", 1000, 1.0, "geometric")
             await one.ask("anna", f"a{index}")
             await one.stage.answer(f"a{index}/0", seconds=1.0)
         error = refused(one, "anna", 1000, 1.0)
         assert (error.code, error.field, error.retry_after_s) == ("deadline_too_short", "deadline_ms", None)
-        one.queue.admit("anna", 8, 1.1)  # 2 s as measured: not surely impossible
+        one.queue.admit("anna", 8, 1.1, "geometric")  # 2 s as measured: not surely impossible
         clock.ahead_s += 61
-        one.queue.admit("anna", 1000, 1.0)  # or it would never be measured again
+        one.queue.admit("anna", 1000, 1.0, "geometric")  # or it would never be measured again
         assert refused(one, "anna", 1, 0.005).code == "deadline_too_short", "whatever is measured"
 
 
@@ -491,7 +519,9 @@ async def test_recent_passes_count_more_in_the_measured_rate(tmp_path: Path) -> 
         for index, seconds in enumerate([4.0] * 5 + [0.5] * 40):
             await one.ask("anna", f"a{index}")
             await one.stage.answer(f"a{index}/0", seconds=seconds)
-        assert one.queue.detections_per_second == pytest.approx(2 * PASS / 0.5, rel=0.1), "both devices together"
+        assert one.queue.detections_per_second("geometric") == pytest.approx(2 * PASS / 0.5, rel=0.1), (
+            "both devices together"
+        )
 
 
 # -------------------------------------------------------------------------------------------------- workers that died

@@ -115,7 +115,7 @@ def register(
         created_unix=time.time(),
     )
     store.commit(staged, stored)
-    onboarded = onboard(OnboardTask(task_id="t2", object_id=stored.object_id, engines=["geometric"]))
+    onboarded = onboard(OnboardTask(task_id="t2", object_id=stored.object_id))
     assert isinstance(onboarded, Onboarded), onboarded
     return stored
 

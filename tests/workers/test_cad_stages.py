@@ -11,13 +11,15 @@ import msgspec
 import numpy as np
 import pytest
 
+from posekit.engine import ObjectModel
 from posekit.store import ObjectStore, StoredObject
 from tests.workers.support import ascii_ply, register
 from workers.engines import box_mesh
 from workers.inspect_cad import InspectStage
 from workers.messages import Failure, Inspected, InspectTask, Onboarded, OnboardTask
-from workers.onboard import OnboardStage, progress_path
+from workers.onboard import OnboardStage
 from workers.settings import Stages
+from workers.state import progress_path
 
 BOX = box_mesh()
 PLY = ascii_ply(BOX.vertices_m * 1000, BOX.faces)
@@ -109,15 +111,15 @@ def test_a_folder_that_is_gone_is_our_own_fault(inspect: InspectStage, tmp_path:
 def test_onboarding_tells_its_progress_and_leaves_a_model(
     shared: Stages, stored: StoredObject, store: ObjectStore, onboard: OnboardStage
 ) -> None:
-    assert store.has_model(stored.object_id, "geometric", onboard.engines["geometric"].version)
-    assert float(progress_path(Path(shared.run_dir), stored.object_id).read_text()) == 1.0
+    assert store.has_model(stored.object_id, "geometric", onboard.engine.version)
+    assert float(progress_path(Path(shared.run_dir), stored.object_id, "geometric").read_text()) == 1.0
 
 
 def test_what_is_onboarded_is_not_onboarded_again(
     stored: StoredObject, onboard: OnboardStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onboard.engines["geometric"], "onboard", None)  # calling it would fail
-    answer = onboard.forward(OnboardTask(task_id="t", object_id=stored.object_id, engines=["geometric"]))
+    monkeypatch.setattr(onboard.engine, "onboard", None)  # calling it would fail
+    answer = onboard.forward(OnboardTask(task_id="t", object_id=stored.object_id))
     assert isinstance(answer, Onboarded)
 
 
@@ -126,9 +128,31 @@ def test_a_stored_model_that_cannot_be_read_is_built_again(
 ) -> None:
     [model] = store.folder(stored.object_id).glob("geometric-*.safetensors")
     model.write_bytes(b"broken")
-    answer = onboard.forward(OnboardTask(task_id="t", object_id=stored.object_id, engines=["geometric"]))
+    answer = onboard.forward(OnboardTask(task_id="t", object_id=stored.object_id))
     assert isinstance(answer, Onboarded)
-    store.load_model(stored.object_id, "geometric", onboard.engines["geometric"].version)
+    store.load_model(stored.object_id, "geometric", onboard.engine.version)
+
+
+def test_a_model_that_came_while_another_was_built_stays(
+    stored: StoredObject, store: ObjectStore, onboard: OnboardStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = onboard.engine
+    assert engine is not None
+    [path] = store.folder(stored.object_id).glob("geometric-*.safetensors")
+    imported = path.read_bytes()
+    path.unlink()
+    build = engine.onboard
+
+    def slow(*given: object) -> ObjectModel:
+        model = build(*given)  # type: ignore[arg-type]
+        path.write_bytes(imported)
+        return model
+
+    monkeypatch.setattr(engine, "onboard", slow)
+    written = []
+    monkeypatch.setattr(onboard.store, "save_model", lambda *model, **facts: written.append(model))
+    assert isinstance(onboard.forward(OnboardTask(task_id="t", object_id=stored.object_id)), Onboarded)
+    assert written == []
 
 
 def test_declared_symmetries_override_those_found(inspect: InspectStage, tmp_path: Path, onboard: OnboardStage) -> None:
@@ -140,7 +164,7 @@ def test_declared_symmetries_override_those_found(inspect: InspectStage, tmp_pat
     onboard.store = elsewhere
     try:
         made = register(elsewhere, inspect.forward, onboard.forward, declared=declared)
-        answer = onboard.forward(OnboardTask(task_id="t", object_id=made.object_id, engines=["geometric"]))
+        answer = onboard.forward(OnboardTask(task_id="t", object_id=made.object_id))
     finally:
         onboard.store = own
     assert isinstance(answer, Onboarded)
@@ -148,7 +172,7 @@ def test_declared_symmetries_override_those_found(inspect: InspectStage, tmp_pat
 
 
 def test_an_object_that_is_not_there_is_not_found(onboard: OnboardStage) -> None:
-    answer = onboard.forward(OnboardTask(task_id="t", object_id="e" * 64, engines=["geometric"]))
+    answer = onboard.forward(OnboardTask(task_id="t", object_id="e" * 64))
     assert isinstance(answer, Failure)
     assert answer.kind == "not_found"
 
@@ -161,7 +185,7 @@ def test_an_object_whose_mesh_is_broken_fails_in_words(
     own = onboard.store
     onboard.store = elsewhere
     try:
-        answer = onboard.forward(OnboardTask(task_id="t", object_id=stored.object_id, engines=["geometric"]))
+        answer = onboard.forward(OnboardTask(task_id="t", object_id=stored.object_id))
     finally:
         onboard.store = own
     assert isinstance(answer, Failure)

@@ -12,12 +12,15 @@ import msgspec
 import numpy as np
 import pytest
 
+from posekit.engine import Instance
 from posekit.images import encode_png
 from posekit.rle import encode_rle
+from posekit.sam6d.crops import NetworkInput, instance_input
 from tests.workers.support import Asker
 from workers import cropping
 from workers.decode import DecodeStage
 from workers.messages import Crop, Cut, Failure, MaskSpec, Part
+from workers.work import Work
 
 
 def cut(decode: DecodeStage, part: Part) -> Cut:
@@ -57,6 +60,8 @@ def test_a_crop_is_its_mask_with_a_margin_and_its_own_camera(decode: DecodeStage
     x, y, w, h = crop.bbox
     assert (x - left, y - top) == (mask.shape[1] - w - (x - left), mask.shape[0] - h - (y - top))  # even margins
     assert x - left >= 8
+    assert crop.origin_px == (round(left), round(top))
+    assert crop.image_size_px == (640, 480)
 
 
 def test_a_part_holds_its_own_detections_in_order(decode: DecodeStage, asker: Asker) -> None:
@@ -225,6 +230,44 @@ def test_a_huge_crop_is_thinned_out_and_its_camera_follows(
     for thin, whole in zip(pixels(coarse), pixels(fine), strict=True):
         np.testing.assert_array_equal(thin, whole[::step, ::step])
     assert coarse.K[2] == pytest.approx(fine.K[2] / step)
+
+
+def test_a_thinned_crop_lies_in_the_image_thinned_out_the_same_way(
+    decode: DecodeStage, asker: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cropping, "CROP_PIXELS", 2000)
+    crop = only_crop(decode, asker.part(asker.job([asker.scene.instances[0].mask])))
+    rgb, K = pixels(crop)[0], np.reshape(crop.K, (3, 3))
+    assert crop.image_size_px is not None
+    (left, top), (width, height) = crop.origin_px, crop.image_size_px
+    step = round(asker.scene.K[0, 0] / K[0, 0])
+    # The middle of the camera in the thinned image tells which of its columns and rows were kept.
+    columns, rows = (round(asker.scene.K[i, 2] - step * (K[i, 2] + crop.origin_px[i])) for i in (0, 1))
+    assert step > 1
+    assert {columns, rows} <= set(range(step))
+    thinned = asker.scene.rgb[rows::step, columns::step]
+    assert thinned.shape == (height, width, 3)
+    np.testing.assert_array_equal(rgb, thinned[top : top + rgb.shape[0], left : left + rgb.shape[1]])
+
+
+@pytest.mark.parametrize("window", [np.s_[:, :60], np.s_[440:, :], np.s_[200:210, 100:600], np.s_[:, 330:360]])
+def test_the_network_sees_a_crop_as_it_would_see_the_whole_image(
+    decode: DecodeStage, asker: Asker, window: tuple[slice, slice]
+) -> None:
+    scene = asker.scene
+    mask = np.zeros((480, 640), dtype=np.bool_)
+    mask[window] = True
+    large = msgspec.structs.replace(asker.reference, diameter_mm=500.0, middle_mm=None)  # as large as such a mask
+    made = cut(decode, asker.part(asker.job([mask], objects=[large])))
+    travelled = msgspec.msgpack.decode(decode.serialize_ipc(made), type=Cut | Failure)
+    [item] = Work(travelled).items("geometric")
+    whole = Instance(object_id="", rgb=scene.rgb, depth_m=scene.depth_m, mask=mask, K=scene.K, seed=0)
+    expected, of_crop = (instance_input(one, 0.2, np.random.default_rng(0)) for one in (whole, item.instance()))
+    assert isinstance(expected, NetworkInput)
+    assert isinstance(of_crop, NetworkInput)
+    np.testing.assert_array_equal(of_crop.rgb, expected.rgb)
+    np.testing.assert_array_equal(of_crop.choose, expected.choose)
+    np.testing.assert_allclose(of_crop.points_m, expected.points_m, atol=1e-6)
 
 
 def test_a_pose_to_start_from_arrives_in_metres(decode: DecodeStage, asker: Asker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,22 +10,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from posekit import geometric
 from posekit.engine import Estimate
 from workers.engines import box_instance, box_mesh, load_engine, practise, versions
+from workers.settings import Sam6d, Stages
 
 
 def test_versions_are_those_of_the_engines() -> None:
-    assert versions(["geometric"]) == {"geometric": load_engine("geometric", device="cpu", threads=1).version}
+    assert versions(Stages()) == {"geometric": load_engine("geometric", device="cpu", threads=1).version}
 
 
 def test_asking_for_versions_imports_no_torch() -> None:
-    code = "import sys; from workers.engines import versions; versions(['geometric']); print('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert found.stdout.strip() == "False"
+    code = (
+        "import sys; from workers.engines import versions; from workers.settings import Sam6d, Stages; "
+        "stages = Stages(engines=('sam6d', 'geometric'), sam6d=Sam6d(weights=sys.argv[1])); "
+        "print(versions(stages), 'torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, __file__], check=True, capture_output=True, text=True)
+    sha256 = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    assert found.stdout.strip() == f"{{'sam6d': '1.{sha256[:8]}', 'geometric': '{geometric.VERSION}'}} False"
+
+
+def test_models_of_fewer_views_are_of_another_version() -> None:
+    fewer = Stages(engines=("sam6d",), sam6d=Sam6d(weights=__file__, views=8))
+    assert versions(fewer)["sam6d"].endswith(".v8")
 
 
 def test_an_unknown_engine_is_named_beside_those_there_are() -> None:
-    with pytest.raises(ValueError, match="'magic'; there are: geometric"):
+    with pytest.raises(ValueError, match="'magic'; there are: geometric, sam6d"):
         load_engine("magic", device="cpu", threads=1)
 
 

@@ -229,7 +229,7 @@ def test_an_engine_that_is_not_loaded_is_said_in_the_row(pose: PoseStage, cut: C
 def test_the_state_tells_of_the_cache_and_the_speed(pose: PoseStage, cut: Cutter, stored: StoredObject) -> None:
     before = pose.state.state.info
     assert before["objects"] == [stored.object_id]  # warm before the first request
-    assert before["detections_per_second"] > 0
+    assert before["detections_per_second"]["geometric"] > 0
     assert before["device"] == "cpu"
     pose.forward([cut((0,))])
     assert pose.state.state.info["cache_hits"] == before["cache_hits"] + 1
