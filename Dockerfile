@@ -8,6 +8,8 @@
 ARG DEVICE=gpu
 ARG CPU_IMAGE=python:3.11-slim-bookworm
 ARG CUDA_IMAGE=nvidia/cuda:13.0.2-runtime-ubuntu24.04
+# The same with the compiler, which the finished image does without.
+ARG CUDA_BUILD_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 
 FROM ${CPU_IMAGE} AS base-cpu
 
@@ -16,7 +18,11 @@ RUN apt-get update && \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 && \
     rm -rf /var/lib/apt/lists/*
 
-FROM base-${DEVICE} AS build
+FROM base-cpu AS build-base-cpu
+
+FROM ${CUDA_BUILD_IMAGE} AS build-base-gpu
+
+FROM build-base-${DEVICE} AS build
 ARG DEVICE
 # What pip needs besides: for DEVICE=cpu, for example, --extra-index-url of an index that has CPU builds of torch.
 # Without one, the regular build of torch is installed; it works on a CPU too, and is several gigabytes larger.
@@ -25,7 +31,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # The slim Python image brings venv with its own interpreter; Ubuntu splits it off.
 RUN apt-get update && \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ \
-        $(if [ "${DEVICE}" = gpu ]; then echo python3-venv; fi) && \
+        $(if [ "${DEVICE}" = gpu ]; then echo python3 python3-venv; fi) && \
     rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/pem
 ENV PATH=/opt/pem/bin:$PATH
@@ -34,11 +40,18 @@ COPY constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install -c constraints.txt ${PIP_ARGS} setuptools wheel ninja torch
 COPY . .
+# The GPUs that the CUDA kernels are compiled for; PTX serves later ones.
+ARG TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # The image refuses to be built without its compiled kernels, and proves that they load.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    POINTNET2_EXT_REQUIRE=1 pip install -c constraints.txt ${PIP_ARGS} --no-build-isolation ".[server]" && \
+    if [ "${DEVICE}" = gpu ]; then export FORCE_CUDA=1; fi && \
+    REQUIRE_KERNELS=1 pip install -c constraints.txt ${PIP_ARGS} --no-build-isolation ".[server]" && \
     cd / && python -c "import pointnet2_ext as p; assert p.kernel_for('cpu') == 'compiled', p.kernel_for('cpu')" && \
-    python -c "from posekit.geometric import kernels as k; assert k.kernel_for('cpu') == 'compiled', k.kernel_for('cpu')"
+    python -c "from posekit.geometric import kernels as k; assert k.kernel_for('cpu') == 'compiled', k.kernel_for('cpu')" && \
+    python -c "from posekit.sam6d import kernels as k; assert k.kernel_for('cpu') == 'compiled', k.kernel_for('cpu')" && \
+    if [ "${DEVICE}" = gpu ]; then \
+        python -c "import pointnet2_ext as p; assert p.kernel_for('cuda') == 'compiled', p.kernel_for('cuda')"; \
+    fi
 
 FROM base-${DEVICE} AS runtime
 ARG VERSION=0.1.0

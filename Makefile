@@ -8,14 +8,14 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-KERNELS := $(wildcard pointnet2_ext/csrc/* posekit/geometric/csrc/*)
+KERNELS := $(wildcard pointnet2_ext/csrc/* posekit/*/csrc/*)
 PEERS := .venv-peers
-BENCHMARKS := accuracy bench_furthest_point_sample bench_geometric_kernels gateway_overhead
+BENCHMARKS := accuracy bench_point_kernels bench_geometric_kernels gateway_overhead
 PACKAGES := serve workers posekit pointnet2_ext
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup system demo serve test lint check bench bench-accuracy peers clean
+.PHONY: help setup system demo serve test lint check bench bench-accuracy bench-network peers clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -45,11 +45,15 @@ bench-accuracy: $(READY) $(PEERS)/.ready ## Measure the engine beside its peers:
 	@$(BIN)/python -m benchmarks.accuracy --http --wrong-objects --tracking --real --peers open3d,opencv \
 		--page build/accuracy --json build/accuracy.json $(ARGS)
 
+bench-network: $(READY) ## Compare the network with the original's numbers, then time it beside a plain one (three minutes)
+	@$(BIN)/python -m benchmarks.parity ../shared/sam6d/golden.npz
+	@$(BIN)/python -m benchmarks.network $(ARGS)
+
 peers: $(PEERS)/.ready ## Prepare .venv-peers, where the benchmark's peers run
 
 clean: ## Remove .venv, build outputs and caches; data/ stays
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
-	rm -f pointnet2_ext/_kernels_*.so posekit/geometric/_kernels_*.so
+	rm -f pointnet2_ext/_kernels_*.so posekit/*/_kernels_*.so
 	find $(PACKAGES) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 system:

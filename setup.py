@@ -1,8 +1,12 @@
 """Builds the compiled kernels where torch and a compiler are there; everything else: pyproject.toml.
 
-Two packages have some: `posekit.geometric` and `pointnet2_ext`. Without them everything installs all the same and the
-torch references answer. That is said here (pip shows it with `-v`), in a log line at the first use, and by the
-`kernel_for` of each. `POINTNET2_EXT_REQUIRE=1` makes it an error.
+A package of ours that has kernels keeps their sources in its `csrc/`: C++ in `*.cpp` becomes `_kernels_cpu.so` beside
+it, CUDA in `*.cu` becomes `_kernels_cuda.so`. Without them everything installs all the same and the torch references
+answer. That is said here (pip shows it with `-v`), in a log line at the first use, and by the `kernel_for` of each.
+
+CUDA is compiled where torch finds a GPU and a toolkit. Variables: `REQUIRE_KERNELS=1` makes it an error if something
+cannot be built; `FORCE_CUDA=1` compiles CUDA without a GPU too, and makes it an error if that cannot be;
+`TORCH_CUDA_ARCH_LIST` names the GPUs to compile for (torch reads it), `CUDA_HOME` the toolkit, `MAX_JOBS` the jobs.
 """
 
 from __future__ import annotations
@@ -15,46 +19,86 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-PACKAGES = ["posekit.geometric", "pointnet2_ext"]
+PACKAGES = ["posekit.geometric", "posekit.sam6d", "pointnet2_ext"]
 # No fused multiply-add: the bits of pointnet2_ext's reference, so that near-ties fall the same way, and the same on
 # every processor. Roots that set no errno, and comparisons that raise no signal, can be done several at once.
-FLAGS = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-REQUIRED = os.environ.get("POINTNET2_EXT_REQUIRE") == "1"
+# OpenMP is what at::parallel_for needs, or it uses one thread without a word. It is compiled in and not linked: torch
+# brings the library, and a second one beside it would not know torch.set_num_threads.
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-Wno-psabi",  # vectors that are passed by value are inlined
+]
+CUDA_FLAGS = ["-O3", "-std=c++20", "-fmad=false"]
+REQUIRED = os.environ.get("REQUIRE_KERNELS") == "1"
+CUDA_REQUIRED = os.environ.get("FORCE_CUDA") == "1"
 
 
-def say_left_out(why: str) -> None:
-    """One line that tells that the kernels are not built; an error where they are required."""
-    if REQUIRED:
-        raise SystemExit(f"{', '.join(PACKAGES)}: compiled kernels are required and cannot be built: {why}")
+def say_left_out(what: str, why: str, *, required: bool = REQUIRED) -> None:
+    """One line that tells that kernels are not built; an error where they are required."""
+    if required:
+        raise SystemExit(f"{what}: compiled kernels are required and cannot be built: {why}")
     print(
-        f"{', '.join(PACKAGES)}: compiled kernels are NOT built, the torch reference answers: {why}",
+        f"{what}: compiled kernels are NOT built, the torch reference answers: {why}",
         file=sys.stderr,
         flush=True,
     )
 
 
-def sources(package: str, ending: str) -> list[str]:
-    """The C++ files of a package, relative to this one."""
+def sources(package: str, *endings: str) -> list[str]:
+    """The files of a package's csrc/ with one of the endings, relative to this one."""
     folder = ROOT / package.replace(".", "/") / "csrc"
-    return sorted(str(path.relative_to(ROOT)) for path in folder.glob(f"*{ending}"))
+    return sorted(str(path.relative_to(ROOT)) for path in folder.glob("*") if path.suffix in endings)
+
+
+def cuda_wanted() -> bool:
+    """Whether to compile for CUDA here; an error where that is forced and cannot be."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if not CUDA_REQUIRED:
+        return torch.cuda.is_available() and CUDA_HOME is not None
+    if torch.version.cuda is None:
+        raise SystemExit(
+            f"FORCE_CUDA=1, but torch {torch.__version__} is a build without CUDA: install one that has it"
+        )
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin/nvcc").exists():
+        raise SystemExit(
+            f"FORCE_CUDA=1, but there is no nvcc in {CUDA_HOME or 'PATH or /usr/local/cuda'}: install the CUDA toolkit "
+            f"{torch.version.cuda} or name its folder in CUDA_HOME"
+        )
+    return True
 
 
 def kernels() -> dict[str, Any]:
     """The arguments of `setup` that build the kernels; empty where torch is not importable."""
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except Exception as error:  # a broken torch raises anything: the install goes on without kernels
-        say_left_out(f"torch cannot be imported in this build ({error}); use pip install --no-build-isolation")
+        why = f"torch cannot be imported in this build ({error}); use pip install --no-build-isolation"
+        say_left_out(", ".join(PACKAGES), why, required=REQUIRED or CUDA_REQUIRED)
         return {}
 
     class BuildKernels(BuildExtension):  # type: ignore[misc]
-        """Builds with torch's flags; a failed compilation leaves the kernels out and says so."""
+        """Builds with torch's flags, each library by itself; what cannot be built is left out, and said."""
 
         def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:  # no compiler, or one that fails: the reference answers
-                say_left_out(f"{type(error).__name__}: {error}")
+            every, folder = self.extensions, Path(self.build_temp)
+            for extension in every:
+                self.extensions = [extension]
+                self.build_temp = str(folder / extension.name)  # x.cpp and x.cu would be the same x.o
+                try:
+                    super().build_extensions()
+                except Exception as error:  # no compiler, or one that fails, or the wrong toolkit
+                    extension.optional = True  # from here on nobody looks for its file
+                    forced = CUDA_REQUIRED and extension.name.endswith("_cuda")
+                    say_left_out(extension.name, f"{type(error).__name__}: {error}", required=REQUIRED or forced)
+            self.extensions, self.build_temp = every, str(folder)
 
     extensions = [
         CppExtension(
@@ -62,10 +106,21 @@ def kernels() -> dict[str, Any]:
             sources(package, ".cpp"),
             depends=sources(package, ".h"),
             extra_compile_args=FLAGS,
-            optional=True,
         )
         for package in PACKAGES
+        if sources(package, ".cpp")
     ]
+    if cuda_wanted():
+        extensions += [
+            CUDAExtension(
+                f"{package}._kernels_cuda",
+                sources(package, ".cu"),
+                depends=sources(package, ".h", ".cuh"),
+                extra_compile_args={"cxx": FLAGS, "nvcc": CUDA_FLAGS},
+            )
+            for package in PACKAGES
+            if sources(package, ".cu")
+        ]
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": BuildKernels.with_options(no_python_abi_suffix=True)},

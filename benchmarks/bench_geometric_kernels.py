@@ -104,7 +104,7 @@ def main() -> None:
         for op, sizes, kernel, reference in calls():
             slow, fast = median_ms(reference, options.threads), median_ms(kernel, options.threads)
             table.add(op, sizes, slow, fast, slow / fast)
-    write_json(options.json, {"torch": torch.__version__, "threads": options.threads, "rows": table.as_dicts()})
+    write_json(options.json, {"torch": str(torch.__version__), "threads": options.threads, "rows": table.as_dicts()})
     if options.json != "-":
         print(f"torch {torch.__version__}, {options.threads} threads")
         table.print()

@@ -108,8 +108,11 @@ def _load_compiled(folder: Path) -> frozenset[str]:
             _log.warning("%s does not load with torch %s (%s); %s", path.name, torch.__version__, error, _REBUILD)
         else:
             devices.add(path.stem.removeprefix("_kernels_"))
-    if "cpu" not in devices:
-        _log.warning("pointnet2_ext has no compiled kernels: the slower torch reference answers; %s", _REBUILD)
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        if device not in devices:
+            _log.warning(
+                "pointnet2_ext has no compiled kernels for %s: the slower torch reference answers; %s", device, _REBUILD
+            )
     return frozenset(devices)
 
 

@@ -1,7 +1,7 @@
 """The definition of each operator in plain torch, ties and empty cases included.
 
 It runs on every device and is what answers wherever no compiled kernel is present. A compiled kernel has to give the
-same indices; on the CPU it does the same arithmetic in the same order, so that even near-ties fall the same way.
+same indices. It does the same arithmetic in the same order, so that even near-ties fall the same way.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ logged() {
 
 # What this environment is made from; the folder too, since an editable install holds its path.
 fingerprint() {
-    { pwd; cat constraints.txt pyproject.toml setup.py scripts/setup.sh; cat pointnet2_ext/csrc/* posekit/geometric/csrc/* 2>/dev/null; } | cksum
+    { pwd; cat constraints.txt pyproject.toml setup.py scripts/setup.sh; cat pointnet2_ext/csrc/* posekit/*/csrc/* 2>/dev/null; } | cksum
 }
 
 if [ -x "$venv/bin/pem" ] && [ "$(cat "$venv/.fingerprint" 2>/dev/null)" = "$(fingerprint)" ]; then exit 0; fi
@@ -52,8 +52,9 @@ pip --verbose --no-build-isolation --editable ".[$extras]"
 
 kernels=$("$venv/bin/python" -c "
 import pointnet2_ext
-from posekit.geometric import kernels
-print(*sorted({pointnet2_ext.kernel_for('cpu'), kernels.kernel_for('cpu')}))" 2>>"$log") ||
+from posekit.geometric import kernels as geometric
+from posekit.sam6d import kernels as sam6d
+print(*sorted({package.kernel_for('cpu') for package in (pointnet2_ext, geometric, sam6d)}))" 2>>"$log") ||
     fail "posekit or pointnet2_ext does not import (the whole log: $log)"
 if [ "$kernels" = compiled ]; then
     echo "setup: done; the compiled kernels run"

@@ -174,13 +174,65 @@ def test_the_wheel_holds_what_the_tree_holds(plain_build):
     assert packed == sources | static | {f"{layer}/py.typed" for layer in LAYERS}
 
 
-def test_required_kernels_that_cannot_be_built_are_an_error(tmp_path):
+@pytest.mark.parametrize("variable", ["REQUIRE_KERNELS", "FORCE_CUDA"])
+def test_required_kernels_that_cannot_be_built_are_an_error(tmp_path, variable):
     shutil.copy(ROOT / "setup.py", tmp_path)
     site = make_site(tmp_path / "site", ["setuptools"])
-    code = "import os, runpy; os.environ['POINTNET2_EXT_REQUIRE'] = '1'; runpy.run_path('setup.py')"
+    code = f"import os, runpy; os.environ['{variable}'] = '1'; runpy.run_path('setup.py')"
     answer = python_with(site, "-c", code, folder=tmp_path)
     assert answer.returncode != 0
     assert "compiled kernels are required and cannot be built: torch cannot be imported" in answer.stderr
+
+
+def test_kernels_that_do_not_compile_are_named_and_leave_the_others_alone(tmp_path):
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    for package, text in (("pointnet2_ext", "int one() { return 1; }"), ("posekit/geometric", "not C++")):
+        (tmp_path / package / "csrc").mkdir(parents=True)
+        (tmp_path / package / "csrc/some.cpp").write_text(text)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert "posekit.geometric._kernels_cpu: compiled kernels are NOT built" in answer.stderr
+    assert [path.parent.name for path in tmp_path.glob("*/_kernels_cpu.so")] == ["pointnet2_ext"]
+    strict = subprocess.run(command, cwd=tmp_path, env={**os.environ, "REQUIRE_KERNELS": "1"}, capture_output=True)
+    assert strict.returncode != 0
+
+
+def libraries(cuda: str | None, home: Path, *, gpu: bool, forced: bool) -> subprocess.CompletedProcess[str]:
+    """The names of what setup.py would build with a torch for this version of CUDA and a toolkit in `home`."""
+    code = (
+        "import runpy, setuptools, torch\n"
+        "from torch.utils import cpp_extension\n"
+        f"torch.version.cuda, cpp_extension.CUDA_HOME = {cuda!r}, {str(home)!r}\n"
+        f"torch.cuda.is_available = lambda: {gpu}\n"
+        "setuptools.setup = lambda **given: print(*(extension.name for extension in given['ext_modules']))\n"
+        "runpy.run_path('setup.py')"
+    )
+    environment = {**os.environ, "FORCE_CUDA": str(int(forced))}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("gpu, forced", [(True, False), (False, True), (False, False)])
+def test_cuda_is_compiled_where_there_is_a_gpu_or_it_is_forced(tmp_path, gpu, forced):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").touch()
+    names = libraries("13.0", tmp_path, gpu=gpu, forced=forced).stdout.split()
+    assert "pointnet2_ext._kernels_cpu" in names
+    assert ("pointnet2_ext._kernels_cuda" in names) == (gpu or forced)
+
+
+@pytest.mark.parametrize(
+    "cuda, missing",
+    [
+        ("13.0", r"there is no nvcc in .*: install the CUDA toolkit 13.0 or name its folder in CUDA_HOME"),
+        (None, r"torch \S+ is a build without CUDA: install one that has it"),
+    ],
+)
+def test_forced_cuda_that_cannot_be_says_what_is_missing(tmp_path, cuda, missing):
+    answer = libraries(cuda, tmp_path, gpu=False, forced=True)
+    assert answer.returncode != 0
+    assert re.search(f"FORCE_CUDA=1, but {missing}", answer.stderr)
 
 
 def test_the_base_install_brings_no_heavy_library(base_install):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from posekit.sam6d.config import Config
 from posekit.sam6d.crops import NetworkInput, instance_input, template_input
 from posekit.sam6d.evidence import evidence
 from posekit.sam6d.fast import FastNetwork
+from posekit.sam6d.gpu import PRECISIONS, GpuNetwork, Runner, keep_float32
 from posekit.sam6d.network import Description, Model, Network, Poses, Scene, together
 from posekit.sam6d.templates import View, render_views
 from posekit.sam6d.version import version_of
@@ -64,8 +66,10 @@ class Sam6dEngine:
 
         `threads`: cores that a CPU may use, None = all; torch is set to one thread for the whole process and uses more
         only while a single instance is worked on. `exact`: the reference's arithmetic, in float32. `precision`, of the
-        other setting: "float32", "tf32" (GPU) or "bf16". `views`: of the 42, how many an object is rendered from.
+        other setting: "float32", "tf32" (for a CPU the same) or "bf16". `views`: of the 42, how many are rendered.
         """
+        if precision not in PRECISIONS:
+            raise ValueError(f"there is no precision {precision!r}; there are: {', '.join(PRECISIONS)}")
         self.device = device
         self.version = version_of(weights_file, views)
         self.config = Config(views=views)
@@ -79,7 +83,16 @@ class Sam6dEngine:
             network = Network(self.config)
         network.load_state_dict(weights.load_state_dict(weights_file), assign=True)
         network.eval().requires_grad_(False)
-        self.network = (network if exact else FastNetwork.of(network, precision)).to(device)
+        keep_float32()
+        self._plain = network
+        self.network: Network
+        if exact:
+            self.network = network if self._on_cpu else copy.deepcopy(network).to(device)
+        elif self._on_cpu:
+            self.network = FastNetwork.of(network, precision)
+        else:
+            self.network = GpuNetwork.of(network, precision).to(device)
+        self._passes = Runner(self.network) if isinstance(self.network, GpuNetwork) else None
 
     @property
     def _on_cpu(self) -> bool:
@@ -100,22 +113,21 @@ class Sam6dEngine:
     def onboard_views(
         self, object_id: str, mesh: Mesh, views: Iterable[View], symmetries: Symmetries | None, progress: Progress
     ) -> ObjectModel:
-        """The same from views that somebody else made. Raises InvalidInput for a view that shows nothing."""
+        """The same from views that somebody else made. Raises InvalidInput for a view that shows nothing.
+
+        On the CPU and in the reference's arithmetic, whatever poses are computed in: what is kept serves all settings.
+        """
         rng = np.random.default_rng(int(object_id[:8], 16))
         inputs = [template_input(view, rng, self.config.view_points) for view in views]
+        plain = self._plain
         with torch.inference_mode(), self._all_threads():
-            points_m = torch.from_numpy(np.concatenate([seen.points_m for seen in inputs])).to(self.device)
-            picked = self.network.pick(points_m)
-            features = self.network.features_of_views(
-                self._stacked([seen.rgb for seen in inputs]),
-                self._stacked([seen.choose for seen in inputs]).long(),
-                picked,
-                progress,
-            )
-            surface_m = sample_surface(mesh, self.config.model_points)[0].astype(np.float32)
-            described = self.network.describe(
-                points_m[picked][None], features[None], torch.from_numpy(surface_m)[None].to(self.device)
-            )
+            points_m = torch.from_numpy(np.concatenate([seen.points_m for seen in inputs]))
+            picked = plain.pick(points_m)
+            rgb = torch.from_numpy(np.stack([seen.rgb for seen in inputs]))
+            choose = torch.from_numpy(np.stack([seen.choose for seen in inputs])).long()
+            features = plain.features_of_views(rgb, choose, picked, progress)
+            surface_m = torch.from_numpy(sample_surface(mesh, self.config.model_points)[0].astype(np.float32))
+            described = plain.describe(points_m[picked][None], features[None], surface_m[None])
         progress(1.0)
         return ObjectModel(
             object_id=object_id,
@@ -123,7 +135,7 @@ class Sam6dEngine:
             engine_version=self.version,
             diameter_m=max(diameter_of(mesh.vertices_m[np.unique(mesh.faces)].astype(np.float64)), 1e-6),
             symmetries=symmetries or Symmetries(),
-            arrays={name: value[0].cpu().numpy() for name, value in described._asdict().items()},
+            arrays={name: value[0].numpy() for name, value in described._asdict().items()},
         )
 
     def practice_model(self, object_id: str, mesh: Mesh) -> ObjectModel:
@@ -174,10 +186,15 @@ class Sam6dEngine:
             tasks.append(_Task(place, instance, prepared, seen))
             outcomes.append(_UNSEEN)
         if tasks:
-            poses = self.network(self._scene(tasks), together([task.prepared.model for task in tasks]))
+            poses = self._poses(self._scene(tasks), [task.prepared.model for task in tasks])
             for row, task in enumerate(tasks):
                 outcomes[task.place] = _outcome(task, poses, row)
         return outcomes
+
+    def _poses(self, scene: Scene, models: Sequence[Model]) -> Poses:
+        """On the host: copied once, since each copy waits for the device."""
+        poses = self._passes(scene, models) if self._passes else self.network(scene, together(models))
+        return Poses(*(values.cpu() for values in poses))
 
     def _scene(self, tasks: Sequence[_Task]) -> Scene:
         draws = [
@@ -248,8 +265,8 @@ _UNSEEN = Rejection(code="engine_error", detail="the network was not asked")
 def _outcome(task: _Task, poses: Poses, row: int) -> Outcome:
     score = float(poses.score[row])
     T_cam_obj = np.eye(4)
-    T_cam_obj[:3, :3] = poses.R_cam_obj[row].double().cpu().numpy()
-    T_cam_obj[:3, 3] = poses.t_cam_obj_m[row].double().cpu().numpy()
+    T_cam_obj[:3, :3] = poses.R_cam_obj[row].double().numpy()
+    T_cam_obj[:3, 3] = poses.t_cam_obj_m[row].double().numpy()
     if not (score > 0 and np.isfinite(T_cam_obj).all()):
         return Rejection(code="no_fit", detail="the network matches none of the depth readings with the object")
     prepared = task.prepared

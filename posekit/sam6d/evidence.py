@@ -50,7 +50,7 @@ def _in_front(points_cam: Float64, depth_m: float) -> Bool:
         return np.zeros(len(z), dtype=np.bool_)
     cell = (points_cam[:, :2] / z[:, None] * z.mean() / (1.5 * depth_m)).astype(np.int64)
     cell -= cell.min(axis=0)
-    flat = cell[:, 0] * (cell[:, 1].max() + 1) + cell[:, 1]
-    nearest = np.full(flat.max() + 1, np.inf)
-    np.minimum.at(nearest, flat, z)
-    return np.asarray(z < nearest[flat] + 2 * depth_m)
+    _, group = np.unique(cell[:, 0] * (cell[:, 1].max() + 1) + cell[:, 1], return_inverse=True)
+    nearest = np.full(len(z), np.inf)  # by cell that has any: the grid itself may be as large as a camera says
+    np.minimum.at(nearest, group, z)
+    return np.asarray(z < nearest[group] + 2 * depth_m)

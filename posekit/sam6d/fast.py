@@ -273,10 +273,13 @@ class FastNetwork(Network):
             poses = keep_best(Proposals(*kernels.propose(pairs, scene, model)), self.config.kept)
             distance = kernels.surface_distance(scene, poses.R, poses.t, surface, matched)
             best = choose_best(poses, distance, matched)
-            if bool((best.t[:, 0] < kernels.NOWHERE).all()):
+            lost = best.t[:, 0] >= kernels.NOWHERE
+            if not bool(lost.any()):
                 return best
             # A dozen matches or fewer: all that were kept lie on lines. Their turn is chance, their place is not.
-            return super().coarse_pose(logits, scene, model, surface, uniforms)
+            rows = (values[lost] for values in (logits, scene, model, surface, uniforms))
+            best.R[lost], best.t[lost] = super().coarse_pose(*rows)
+            return best
         poses = keep_best(propose(pairs, scene, model), self.config.kept)
         at_a_time = max(1, DISTANCES_AT_A_TIME // (scene.shape[0] * scene.shape[1] * surface.shape[1]))
         some = zip(poses.R.split(at_a_time, dim=1), poses.t.split(at_a_time, dim=1), strict=True)

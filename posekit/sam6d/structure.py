@@ -68,7 +68,8 @@ class GeometricStructureEmbedding(nn.Module):
         to_each = to_other[:, :, :, None].expand(-1, -1, -1, k, -1)
         sine = torch.linalg.cross(to_neighbour, to_each).norm(dim=-1)
         cosine = (to_neighbour * to_each).sum(dim=-1)
-        angle = torch.atan2(sine, cosine)
+        # In float64: of float32 its last bit depends on where the threads' shares end, and with it single draws.
+        angle = torch.atan2(sine.double(), cosine.double()).float()
         return distance / self.config.sigma_d, angle * (180.0 / (self.config.sigma_a_deg * math.pi))
 
 

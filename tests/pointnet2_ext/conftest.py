@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,6 +19,14 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def all_devices() -> list[str]:
     return DEVICES
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int], None]]:
+    """`with_threads(N)`: torch and the kernels use N threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

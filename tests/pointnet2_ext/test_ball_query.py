@@ -8,7 +8,11 @@ import torch
 import pointnet2_ext
 from pointnet2_ext import reference
 
-SIZES = [(1, 1, 1, 1), (1, 7, 3, 9), (2, 33, 33, 8), (3, 513, 65, 32), (2, 2048, 196, 64)]
+# Around the widths of vectors, warps and pages.
+SIZES = [
+    *((2, n, 3, 9) for n in (1, 7, 8, 9, 15, 16, 17, 31, 32, 127, 128, 129)),
+    *((2, 33, 33, 8), (3, 513, 65, 32), (1, 5000, 20, 40), (2, 2048, 196, 64)),
+]
 
 
 def test_returns_the_first_hits_in_ascending_order(device):
@@ -41,6 +45,29 @@ def test_matches_the_reference(cloud, batch, n, m, count, radius, dtype):
     indices = pointnet2_ext.ball_query(points, centers, radius, count)
     assert indices.dtype == torch.int64
     torch.testing.assert_close(indices, reference.ball_query(points, centers, radius, count))
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 32, 2048])
+def test_repeated_points_are_hits_each(cloud, count):
+    points = cloud(1, 2048)
+    points[:, 1229:] = points[:, :819]
+    indices = pointnet2_ext.ball_query(points, points, 0.3, count)
+    torch.testing.assert_close(indices, reference.ball_query(points, points, 0.3, count))
+
+
+def test_threads_change_nothing(cloud, with_threads):
+    points = cloud(1, 2048)
+    with_threads(1)
+    alone = pointnet2_ext.ball_query(points, points, 0.3, 16)
+    with_threads(3)
+    torch.testing.assert_close(pointnet2_ext.ball_query(points, points, 0.3, 16), alone)
+
+
+def test_points_that_are_not_numbers_are_no_hits(cloud):
+    points = cloud(1, 40)
+    points[:, ::2] = float("nan")
+    indices = pointnet2_ext.ball_query(points, points[:, 1:2], 100.0, 40)
+    assert indices[0, 0].tolist() == [*range(1, 40, 2), *[1] * 20]
 
 
 @pytest.mark.parametrize("batch, n, m, count", SIZES[:-1])

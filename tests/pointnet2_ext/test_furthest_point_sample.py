@@ -8,7 +8,11 @@ import torch
 import pointnet2_ext
 from pointnet2_ext import reference
 
-SIZES = [(1, 1, 1), (1, 7, 7), (2, 33, 8), (3, 513, 196), (2, 2048, 196)]
+# Around the widths of vectors, warps, chunks and blocks.
+SIZES = [
+    *((2, n, min(n, 9)) for n in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65)),
+    *((3, 513, 196), (2, 2048, 196), (1, 2049, 20), (1, 4097, 20), (1, 5000, 64)),
+]
 
 
 def test_picks_the_far_end_then_the_middle(device):
@@ -23,6 +27,34 @@ def test_matches_the_reference(cloud, batch, n, count, dtype):
     picked = pointnet2_ext.furthest_point_sample(points, count)
     assert picked.dtype == torch.int64
     torch.testing.assert_close(picked, reference.furthest_point_sample(points, count))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["scattered", "repeated", "on a grid", "flat", "with one far away", "tiny", "huge"])
+def test_a_large_cloud_is_sampled_as_the_reference_does(cloud, kind, dtype):
+    points = cloud(1, 12345, dtype)
+    if kind == "repeated":
+        points[:, 7400:] = points[:, :4945]
+    elif kind == "on a grid":  # whole numbers: ties everywhere
+        points = (5 * points).round()
+    elif kind == "flat":
+        points[..., 2] = 1
+    elif kind == "with one far away":
+        points[:, 77] = 1e6
+    elif kind in ("tiny", "huge"):  # squares that are lost to zero, and to infinity
+        points *= torch.finfo(dtype).tiny if kind == "tiny" else torch.finfo(dtype).max / 8
+    picked = pointnet2_ext.furthest_point_sample(points, 300)
+    torch.testing.assert_close(picked, reference.furthest_point_sample(points, 300))
+
+
+@pytest.mark.parametrize("count", [12, 300])
+def test_threads_change_nothing(cloud, with_threads, count):
+    points = cloud(2, 70000)
+    with_threads(1)
+    alone = pointnet2_ext.furthest_point_sample(points[:1], count)
+    with_threads(3)
+    torch.testing.assert_close(pointnet2_ext.furthest_point_sample(points[:1], count), alone)
+    torch.testing.assert_close(pointnet2_ext.furthest_point_sample(points, count)[:1], alone)
 
 
 @pytest.mark.parametrize("batch, n, count", SIZES)
@@ -69,10 +101,13 @@ def test_an_empty_batch_has_an_empty_answer(device):
     assert pointnet2_ext.furthest_point_sample(torch.zeros(0, 5, 3, device=device), 2).shape == (0, 2)
 
 
-def test_points_that_are_not_numbers_end_in_valid_indices(device):
-    points = torch.full((1, 9, 3), float("nan"), device=device)
-    picked = pointnet2_ext.furthest_point_sample(points, 4)
-    assert ((picked >= 0) & (picked < 9)).all()
+@pytest.mark.parametrize("n, count", [(9, 4), (9000, 300)])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_points_that_are_not_numbers_end_in_valid_indices(cloud, value, n, count):
+    for points in (torch.full_like(cloud(1, n), float(value)), cloud(1, n)):
+        points[:, ::3] = float(value)
+        picked = pointnet2_ext.furthest_point_sample(points, count)
+        assert ((picked >= 0) & (picked < n)).all()
 
 
 def test_the_op_keeps_the_contract_of_torch(cloud):

@@ -42,8 +42,16 @@ def test_kernel_for_says_compiled_exactly_where_a_library_lies():
 def test_without_a_library_the_reference_answers_and_a_warning_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert ops._load_compiled(tmp_path) == frozenset()
-    assert "no compiled kernels: the slower torch reference answers" in caplog.text
+    assert "no compiled kernels for cpu: the slower torch reference answers" in caplog.text
     assert "--no-build-isolation" in caplog.text
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_gpu_without_its_library_is_heard_too(tmp_path, caplog, monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    with caplog.at_level(logging.WARNING):
+        ops._load_compiled(tmp_path)
+    assert ("no compiled kernels for cuda" in caplog.text) == gpu
 
 
 def test_a_library_that_does_not_load_is_named_with_its_cause(tmp_path, caplog):
@@ -91,6 +99,16 @@ def test_without_torch_the_first_use_says_what_to_install():
 def test_the_compiled_op_called_directly_refuses_bad_input(arguments):
     with pytest.raises(RuntimeError, match="must be"):
         torch.ops.pointnet2_ext.furthest_point_sample(*arguments)
+
+
+@pytest.mark.skipif(pointnet2_ext.kernel_for("cpu") == "reference", reason="no compiled kernels here")
+@pytest.mark.skipif(
+    "backend: OpenMP" not in torch.__config__.parallel_info(), reason="torch's threads are not OpenMP's"
+)
+def test_the_compiled_library_starts_threads_and_brings_no_openmp_of_its_own():
+    library = (PACKAGE / "_kernels_cpu.so").read_bytes()
+    assert b"GOMP_parallel" in library  # at::parallel_for compiled without OpenMP uses one thread, in silence
+    assert b"libgomp.so" not in library
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the operators were tested on the CPU only")

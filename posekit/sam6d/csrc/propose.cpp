@@ -21,7 +21,8 @@ Point cross(const Point& a, const Point& b) {
 }
 float length(const Point& a) { return std::sqrt(dot(a, a)); }
 
-// Three points lie in a plane: two axes along it, one across.
+// Three points lie in a plane: two axes along it, one across, from where they turn to the left. So two triangles, each in
+// its plane, turn the same way, and a turn within the plane is all that is left to find.
 struct Plane {
   Point u, v, n;
   bool line;  // or only one
@@ -49,17 +50,12 @@ Plane plane_of(const Point* p) {
 void align(const Point* from, const Point* to, float* R, float* t, float& residual) {
   const float weight = 1.0f / (3.0f + 1e-5f);
   const Point from_middle = (from[0] + from[1] + from[2]) * weight, to_middle = (to[0] + to[1] + to[2]) * weight;
-  Plane a = plane_of(from);
-  const Plane b = plane_of(to);
+  const Plane a = plane_of(from), b = plane_of(to);
   float uu = 0, uv = 0, vu = 0, vv = 0;
   for (int i = 0; i < 3; ++i) {
     const Point f = from[i] - from_middle, g = to[i] - to_middle;
     const float fu = dot(f, a.u), fv = dot(f, a.v), gu = dot(g, b.u), gv = dot(g, b.v);
     uu += gu * fu, uv += gu * fv, vu += gv * fu, vv += gv * fv;
-  }
-  if (uu * vv - uv * vu < 0) {  // seen from behind it fits better
-    a.v = a.v * -1, a.n = a.n * -1;
-    uv = -uv, vv = -vv;
   }
   const float c = uu + vv, s = vu - uv, size = std::sqrt(c * c + s * s);
   const float cosine = size > 0 ? c / size : 1, sine = size > 0 ? s / size : 0;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,16 @@ def test_a_pose_far_outside_of_the_picture_ends_in_numbers(shift: tuple[float, f
     made = of_pose(moved(*shift))
     assert all(np.isfinite(value) for value in dataclasses.astuple(made))
     assert made.inlier_fraction == 0
+
+
+def test_a_pose_far_from_the_axis_takes_no_memory_for_the_way_there() -> None:
+    tracemalloc.start()
+    try:
+        of_pose(moved(3000.0, 3000.0))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6  # a grid over all of it would have a thousand million cells
 
 
 @pytest.mark.parametrize("readings", [1, 2, 100, 3000])

@@ -89,6 +89,15 @@ def structured(points: Tensor) -> tuple[Tensor, Tensor]:
     return GeometricStructureEmbedding(Config(channels=16)).indices(points)
 
 
+def test_threads_change_no_bit_of_distances_and_angles() -> None:
+    points = torch.cat((torch.full((1, 1, 3), 100.0), sphere(1, 196)), dim=1)
+    alone = GeometricStructureEmbedding(Config(channels=16)).indices(points)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        together = GeometricStructureEmbedding(Config(channels=16)).indices(points)
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
 def test_a_pair_is_told_by_its_distance_and_the_angles_to_the_nearest_neighbours() -> None:
     square = torch.tensor([[[100.0] * 3, [0, 0, 0], [0.1, 0, 0], [0, 0.2, 0], [0, 0, 0.3], [2.0, 2, 0]]])
     distance, angle = structured(square)
