@@ -555,8 +555,10 @@ class Gateway:
         answer, created = await work
         end = time.monotonic() + wait_s
         while answer.status == "onboarding" and not self.draining and (left := end - time.monotonic()) > 0:
-            await self.objects.wait(answer.object_id, min(left, 0.25))
+            going_on = await self.objects.wait(answer.object_id, min(left, 0.25))
             answer = self.objects.get(answer.object_id)
+            if not going_on:  # it ended without a model and without an error of the CAD's: nothing more will come
+                break
         data, content_type = call.encode(answer)
         return Answer(201 if created else 200, data, content_type, {"Location": _OBJECT + answer.object_id})
 

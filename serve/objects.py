@@ -426,11 +426,13 @@ class Objects:
         finally:
             self.discard(staged)
 
-    async def wait(self, object_id: str, seconds: float) -> None:
-        """Until its onboarding has ended, at most so long."""
+    async def wait(self, object_id: str, seconds: float) -> bool:
+        """Until its onboarding has ended, at most so long; False, at once, where none is going on."""
         tasks = self._onboardings(object_id)
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
+        if not tasks:
+            return False
+        await asyncio.wait(tasks, timeout=seconds)
+        return True
 
     def _onboardings(self, object_id: str) -> set[asyncio.Task[None]]:
         """Those of an object that are going on."""

@@ -34,6 +34,7 @@ from serve.gateway import Gateway
 from serve.settings import Settings, SettingsError, unknown_variables
 from serve.spool import RunDir
 from serve.tasks import watched
+from workers.engines import with_fixed_versions
 
 log = structlog.get_logger()
 
@@ -70,7 +71,7 @@ async def _main(
         log.warning("unknown_variable", name=name, hint="it looks like a setting and is none: a typo?")
     host, port = listener.getsockname()[:2]
     run_dir = RunDir(Path(settings.spool_dir))
-    stages = settings.stages(run_dir=run_dir.path, devices=devices, engines=offer.engines)
+    stages = with_fixed_versions(settings.stages(run_dir=run_dir.path, devices=devices, engines=offer.engines))
     backend = Backend(stages, run_dir.path)
     gateway = Gateway(settings, backend, run_dir, offer=offer, device=",".join(devices))
     backend.on_ready, backend.on_worker_death = gateway.backend_ready, gateway.worker_died

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 import pointnet2_ext
 from posekit.engine import Engine, Float32, Float64, Instance, Mesh, ObjectModel
-from posekit.errors import StoreError
+from posekit.errors import BrokenCheckpoint, StoreError
 from posekit.store import ObjectStore
 from workers.settings import Stages
 
@@ -34,6 +35,8 @@ def _geometric_version(stages: Stages) -> str:
 def _sam6d(stages: Stages, device: str, threads: int) -> Engine:
     from posekit.sam6d.engine import Sam6dEngine
 
+    if stages.sam6d_version not in (None, _version_of_the_weights(stages)):  # its models would be read by nobody
+        raise BrokenCheckpoint("the weights were replaced since the server started; start it again")
     own = stages.sam6d
     precision = own.precision
     if precision == "auto":
@@ -49,6 +52,10 @@ def _sam6d(stages: Stages, device: str, threads: int) -> Engine:
 
 
 def _sam6d_version(stages: Stages) -> str:
+    return stages.sam6d_version or _version_of_the_weights(stages)
+
+
+def _version_of_the_weights(stages: Stages) -> str:
     from posekit.sam6d.version import version_of
 
     return version_of(Path(stages.sam6d.weights), stages.sam6d.views)
@@ -68,6 +75,11 @@ def load_engine(name: str, stages: Stages | None = None, *, device: str, threads
 def versions(stages: Stages) -> dict[str, str]:
     """Engine name -> version, part of the stored model's file name, the default first. Imports no torch."""
     return {name: _known(name)[1](stages) for name in stages.engines}
+
+
+def with_fixed_versions(stages: Stages) -> Stages:
+    """The same with the version of the weights that are there now: workers that start later load no others."""
+    return msgspec.structs.replace(stages, sam6d_version=versions(stages).get("sam6d"))
 
 
 def kernels(device: str, engines: Iterable[str] = ("geometric",)) -> dict[str, str]:

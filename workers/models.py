@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class ModelCache:
         self.misses += 1
         self._held.pop(key, None)
         model = self._store.load_model(object_id, engine.name, engine.version)
-        self._held[key] = _Held(model=model, stamp=stamp, nbytes=model.nbytes + engine.prepare(model))
+        self._held[key] = _Held(model=model, stamp=stamp, nbytes=model.nbytes + _prepare(engine, model))
         while self.nbytes > self._limit_bytes and len(self._held) > 1:
             self._held.popitem(last=False)
         return model
@@ -92,3 +93,19 @@ class ModelCache:
         path = self._store.folder(object_id) / f"{engine.name}-{engine.version}.safetensors"
         status = path.stat()
         return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def out_of_memory() -> tuple[type[BaseException], ...]:
+    """What running out of memory looks like, with what is loaded."""
+    torch = sys.modules.get("torch")
+    return (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+
+
+def _prepare(engine: Engine, model: ObjectModel) -> int:
+    """As the engine's; arrays that are missing or do not fit fail somewhere inside, in many ways."""
+    try:
+        return engine.prepare(model)
+    except out_of_memory():
+        raise
+    except Exception as error:
+        raise StoreError("the object's stored model is broken; onboard it again") from error

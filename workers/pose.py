@@ -21,7 +21,7 @@ from posekit.errors import StoreError
 from workers.engines import kernels, load_engine, practise
 from workers.lifecycle import DEVICE, INTERNAL_DETAIL, Stage, limit_threads
 from workers.messages import Cut, Failure, PassRecord, PoseInput, Solved
-from workers.models import ModelCache
+from workers.models import ModelCache, out_of_memory
 from workers.refine import refined
 from workers.settings import objects_path
 from workers.work import Item, Work, with_passes
@@ -103,7 +103,7 @@ class PoseStage(Stage):
         """One outcome per detection. Short of memory, or after an exception, smaller passes find whose fault it was."""
         try:
             return self._estimate(engine, items)
-        except _out_of_memory() as error:
+        except out_of_memory() as error:
             self.log.warning("out_of_memory", detections=len(items), reason=str(error))
             pieces, detail = 2, "not enough memory for this detection, even alone"
         except Exception:
@@ -131,7 +131,9 @@ class PoseStage(Stage):
             try:
                 models[object_id] = self.models.get(engine, object_id)
             except StoreError as error:
-                self.log.warning("no_model", engine=engine.name, object_id=object_id, reason=error.detail)
+                why = {"reason": error.detail, "cause": repr(error.__cause__)}
+                self.log.warning("no_model", engine=engine.name, object_id=object_id, **why)
+                self._leave_if_the_device_is_lost()  # which fails the preparing of a model that is good, too
         good = [instance for instance in instances if instance.object_id in models]
         outcomes = iter(engine.estimate(good, models) if good else [])
         return [next(outcomes) if instance.object_id in models else NO_MODEL for instance in instances]
@@ -159,12 +161,6 @@ NO_MODEL = Rejection(
     code="no_cad",
     detail="the object's model is missing or unreadable on the server (was it just deleted?); register its CAD again",
 )
-
-
-def _out_of_memory() -> tuple[type[BaseException], ...]:
-    """What running out of memory looks like, with what is loaded."""
-    torch = sys.modules.get("torch")
-    return (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
 
 
 def _free_device_memory() -> None:

@@ -73,6 +73,7 @@ class Stages(Table, frozen=True):
     devices: tuple[str, ...] = ("cpu",)  # resolved: one pose worker each
     engines: tuple[EngineName, ...] = ("geometric",)  # the first is the default
     sam6d: Sam6d = Sam6d()  # its weights are an absolute path here
+    sam6d_version: str | None = None  # of the weights that the server found at its start; None: of those there are
     decode: Decode = Decode()
     pose: Pose = Pose()
     respond: Respond = Respond()

@@ -8,25 +8,21 @@ company. All tensors are float32 unless said otherwise.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from posekit.compiled import Kernel, load_kernels
 from posekit.geometric.model import Shelf
 from posekit.geometric.poses import Poses
 from posekit.geometry import project
 
-Kernel = Literal["compiled", "reference"]
 OPS = ("explain", "front", "normal_equations")
-_REBUILD = "rebuild with: pip install --no-build-isolation ."
 _INDEX_BITS = 20  # of a key in a depth buffer: below the depth, the sample
 _FAR = 1 << 62
 _STEP_M = 1e-5  # of its depths
-
-_log = logging.getLogger(__name__)
 
 
 def front(
@@ -173,17 +169,4 @@ def _tables(shelf: Shelf) -> tuple[int | Tensor, ...]:
     )  # fmt: skip
 
 
-def _load_compiled(path: Path) -> bool:
-    """Load the kernels; without them the slower reference answers, never in silence."""
-    if not path.exists():
-        _log.warning("posekit.geometric has no compiled kernels: the slower torch reference answers; %s", _REBUILD)
-        return False
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        _log.warning("%s does not load with torch %s (%s); %s", path.name, torch.__version__, error, _REBUILD)
-        return False
-    return True
-
-
-_compiled = _load_compiled(Path(__file__).parent / "_kernels_cpu.so")
+_compiled = load_kernels("posekit.geometric", Path(__file__).parent / "_kernels_cpu.so")

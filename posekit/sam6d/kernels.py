@@ -8,20 +8,17 @@ otherwise.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-Kernel = Literal["compiled", "reference"]
+from posekit.compiled import Kernel, load_kernels
+
 OPS = ("embed", "focus", "look_around", "propose", "relative_attention", "soft_matches", "surface_distance")
 NOWHERE = 1e6  # each coordinate of where `propose` puts what it cannot turn
-_REBUILD = "rebuild with: pip install --no-build-isolation ."
-
-_log = logging.getLogger(__name__)
 
 
 def embed(distance: Tensor, angle: Tensor, distances: Tensor, angles: Tensor, steps: float, step: float) -> Tensor:
@@ -86,17 +83,4 @@ def kernels(device: str | torch.device) -> dict[str, Kernel]:
     return {op: kernel_for(device) for op in OPS}
 
 
-def _load_compiled(path: Path) -> bool:
-    """Load the kernels; without them plain torch answers, several times slower, never in silence."""
-    if not path.exists():
-        _log.warning("posekit.sam6d has no compiled kernels: slower plain torch answers; %s", _REBUILD)
-        return False
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        _log.warning("%s does not load with torch %s (%s); %s", path.name, torch.__version__, error, _REBUILD)
-        return False
-    return True
-
-
-_compiled = _load_compiled(Path(__file__).parent / "_kernels_cpu.so")
+_compiled = load_kernels("posekit.sam6d", Path(__file__).parent / "_kernels_cpu.so")

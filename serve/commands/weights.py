@@ -54,9 +54,12 @@ def import_(
     """
     folder = _folder(checkpoints_dir, config)
     with _in_words(), common.spinner(f"importing {file.name}") as tell:
-        from posekit.sam6d import weights
+        from posekit.sam6d import manifest, weights
 
+        there = (folder / manifest.FILE_NAME).exists()
         done = weights.import_checkpoint(file, folder, source=source, licence=licence, force=force, tell=tell)
+    if there and not done.already:
+        common.warn("other weights were replaced: a server that runs with them has to be started again")
     common.write_json(json, done)
     if json == "-":
         return

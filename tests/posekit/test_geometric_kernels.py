@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import subprocess
 import sys
@@ -337,17 +336,6 @@ def test_without_a_library_the_references_answer(monkeypatch):
     for ours, theirs in pairs:
         for mine, other in zip(ours, theirs, strict=True):
             assert torch.equal(mine, other)
-
-
-def test_a_missing_library_and_one_that_does_not_load_are_heard_of(tmp_path, caplog):
-    path = tmp_path / "_kernels_cpu.so"
-    with caplog.at_level(logging.WARNING):
-        assert not kernels._load_compiled(path)
-        path.write_bytes(b"not a library")
-        assert not kernels._load_compiled(path)
-    assert "posekit.geometric has no compiled kernels: the slower torch reference answers" in caplog.text
-    assert "_kernels_cpu.so does not load with torch" in caplog.text
-    assert caplog.text.count("--no-build-isolation") == 2
 
 
 def test_a_copy_of_the_package_without_its_library_says_so_and_works(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 
@@ -23,8 +24,14 @@ from posekit import images
 from posekit.store import ObjectStore, StoredObject
 from serve import objects as serve_objects
 from serve import settings as serve_settings
+from serve.backend import Backend
+from serve.engines import choose
 from serve.errors import ApiError
+from serve.exchange import Answer, Call
+from serve.gateway import Gateway
 from serve.objects import Objects
+from serve.schemas import ObjectAnswer
+from serve.spool import RunDir
 from tests.running import RunningServer, running, wait_until
 from tests.serve.tiny import (
     FACES,
@@ -39,6 +46,7 @@ from tests.serve.tiny import (
     tiny_question,
     tiny_scene,
 )
+from workers.messages import Failure
 
 
 @dataclass
@@ -489,6 +497,60 @@ def test_the_unnamed_leave_first_and_the_longest_unused_of_them(
     asyncio.run(known._make_room())
     assert left() == [1]  # the one with a name
     assert [folder.name for folder in settings.objects_path.iterdir() if folder != incoming] == [f"{1:064x}"]
+
+
+def test_an_onboarding_that_comes_to_nothing_is_not_waited_for_and_stalls_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"PEM_DATA_DIR": str(tmp_path), "PEM_SPOOL_DIR": str(tmp_path), "PEM_ENGINE": "geometric"}
+    settings = serve_settings.load(environment=values)
+    run_dir = RunDir(Path(settings.spool_dir))
+    stages = settings.stages(run_dir=run_dir.path, devices=("cpu",), engines=("geometric",))
+    gateway = Gateway(settings, Backend(stages, run_dir.path), run_dir, offer=choose(settings), device="cpu")
+    store = ObjectStore(settings.objects_path)
+    store.commit(store.stage(), stored(1, None))
+    objects, call = (
+        gateway.objects,
+        Call.of({"type": "http", "method": "POST", "path": OBJECTS, "headers": []}, nothing),
+    )
+    objects.load()
+    ticks = 0
+    looked_at: list[int] = []  # ticks of the other task at each look at the object
+
+    async def full(route: str, task_id: str, data: bytes, retries: int) -> bytes:
+        await asyncio.sleep(0.05)
+        return msgspec.msgpack.encode(Failure(part_id=task_id, kind="storage", detail="the disk is full"))
+
+    def look(object_id: str) -> ObjectAnswer:
+        looked_at.append(ticks)
+        return Objects.get(objects, object_id)
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0)
+
+    async def registered() -> tuple[ObjectAnswer, bool]:
+        objects._onboard_all(objects._known[f"{1:064x}"])
+        return Objects.get(objects, f"{1:064x}"), True
+
+    async def run() -> Answer:
+        ticking = asyncio.create_task(tick())
+        answer = await gateway._registered(call, registered(), 1.0)
+        ticking.cancel()
+        return answer
+
+    monkeypatch.setattr(gateway.backend, "call_with_retries", full)
+    monkeypatch.setattr(objects, "get", look)
+    answer = asyncio.run(run())
+    run_dir.remove()
+    assert (answer.status, json.loads(answer.body)["status"]) == (201, "onboarding")
+    assert len(looked_at) - len(set(looked_at)) <= 1  # between all others, the other task had its turn
+
+
+async def nothing() -> Any:
+    raise AssertionError("nothing is read from this client")
 
 
 def test_the_listing_is_a_list_of_objects_under_one_key(ask: Asker) -> None:

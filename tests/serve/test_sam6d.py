@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from posekit.images import encode_png
+from posekit.sam6d import manifest
+from posekit.sam6d.manifest import WeightsEntry
 from posekit.sam6d.templates import render_views
 from tests.running import ROOT, RunningServer, wait_until
 from tests.serve.tiny import NAMES, OBJECTS, Asker, ascii_ply, masks_of, one, ply, refusal, tetrahedron, tiny_question
@@ -39,11 +41,14 @@ class Networked:
 @pytest.fixture(scope="module")
 def networked(tmp_path_factory: pytest.TempPathFactory, generated_weights: Path) -> Iterator[Networked]:
     """One for this module; few views, since onboarding takes its time. Its two objects are still being onboarded."""
-    settings = {"engine": "sam6d", "sam6d_weights": str(generated_weights), "sam6d_views": 4}
+    own = tmp_path_factory.mktemp("weights") / generated_weights.name
+    own.hardlink_to(generated_weights)  # so that what is recorded of it is nobody else's
+    settings = {"engine": "sam6d", "sam6d_weights": str(own), "sam6d_views": 4}
     with RunningServer(tmp_path_factory.mktemp("networked") / "data", settings) as server, Asker(server.url) as client:
         for index, name in enumerate(NAMES):
             assert client.upload(ply(index), name=name, wait=None).status_code == 201
-        yield Networked(server, client, generated_weights)
+        yield Networked(server, client, own)
+    own.unlink()
 
 
 def test_a_request_waits_only_for_the_engine_that_it_asks_for(networked: Networked) -> None:
@@ -157,6 +162,31 @@ def test_templates_that_cannot_be_used_are_refused_in_words(networked: Networked
     assert said.returncode == 1
     assert "rgb_0.png is missing" in said.stderr
     assert "no object is registered as nothing" in templates(networked, "nothing", tmp_path).stderr
+
+
+def test_a_worker_that_starts_anew_after_the_weights_were_replaced_does_without_them(networked: Networked) -> None:
+    release = networked.get("/api/v1/version")["release"]
+    record(networked.weights, sha256="ab" * 32)  # as good as other weights
+    body = one(init_poses=..., seed=1, **PATIENT)
+    assert networked.ask.ok(body)["release"] == release  # those who loaded the old ones keep them
+    [worker] = networked.server.workers("pose")
+    os.kill(worker.pid, signal.SIGKILL)
+    wait_until(lambda: networked.get("/api/v1/status")["degraded"], 60, "the new worker refused them")
+    answer = networked.ask.ok(body)
+    assert (answer["engine"], answer["degraded"]) == ("geometric", True)
+    assert [row["status"] for row in answer["poses"]] == ["ok"]
+    assert "the network's weights cannot be used" in answer["warnings"][-1]
+
+
+def record(path: Path, sha256: str) -> None:
+    """Write an entry with this sha256 beside a file of weights."""
+    nbytes = path.stat().st_size
+    manifest.record(
+        path,
+        WeightsEntry(
+            name=path.name, engine="sam6d", source="", source_sha256="", sha256=sha256, bytes=nbytes, licence=""
+        ),
+    )
 
 
 def templates(networked: Networked, which: str, folder: Path) -> subprocess.CompletedProcess[str]:

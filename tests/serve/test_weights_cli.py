@@ -61,6 +61,16 @@ def test_weights_are_imported_listed_and_verified(file: Path, capsys: pytest.Cap
     assert "is there already" in capsys.readouterr().out
 
 
+def test_replacing_other_weights_reminds_of_the_server_that_runs(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = torch.load(file)["model"]
+    changed = save(tmp_path / "other.pth", {name: tensor * 2 for name, tensor in other.items()})
+    for arguments, reminded in (((file,), False), ((file, "--force"), False), ((changed, "--force"), True)):
+        assert pem("import", *arguments) == 0
+        assert ("has to be started again" in capsys.readouterr().err) is reminded
+
+
 def test_a_machine_gets_json_and_nothing_else(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pem("import", file, "--checkpoints-dir", "elsewhere", "--json", "-") == 0
     done = json.loads(capsys.readouterr().out)

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from posekit import geometric
 from posekit.engine import Estimate
-from workers.engines import box_instance, box_mesh, load_engine, practise, versions
+from posekit.errors import BrokenCheckpoint
+from workers.engines import box_instance, box_mesh, load_engine, practise, versions, with_fixed_versions
 from workers.settings import Sam6d, Stages
 
 
@@ -34,6 +36,22 @@ def test_asking_for_versions_imports_no_torch() -> None:
 def test_models_of_fewer_views_are_of_another_version() -> None:
     fewer = Stages(engines=("sam6d",), sam6d=Sam6d(weights=__file__, views=8))
     assert versions(fewer)["sam6d"].endswith(".v8")
+
+
+def test_weights_that_were_replaced_since_the_start_are_not_loaded(tmp_path: Path) -> None:
+    weights = tmp_path / "some.safetensors"
+    weights.write_bytes(b"those of the start")
+    started = with_fixed_versions(Stages(engines=("sam6d", "geometric"), sam6d=Sam6d(weights=str(weights))))
+    before = versions(started)
+    weights.write_bytes(b"others")
+    assert versions(started) == before
+    assert versions(msgspec.structs.replace(started, sam6d_version=None)) != before
+    with pytest.raises(BrokenCheckpoint, match="replaced since the server started; start it again"):
+        load_engine("sam6d", started, device="cpu", threads=1)
+
+
+def test_without_the_network_no_version_is_fixed() -> None:
+    assert with_fixed_versions(Stages()) == Stages()
 
 
 def test_an_unknown_engine_is_named_beside_those_there_are() -> None:

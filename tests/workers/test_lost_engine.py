@@ -12,6 +12,7 @@ from posekit.store import StoredObject
 from tests.workers.support import Asker
 from workers import settings
 from workers.decode import DecodeStage
+from workers.lifecycle import Stage
 from workers.messages import Cut, Failure, OnboardTask, Solved
 from workers.onboard import OnboardSam6dStage
 from workers.pose import PoseStage
@@ -56,6 +57,22 @@ def test_the_onboard_stage_of_the_network_does_without_and_blames_no_object(with
     answer = onboard.forward(OnboardTask(task_id="t", object_id="a" * 64))
     assert isinstance(answer, Failure)
     assert (answer.kind, answer.part_id) == ("unavailable", "t")
+
+
+@pytest.mark.parametrize("stage", [PoseStage, OnboardSam6dStage])
+def test_a_stage_does_without_weights_that_are_not_those_of_the_start(
+    stage: type[Stage],
+    without_weights: Stages,
+    stored: StoredObject,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    Path(without_weights.sam6d.weights).write_bytes(b"others")
+    started = msgspec.structs.replace(without_weights, sam6d_version="1.01234567")
+    monkeypatch.setenv(settings.ENVIRONMENT, settings.to_environment(started)[settings.ENVIRONMENT])
+    info = stage().state.state.info
+    assert info["lost"] == {"sam6d": "the network's weights cannot be used; the server's log says why"}
+    assert "the weights were replaced since the server started; start it again" in capfd.readouterr().err
 
 
 def test_without_a_fallback_the_state_asks_the_gateway_to_give_up(

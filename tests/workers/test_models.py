@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from posekit.engine import ObjectModel, Symmetries
 from posekit.errors import StoreError
 from posekit.store import ObjectStore, StoredObject
-from workers.engines import load_engine
+from workers.engines import box_mesh, load_engine
 from workers.models import ModelCache
 
 NAMES = ["a" * 64, "b" * 64, "c" * 64]
@@ -91,6 +93,34 @@ def test_a_model_that_the_engine_cannot_use_is_no_reason_not_to_start(store: Obj
         folder = store.folder(object_id)
         (folder / "plain-1.safetensors").rename(folder / f"geometric-{engine.version}.safetensors")
     assert set(ModelCache(tmp_path, limit_bytes=10_000).warm_up([engine])) == set(NAMES)
+
+
+@pytest.mark.parametrize("missing", ["points_m", "spacing_m", "field_nearest"])
+def test_a_model_without_one_of_its_arrays_is_a_model_that_cannot_be_used(
+    missing: str, store: ObjectStore, tmp_path: Path
+) -> None:
+    engine = load_engine("geometric", device="cpu", threads=1)
+    model = engine.practice_model(NAMES[0], box_mesh())
+    arrays = {name: array for name, array in model.arrays.items() if name != missing}
+    assert len(arrays) == len(model.arrays) - 1
+    store.save_model(dataclasses.replace(model, arrays=arrays))
+    cache = ModelCache(tmp_path, limit_bytes=10_000)
+    for _ in range(2):
+        with pytest.raises(StoreError, match="stored model is broken; onboard it again"):
+            cache.get(engine, NAMES[0])
+    assert cache.object_ids == []
+
+
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_too_little_memory_for_a_model_does_not_make_it_a_broken_one(
+    kind: type[Exception], store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Plain, model: ObjectModel) -> int:
+        raise kind
+
+    monkeypatch.setattr(Plain, "prepare", full)
+    with pytest.raises(kind):
+        ModelCache(tmp_path, limit_bytes=1).get(Plain(), NAMES[0])  # type: ignore[arg-type]
 
 
 def test_ids_that_are_none_are_missing_objects(store: ObjectStore, tmp_path: Path) -> None:

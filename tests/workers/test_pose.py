@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 
 from posekit.engine import Instance, ObjectModel, Outcome
 from posekit.scenes import pose_errors
-from posekit.store import StoredObject
+from posekit.store import ObjectStore, StoredObject
 from tests.workers.support import Asker
 from workers import pose as pose_module
 from workers.decode import DecodeStage
@@ -257,3 +259,19 @@ def test_a_deleted_object_is_forgotten_and_one_onboarded_anew_is_loaded_anew(
     [answer] = pose.forward([cut((0,))])
     assert error(solved(answer).rows[0]).code == "no_cad"
     model.write_bytes(model_bytes)
+
+
+def test_a_stored_model_whose_arrays_do_not_fit_is_a_row_and_its_cause_is_logged(
+    pose: PoseStage, cut: Cutter, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def load(store: ObjectStore, object_id: str, engine: str, version: str) -> ObjectModel:
+        model = real(store, object_id, engine, version)
+        return dataclasses.replace(model, arrays={n: a for n, a in model.arrays.items() if n != "points_m"})
+
+    real = ObjectStore.load_model
+    monkeypatch.setattr(ObjectStore, "load_model", load)
+    monkeypatch.setattr(pose.models, "_held", OrderedDict())
+    [answer] = pose.forward([cut((0,))])
+    assert error(solved(answer).rows[0]).code == "no_cad"
+    last = json.loads(capfd.readouterr().err.splitlines()[-1])
+    assert (last["event"], last["cause"]) == ("no_model", "KeyError('points_m')")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import subprocess
 import sys
@@ -398,19 +397,6 @@ def test_kernel_for_says_compiled_exactly_where_the_library_lies() -> None:
 def test_every_op_of_the_library_is_listed() -> None:
     assert all(hasattr(torch.ops.sam6d, op) for op in kernels.OPS)
     assert set(many(batch=1)) == set(kernels.OPS)
-
-
-def test_a_missing_library_and_one_that_does_not_load_are_heard_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "_kernels_cpu.so"
-    with caplog.at_level(logging.WARNING):
-        assert not kernels._load_compiled(path)
-        path.write_bytes(b"not a library")
-        assert not kernels._load_compiled(path)
-    assert "posekit.sam6d has no compiled kernels" in caplog.text
-    assert "_kernels_cpu.so does not load with torch" in caplog.text
-    assert caplog.text.count("--no-build-isolation") == 2
 
 
 def test_a_copy_of_the_package_without_its_library_says_so_and_works(tmp_path: Path) -> None:

@@ -1,0 +1,29 @@
+"""Compiled kernels of a package: loaded where they were built, missed aloud where they were not."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Kernel = Literal["compiled", "reference"]
+REBUILD = "rebuild with: pip install --no-build-isolation ."
+
+_log = logging.getLogger(__name__)
+
+
+def load_kernels(package: str, path: Path) -> bool:
+    """Register the ops of `path` with torch; False where slower plain torch has to answer, never in silence."""
+    if not path.exists():
+        _log.warning("%s has no compiled kernels: the slower torch reference answers; %s", package, REBUILD)
+        return False
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        _log.warning(
+            "%s of %s does not load with torch %s (%s); %s", path.name, package, torch.__version__, error, REBUILD
+        )
+        return False
+    return True
