@@ -43,7 +43,7 @@ Array = npt.NDArray[Any]
 
 DEGREES_EXACT, RADII_EXACT = 1e-3, 2e-5  # of the pose cases
 DEGREES_FAST, MM_FAST = 0.1, 0.1
-SIGMA = 0.03  # of the pose cases' logits, in radii
+SIGMA = 0.03  # of the pose cases' logits, in radii, where the file says nothing
 
 
 class Check(NamedTuple):
@@ -249,9 +249,10 @@ def pose_cases(network: Network, golden: Golden) -> Iterator[Posed]:
 def _rebuilt(golden: Golden, case: str, scene: Tensor, model: Tensor) -> Tensor:
     """Logits too large to store: made from the true pose and a seed, as the file's author made them."""
     make = generated_weights.module("cases").atten_from_gt
+    sigma = float(golden.meta["stats"].get(case, {}).get("sigma", SIGMA))
     truth = zip(golden[f"{case}_gt_R"], golden[f"{case}_gt_t"], golden[f"{case}_seeds"], strict=True)
     made = [
-        torch.from_numpy(make(scene[b].cpu().numpy(), model[b].cpu().numpy(), R, t, int(seed), SIGMA))
+        torch.from_numpy(make(scene[b].cpu().numpy(), model[b].cpu().numpy(), R, t, int(seed), sigma))
         for b, (R, t, seed) in enumerate(truth)
     ]
     logits = torch.stack(made)
