@@ -101,7 +101,7 @@ class Sam6dEngine:
     # ---------------------------------------------------------------------------------------------------- onboarding
 
     def onboard(self, object_id: str, mesh: Mesh, symmetries: Symmetries | None, progress: Progress) -> ObjectModel:
-        """Render the views, extract their features and keep all that depends on the CAD alone: some 20 s on a CPU.
+        """Render the views, extract their features and keep all that depends on the CAD alone: some 25 s on a core.
 
         Symmetries are those declared: the network looks for none.
         """
