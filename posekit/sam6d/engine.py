@@ -107,7 +107,7 @@ class Sam6dEngine:
         """
         rendered = render_views(mesh, lambda share: progress(share * RENDERING), self.config.views)
         return self.onboard_views(
-            object_id, mesh, list(rendered), symmetries, lambda share: progress(RENDERING + share * (1 - RENDERING))
+            object_id, mesh, rendered, symmetries, lambda share: progress(RENDERING + share * (1 - RENDERING))
         )
 
     def onboard_views(

@@ -11,7 +11,7 @@
     last matches               five passes over two softmaxes              three, which keep nothing
 
 Where the kernels of kernels.py are compiled, most of these are loops of C++. Elsewhere they are plain torch, which
-gains less, or the plain part itself. benchmarks/network.py measures each.
+gains less, or the plain part itself. benchmarks/network.py measures them stage by stage.
 """
 
 from __future__ import annotations
