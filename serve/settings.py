@@ -222,7 +222,16 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 #: Variables with our prefix that are no settings of the server.
 _OTHER_VARIABLES = frozenset(
-    {"PEM_URL", "PEM_API_KEY", "PEM_STAGES", "PEM_PARENT_PID", "PEM_SLOT", "PEM_SLOT_DEVICE", "PEM_KEEPER"}
+    {
+        "PEM_URL",
+        "PEM_API_KEY",
+        "PEM_STAGES",
+        "PEM_PARENT_PID",
+        "PEM_SLOT",
+        "PEM_SLOT_DEVICE",
+        "PEM_SLOT_DEVICE_NAME",
+        "PEM_KEEPER",
+    }
 )
 
 

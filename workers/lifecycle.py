@@ -31,7 +31,8 @@ from workers.state import StateWriter
 
 KEEPER = "PEM_KEEPER"  # "1": this slot only keeps its stage alive
 SLOT = "PEM_SLOT"
-DEVICE = "PEM_SLOT_DEVICE"
+DEVICE = "PEM_SLOT_DEVICE"  # as this process sees it: the only GPU that is shown to it is cuda:0
+DEVICE_NAME = "PEM_SLOT_DEVICE_NAME"  # as the server names it
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _HABITS = {
     # Threads that wait for each other sleep. Where cores are busy, spinning made one of the network's detections take
@@ -74,6 +75,7 @@ def slot_environment(*, slot: int, keeper: bool, device: str, threads: int) -> d
         KEEPER: "1" if keeper else "0",
         SLOT: str(slot),
         DEVICE: "cuda:0" if gpu else "cpu",
+        DEVICE_NAME: device,
         "CUDA_VISIBLE_DEVICES": _visible_gpu(int(gpu)) if gpu else "",
     }
     return variables | dict.fromkeys(_THREADS, str(threads)) | _HABITS

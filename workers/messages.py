@@ -225,6 +225,9 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
     detections: int
     requests: int
     seconds: float
+    pass_id: str = ""  # 32 hexadecimal digits of a trace, 16 of its one span: what traces link to
+    begun_unix: float = 0.0
+    device: str = "cpu"
 
 
 class Solved(msgspec.Struct, frozen=True, kw_only=True, tag="solved"):
@@ -241,10 +244,13 @@ class Solved(msgspec.Struct, frozen=True, kw_only=True, tag="solved"):
     batch_detections: int = 0  # of the largest pass this part rode in
     batch_requests: int = 0
     passes: list[PassRecord] = []
+    pass_ids: list[str] = []  # of the passes that this part rode in
+    decode_unix: float = 0.0  # when its decoding began
+    pose_unix: float = 0.0  # when the batch that it came with was begun
 
 
 class PartAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
-    """What the gateway gets back for a part, or for /finish (then only the last three fields matter)."""
+    """What the gateway gets back for a part, or for /finish (then only what respond did matters)."""
 
     part_id: str
     rows: list[Row] = []
@@ -257,6 +263,10 @@ class PartAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     batch_detections: int = 0
     batch_requests: int = 0
     passes: list[PassRecord] = []
+    pass_ids: list[str] = []
+    decode_unix: float = 0.0
+    pose_unix: float = 0.0
+    respond_unix: float = 0.0
     visualization: bytes | None = None  # PNG
     output_written: bool = False
 

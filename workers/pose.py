@@ -8,6 +8,7 @@ Nothing here raises for one part's sake: the others in the batch would fail with
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import time
 from collections import deque
@@ -19,7 +20,7 @@ import msgspec
 from posekit.engine import Engine, Instance, ObjectModel, Outcome, Rejection
 from posekit.errors import StoreError
 from workers.engines import kernels, load_engine, practise
-from workers.lifecycle import DEVICE, INTERNAL_DETAIL, Stage, limit_threads
+from workers.lifecycle import DEVICE, DEVICE_NAME, INTERNAL_DETAIL, Stage, limit_threads
 from workers.messages import Cut, Failure, PassRecord, PoseInput, Solved
 from workers.models import ModelCache, out_of_memory
 from workers.refine import refined
@@ -40,6 +41,7 @@ class PoseStage(Stage):
         with self.starting():
             own = self.settings.pose
             device = os.environ.get(DEVICE) or "cpu"
+            self.device = os.environ.get(DEVICE_NAME) or device
             threads = own.threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
             self.engines: dict[str, Engine] = {}
             rates: dict[str, float] = {}
@@ -87,13 +89,16 @@ class PoseStage(Stage):
         return taken
 
     def _run_pass(self, engine: Engine, taken: list[Item]) -> PassRecord:
-        begun = time.perf_counter()
+        begun, begun_unix = time.perf_counter(), time.time()
         outcomes = self._solve(engine, taken)
         record = PassRecord(
             engine=engine.name,
             detections=len(taken),
             requests=len({item.work.cut.request_id for item in taken}),
             seconds=time.perf_counter() - begun,
+            pass_id=secrets.token_hex(24),
+            begun_unix=begun_unix,
+            device=self.device,
         )
         for item, outcome in zip(taken, outcomes, strict=True):
             item.note(outcome, record)

@@ -37,7 +37,7 @@ class RespondStage(Stage):
         """The answer; a failure of an earlier stage passes through."""
         if isinstance(message, Failure):
             return message
-        part_id, begun = item_id(message), time.perf_counter()
+        part_id, begun, begun_unix = item_id(message), time.perf_counter(), time.time()
         try:
             answer = self._solved(message) if isinstance(message, Solved) else self._finish(message)
         except StoreError as error:
@@ -49,7 +49,8 @@ class RespondStage(Stage):
             return Failure(part_id=part_id, kind="internal", detail="the request was given up before it was answered")
         except Exception:
             return self.internal(part_id)
-        return msgspec.structs.replace(answer, respond_ms=(time.perf_counter() - begun) * 1000.0)
+        respond_ms = (time.perf_counter() - begun) * 1000.0
+        return msgspec.structs.replace(answer, respond_ms=respond_ms, respond_unix=begun_unix)
 
     def _solved(self, solved: Solved) -> PartAnswer:
         picture, written = None, False
@@ -67,6 +68,9 @@ class RespondStage(Stage):
             batch_detections=solved.batch_detections,
             batch_requests=solved.batch_requests,
             passes=solved.passes,
+            pass_ids=solved.pass_ids,
+            decode_unix=solved.decode_unix,
+            pose_unix=solved.pose_unix,
             visualization=picture,
             output_written=written,
         )

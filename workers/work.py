@@ -27,6 +27,7 @@ class Work:
     late: bool = False
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by the crop's index in the request
     largest_pass: PassRecord = _NO_PASS
+    pass_ids: dict[str, None] = field(default_factory=dict)  # in order, each once
 
     def items(self, engine: str) -> list[Item]:
         """The detections that `engine` is to look at."""
@@ -58,6 +59,9 @@ class Work:
             pose_ms=max(0.0, (self.done_unix - self.begun_unix) * 1000.0),
             batch_detections=self.largest_pass.detections,
             batch_requests=self.largest_pass.requests,
+            pass_ids=list(self.pass_ids),
+            decode_unix=cut.sent_unix - cut.decode_ms / 1000.0,
+            pose_unix=self.begun_unix,
         )
 
     def _outcome(self, crop: Crop) -> Outcome:
@@ -106,6 +110,7 @@ class Item:
         work = self.work
         work.outcomes[self.crop.index] = outcome
         work.done_unix = time.time()
+        work.pass_ids[record.pass_id] = None
         if record.detections > work.largest_pass.detections:
             work.largest_pass = record
 
