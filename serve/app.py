@@ -31,6 +31,7 @@ from workers.pose import PoseStage
 from workers.respond import RespondStage
 
 PARENT = "PEM_PARENT_PID"
+SHORTEST_WAIT_MS = 1  # a batch is gathered in the gateway, which knows whether anyone else is there
 NEVER_S = 86_400.0  # Mosec's own limit on a batch answers all of it with 408: the gateway has deadlines instead
 
 
@@ -45,7 +46,7 @@ def build(stages: settings.Stages) -> Server:
         list(stages.devices),
         threads=1,
         batch=stages.pose.batch_requests,
-        wait_ms=stages.pose.batch_wait_ms,
+        wait_ms=SHORTEST_WAIT_MS,
     )
     respond = stage(RespondStage, ["cpu"] * stages.respond.workers, threads=1)
     inspect = stage(InspectStage, ["cpu"], threads=stages.onboard.threads)

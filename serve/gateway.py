@@ -80,7 +80,7 @@ class Gateway:
             backend,
             run_dir,
             settings.queue,
-            pass_detections=settings.pose.pass_detections,
+            pass_detections=backend.stages.pose.pass_detections,
             on_part=lambda answer, waited_s: self.metrics.part(answer, self.objects.label, waited_s=waited_s),
         )
         self.in_flight = 0

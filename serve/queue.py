@@ -5,7 +5,10 @@ back. So only a few passes' worth of detections are inside Mosec at any time, an
 
 - Clients take turns: the one that was served least goes next. Within a client the request with the least left to do
   goes first, except that one that has waited for half its deadline gets every second turn.
-- A request larger than a pass is split into parts, whose rows are put together again.
+- A request larger than a pass is split into parts, whose rows are put together again. On a CPU, where a worker looks
+  at one detection after the other, a request that finds several workers idle is split between them.
+- While there is a worker without work, everything is sent at once. While all are busy, what comes is gathered until it
+  fills a pass, `pose.batch_wait_ms` at the longest: `on_dispatch` hears which it was ("idle", "full" or "window").
 - A request that could not be answered in time is refused at the door (429 with Retry-After, or 422 where even an idle
   server could not). What has passed its deadline, or whose client has gone, is dropped before it starts.
 - A part whose worker died is sent again, alone this time, so that it cannot take others down twice.
@@ -29,6 +32,7 @@ from serve.errors import ApiError, from_failure, internal_error, worker_lost
 from serve.settings import Queue as QueueSettings
 from serve.spool import RunDir
 from workers.messages import Answer, Failure, FinishPart, Job, Part, PartAnswer, PassRecord, Row
+from workers.settings import on_gpu
 
 log = structlog.get_logger()
 
@@ -139,6 +143,7 @@ class PoseQueue:
         *,
         pass_detections: int,
         on_part: Callable[[PartAnswer, float], None],
+        on_dispatch: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._backend = backend
         self._run_dir = run_dir
@@ -146,7 +151,10 @@ class PoseQueue:
         self._pass = pass_detections
         self._devices = len(backend.stages.devices)
         self._window = settings.passes_in_flight * pass_detections * self._devices
+        self._gather_s = backend.stages.pose.batch_wait_ms / 1000
         self._on_part = on_part  # the answer, and the seconds that its part waited here
+        self._on_dispatch = on_dispatch
+        self._timer: asyncio.TimerHandle | None = None  # of what is being gathered
         self._waiting: dict[str, list[_Ticket]] = {}  # client -> tickets with pending parts
         self._served: dict[str, float] = {}  # client -> detections it was served, on a common clock
         self._clock = 0.0  # what a client's fair share came to, had it waited all the time
@@ -154,6 +162,7 @@ class PoseQueue:
         self._again: list[_Part] = []  # parts of dead workers: alone, and before everything else
         self._alone = False  # such a part is inside
         self._sent: Counter[str] = Counter()  # engine -> detections inside Mosec
+        self._parts = 0  # likewise
         self._tickets: set[_Ticket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._rates: dict[str, _Rate] = {}  # by engine
@@ -305,8 +314,9 @@ class PoseQueue:
 
     def _split(self, ticket: _Ticket) -> list[_Part]:
         count = len(ticket.job.detections)
-        starts = range(0, count, self._pass) if count else [0]
-        bounds = [(start, min(start + self._pass, count)) for start in starts]
+        size = self._pass if on_gpu(self._backend.stages) else min(self._pass, -(-count // self._idle_workers) or 1)
+        starts = range(0, count, size) if count else [0]
+        bounds = [(start, min(start + size, count)) for start in starts]
         inline = b"" if ticket.path else ticket.encoded
         return [
             _Part(
@@ -332,8 +342,39 @@ class PoseQueue:
                 self._alone = True
                 self._send(self._again.pop(0))
             return
-        while (part := self._next()) is not None:
-            self._send(part)
+        while (reason := self._why_now()) is not None:
+            room = self._pass
+            while room > 0 and (part := self._next()) is not None:
+                self._send(part)
+                room -= part.cost
+            if room == self._pass:
+                return  # nothing waits, or there is no room for it
+            self._on_dispatch(reason)
+
+    @property
+    def _idle_workers(self) -> int:
+        """How many pose workers nobody has work for, at least one."""
+        return max(1, self._devices - self._parts) if not self._waiting else 1
+
+    def _why_now(self) -> str | None:
+        """Why what waits may be sent now; None where nothing waits or it is to be gathered for a moment longer."""
+        if not self._waiting:
+            return None
+        if self._parts < self._devices:
+            return "idle"
+        if self._queued >= self._pass:
+            return "full"
+        oldest = min(ticket.arrived for tickets in self._waiting.values() for ticket in tickets)
+        left_s = oldest + self._gather_s - time.monotonic()
+        if left_s <= 0:
+            return "window"
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._gathered)
+        return None
+
+    def _gathered(self) -> None:
+        self._timer = None
+        self._pump()
 
     def _next(self) -> _Part | None:
         """The part whose turn it is, taken off its queue; None where nothing waits or there is no room for it."""
@@ -375,6 +416,7 @@ class PoseQueue:
         part.waited_s = now - ticket.arrived
         ticket.running += 1
         self._sent[part.engine] += part.cost
+        self._parts += 1
         task = asyncio.create_task(self._run(part))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -408,6 +450,7 @@ class PoseQueue:
         finally:
             ticket.running -= 1
             self._sent[part.engine] -= part.cost
+            self._parts -= 1
             if self._inside == 0:
                 self._alone = False
             if not ticket.running and not ticket.pending and not any(p.ticket is ticket for p in self._again):

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from workers.machine import usable_cores
 from workers.settings import (
     Count,
     Decode,
@@ -27,6 +28,8 @@ from workers.settings import (
     Seconds,
     Stages,
     Table,
+    fitted,
+    pose_workers,
 )
 
 Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
@@ -151,11 +154,12 @@ class Settings(Table, frozen=True):
         return (self.checkpoints_path / Path(self.sam6d.weights).expanduser()).resolve()
 
     def stages(self, *, run_dir: Path, devices: tuple[str, ...], engines: tuple[EngineName, ...]) -> Stages:
-        """The workers' share, with devices, engines and weights resolved."""
-        return Stages(
+        """The workers' share, with devices, engines and weights resolved, and numbers that fit this machine."""
+        cores = usable_cores()
+        stages = Stages(
             objects_dir=str(self.objects_path),
             run_dir=str(run_dir),
-            devices=devices,
+            devices=tuple(one for one in devices for _ in range(pose_workers(self.pose, one, cores))),
             engines=engines,
             sam6d=msgspec.structs.replace(self.sam6d, weights=str(self.weights_path)),
             decode=self.decode,
@@ -163,6 +167,7 @@ class Settings(Table, frozen=True):
             respond=self.respond,
             onboard=self.onboard,
         )
+        return fitted(stages, cores)
 
 
 class SettingsError(Exception):

@@ -27,8 +27,6 @@ from workers.refine import refined
 from workers.settings import objects_path
 from workers.work import Item, Work, with_passes
 
-MOST_THREADS = 4  # taken without being asked for: the other stages want cores, too
-
 
 class PoseStage(Stage):
     """Everything that one device computes."""
@@ -42,12 +40,11 @@ class PoseStage(Stage):
             own = self.settings.pose
             device = os.environ.get(DEVICE) or "cpu"
             self.device = os.environ.get(DEVICE_NAME) or device
-            threads = own.threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
             self.engines: dict[str, Engine] = {}
             rates: dict[str, float] = {}
             for name in self.settings.engines:
                 with self.engine_start(name):
-                    engine = load_engine(name, self.settings, device=device, threads=threads)
+                    engine = load_engine(name, self.settings, device=device, threads=own.threads)
                     limit_threads(1)  # of each of them
                     rates[name] = practise(engine, own.pass_detections, self.run_dir / "practice")
                     self.engines[name] = engine
@@ -62,8 +59,14 @@ class PoseStage(Stage):
             )
             self._tell_cache()
 
-    def forward(self, batch: list[Cut | Failure]) -> list[Solved | Failure]:
-        """Every part's rows, in order; a failure of an earlier stage passes through."""
+    def forward(self, batch: list[Cut | Failure] | Cut | Failure) -> list[Solved | Failure] | Solved | Failure:
+        """Every part's rows, in order; a failure of an earlier stage passes through.
+
+        Mosec hands over a list, except where a batch has room for one part only.
+        """
+        return self._solve_parts(batch) if isinstance(batch, list) else self._solve_parts([batch])[0]
+
+    def _solve_parts(self, batch: list[Cut | Failure]) -> list[Solved | Failure]:
         works = [Work(self._for_an_engine_here(item)) if isinstance(item, Cut) else item for item in batch]
         passes: list[PassRecord] = []
         for name, engine in self.engines.items():
@@ -154,6 +157,8 @@ class PoseStage(Stage):
         self.state.update(
             cache_hits=cache.hits, cache_misses=cache.misses, cache_bytes=cache.nbytes, objects=cache.object_ids
         )
+        if (memory := _device_memory()) is not None:
+            self.state.update(device_memory=memory)
 
     def _leave_if_the_device_is_lost(self) -> None:
         """Some errors leave a GPU unusable for this process: a new one takes over, and the gateway asks it again."""
@@ -166,6 +171,15 @@ NO_MODEL = Rejection(
     code="no_cad",
     detail="the object's model is missing or unreadable on the server (was it just deleted?); register its CAD again",
 )
+
+
+def _device_memory() -> dict[str, int] | None:
+    """Bytes of the GPU's memory: `allocated` by tensors, `reserved` by torch, `total`; None on a CPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    _, total = torch.cuda.mem_get_info()
+    return {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved(), "total": total}
 
 
 def _free_device_memory() -> None:

@@ -13,8 +13,11 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from workers.machine import usable_cores
+
 Count = Annotated[int, Meta(ge=1, le=100_000)]
 Megabytes = Annotated[int, Meta(ge=1, le=1_000_000)]
+Automatic = Annotated[int, Meta(ge=0, le=100_000)]  # 0: follows the machine
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 EngineName = Literal["geometric", "sam6d"]
 
@@ -26,17 +29,18 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Decode(Table, frozen=True):
     """CPU stage: pictures, masks, crops."""
 
-    workers: Count = 2
+    workers: Automatic = 0  # processes; 0: half of the cores, two at least, eight at most
     threads: Count = 1
 
 
 class Pose(Table, frozen=True):
-    """The one batched stage per device."""
+    """The one batched stage. `fitted` puts numbers in the place of zeros."""
 
-    pass_detections: Count = 8  # instances in one pass of the engine; halved on out-of-memory
-    batch_requests: Count = 16  # requests that Mosec may gather into one batch
-    batch_wait_ms: Annotated[int, Meta(ge=1, le=1000)] = 3
-    threads: Annotated[int, Meta(ge=0)] = 0  # detections that a CPU works on at a time; 0 = its cores, at most 4
+    workers: Automatic = 0  # processes on a device; 0: one on a GPU; on a CPU one for each core, four at most
+    threads: Automatic = 0  # of each, detections worked on at a time on a CPU; 0: the cores over the workers, at most 4
+    pass_detections: Automatic = 0  # in one pass of the engine, halved on out-of-memory; 0: 8 on a GPU, 4 on a CPU
+    batch_requests: Automatic = 0  # requests that a worker takes at a time; 0: 16 on a GPU, 1 on a CPU
+    batch_wait_ms: Annotated[int, Meta(ge=0, le=1000)] = 5  # for how long parts are gathered while all workers are busy
     object_cache_mb: Megabytes = 1024  # object models held in memory, least recently used leave first
     max_seconds: Seconds = 120.0  # a worker stuck in one batch for longer is killed and replaced
 
@@ -70,7 +74,7 @@ class Stages(Table, frozen=True):
 
     objects_dir: str = "data/objects"
     run_dir: str = "data/run"  # state files of the workers, progress files of onboarding
-    devices: tuple[str, ...] = ("cpu",)  # resolved: one pose worker each
+    devices: tuple[str, ...] = ("cpu",)  # resolved: one for each pose worker
     engines: tuple[EngineName, ...] = ("geometric",)  # the first is the default
     sam6d: Sam6d = Sam6d()  # its weights are an absolute path here
     sam6d_version: str | None = None  # of the weights that the server found at its start; None: of those there are
@@ -82,6 +86,37 @@ class Stages(Table, frozen=True):
 
 ENVIRONMENT = "PEM_STAGES"
 
+_MOST_CPU_WORKERS = 4  # each holds a model of every object
+_MOST_THREADS = 4
+_DECODERS = 2, 8  # at least, at most
+
+
+def on_gpu(stages: Stages) -> bool:
+    """Whether the pose stage runs on GPUs."""
+    return stages.devices[0] != "cpu"
+
+
+def pose_workers(pose: Pose, device: str, cores: int) -> int:
+    """How many pose workers a device gets."""
+    return pose.workers or (min(cores, _MOST_CPU_WORKERS) if device == "cpu" else 1)
+
+
+def fitted(stages: Stages, cores: int) -> Stages:
+    """The same with a number for everything that follows the machine (see docs/decisions/0020)."""
+    gpu, pose, decode = on_gpu(stages), stages.pose, stages.decode
+    fewest, most = _DECODERS
+    return msgspec.structs.replace(
+        stages,
+        decode=msgspec.structs.replace(decode, workers=decode.workers or min(max(cores // 2, fewest), most)),
+        pose=msgspec.structs.replace(
+            pose,
+            workers=pose.workers or stages.devices.count(stages.devices[0]),
+            threads=pose.threads or max(1, min(cores // len(stages.devices), _MOST_THREADS)),
+            pass_detections=pose.pass_detections or (8 if gpu else 4),
+            batch_requests=pose.batch_requests or (16 if gpu else 1),
+        ),
+    )
+
 
 def to_environment(stages: Stages) -> dict[str, str]:
     """The variable that hands `stages` to spawned workers."""
@@ -89,9 +124,9 @@ def to_environment(stages: Stages) -> dict[str, str]:
 
 
 def from_environment() -> Stages:
-    """The settings this process was started with (defaults where there are none, as in a test)."""
+    """The settings this process was started with (defaults where there are none, as in a test), fitted."""
     text = os.environ.get(ENVIRONMENT)
-    return msgspec.json.decode(text, type=Stages) if text else Stages()
+    return fitted(msgspec.json.decode(text, type=Stages) if text else Stages(), usable_cores())
 
 
 def objects_path(stages: Stages) -> Path:

@@ -70,8 +70,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Stage:
     """A pose stage that answers when, and what, it is told to."""
 
-    def __init__(self, devices: int = 1, max_seconds: float = 120.0) -> None:
-        self.stages = Stages(devices=("cpu",) * devices, pose=Pose(max_seconds=max_seconds))
+    def __init__(self, devices: int = 1, max_seconds: float = 120.0, gather_ms: int = 0) -> None:
+        self.stages = Stages(devices=("cpu",) * devices, pose=Pose(max_seconds=max_seconds, batch_wait_ms=gather_ms))
         self.is_ready = True
         self.down_s = 0.0
         self.info: dict[str, Any] = {}
@@ -151,12 +151,14 @@ class Bench:
         self.stage = stage
         self.run_dir = RunDir(folder)
         self.parts: list[PartAnswer] = []
+        self.dispatched: list[str] = []
         self.queue = PoseQueue(
             stage,  # type: ignore[arg-type]
             self.run_dir,
             QueueSettings(**{"passes_in_flight": 1, **settings}),
             pass_detections=PASS,
             on_part=lambda answer, waited_s: self.parts.append(answer),
+            on_dispatch=self.dispatched.append,
         )
         self.tasks: list[asyncio.Task[Solution]] = []
 
@@ -210,6 +212,74 @@ async def code(task: asyncio.Task[Solution]) -> str:
     with pytest.raises(ApiError) as raised:
         await task
     return raised.value.code
+
+
+# ------------------------------------------------------------------------------------------------- when it is sent
+
+
+@alone
+async def test_whoever_comes_to_an_idle_stage_does_not_wait_for_company(tmp_path: Path) -> None:
+    async with bench(tmp_path, Stage(gather_ms=1000)) as one:
+        await one.ask("anna", "a", 1)
+        assert (one.stage.sent, one.dispatched) == (["a/0"], ["idle"])
+
+
+@alone
+async def test_while_the_stage_is_busy_parts_are_gathered_until_they_fill_a_pass(tmp_path: Path) -> None:
+    async with bench(tmp_path, Stage(gather_ms=1000), passes_in_flight=3) as one:
+        await one.ask("anna", "a", 1)
+        await one.ask("bela", "b", PASS - 1)
+        assert order(one.stage) == "a"
+        await one.ask("cleo", "c", 1)
+        assert sorted(order(one.stage)) == ["a", "b", "c"]
+        assert one.dispatched == ["idle", "full"]
+
+
+@alone
+async def test_gathering_ends_with_its_window_though_the_pass_is_not_full(tmp_path: Path, clock: Clock) -> None:
+    async with bench(tmp_path, Stage(gather_ms=30), passes_in_flight=3) as one:
+        await one.ask("anna", "a", 1)
+        await one.ask("bela", "b", 1)
+        assert order(one.stage) == "a"
+        await asyncio.sleep(0.1)
+        assert order(one.stage) == "ab"
+        assert one.dispatched == ["idle", "window"]
+
+
+@alone
+async def test_gathering_ends_when_the_stage_has_nothing_left_to_do(tmp_path: Path) -> None:
+    async with bench(tmp_path, Stage(gather_ms=1000), passes_in_flight=3) as one:
+        await one.ask("anna", "a", 1)
+        await one.ask("bela", "b", 1)
+        await one.stage.answer("a/0")
+        assert order(one.stage) == "ab"
+        assert one.dispatched == ["idle", "idle"]
+
+
+@alone
+async def test_idle_workers_of_a_cpu_share_a_request(tmp_path: Path) -> None:
+    async with bench(tmp_path, Stage(devices=2)) as one:
+        task = await one.ask("anna", "a", 3)
+        assert [(p.start, p.stop) for p, _ in one.stage.inside.values()] == [(0, 2), (2, 3)]
+        await one.stage.work_off()
+        assert [row.object_id for row in (await task).rows] == [0, 1, 2]
+
+
+@alone
+async def test_a_request_stays_in_one_piece_where_only_one_worker_is_idle(tmp_path: Path) -> None:
+    async with bench(tmp_path, Stage(devices=2)) as one:
+        await one.ask("anna", "a", 1)
+        await one.ask("bela", "b", 3)
+        assert one.stage.sent == ["a/0", "b/0"]
+
+
+@alone
+async def test_gpus_do_not_share_a_request_that_fits_into_a_pass(tmp_path: Path) -> None:
+    stage = Stage(devices=2)
+    stage.stages = msgspec.structs.replace(stage.stages, devices=("cuda:0", "cuda:1"))
+    async with bench(tmp_path, stage) as one:
+        await one.ask("anna", "a", 3)
+        assert one.stage.sent == ["a/0"]
 
 
 # ------------------------------------------------------------------------------------------------------- whose turn

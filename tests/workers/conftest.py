@@ -36,7 +36,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
         objects_dir=str(home / "objects"),
         run_dir=str(home / "run"),
         decode=settings.Decode(workers=1),
-        pose=settings.Pose(pass_detections=4, threads=1, batch_wait_ms=50),
+        pose=settings.Pose(pass_detections=4, threads=1, batch_requests=16),
     )
 
 
