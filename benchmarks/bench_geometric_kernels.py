@@ -13,14 +13,18 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from benchmarks.report import Table, write_json
+from posekit.engine import Instance, Rejection
 from posekit.geometric import kernels
 from posekit.geometric.engine import GeometricEngine
 from posekit.geometric.model import Shelf, prepare
+from posekit.geometric.observe import Observations, clean, together
+from posekit.geometric.picture import visible_surface
 from posekit.geometric.poses import Poses
 from posekit.geometry import rotation_grid
 from posekit.shapes import SHAPES
@@ -82,7 +86,43 @@ def calls() -> list[tuple[str, str, Call, Call]]:
             for run in (kernels.normal_equations, kernels.normal_equations_reference)
         ]
         rows.append(("normal_equations", f"{count} poses, {N} points", pulled[0], pulled[1]))
+    crop = _crop(some(1), shelf, K)
+    tolerance_m = 0.02 * shelf.diameter_m
+    for count, M in ((384, 96), (48, 192)):
+        model_points = visible_surface(shelf, some(count), M)
+        drawn_in = [
+            partial(run, shelf, crop, some(count), model_points, reach_m=2 * tolerance_m, through_m=tolerance_m)
+            for run in (kernels.outline_pull, kernels.outline_pull_reference)
+        ]
+        rows.append(("outline_pull", f"{count} poses, {M} points", drawn_in[0], drawn_in[1]))
+    dense = shelf.dense[torch.arange(1024) * (shelf.dense_samples // 1024)].expand(1, 8, -1, -1)
+    visible = torch.ones(1, 8, 1024, dtype=torch.bool)
+    polished = [
+        partial(run, shelf, crop, some(8), dense, visible, reach_m=3 * tolerance_m)
+        for run in (kernels.depth_pull, kernels.depth_pull_reference)
+    ]
+    rows.append(("depth_pull", "8 poses, 1024 points", polished[0], polished[1]))
     return rows
+
+
+def _crop(pose: Poses, shelf: Shelf, K: Tensor) -> Observations:
+    """What a camera sees of the object at `pose`, with a wall behind it."""
+    side = round(2 * float(K[0, 0, 2]))
+    one = torch.ones(1)
+    drawn_m = kernels.front(shelf, pose, K, cell_px=one, cell_m=one * DISTANCE_M / FOCAL_PX, rows=side, columns=side)[0]
+    mask = torch.isfinite(drawn_m[0, 0])
+    depth_m = torch.where(mask, drawn_m[0, 0], 2 * DISTANCE_M)
+    instance = Instance(
+        object_id=SHAPE,
+        rgb=np.full((side, side, 3), 128, dtype=np.uint8),
+        depth_m=depth_m.numpy(),
+        mask=mask.numpy(),
+        K=K[0].double().numpy(),
+        seed=0,
+    )
+    cleaned = clean(instance, float(shelf.diameter_m))
+    assert not isinstance(cleaned, Rejection)
+    return together([cleaned], shelf.diameter_m)
 
 
 def median_ms(call: Call, threads: int) -> float:

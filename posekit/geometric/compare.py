@@ -196,22 +196,37 @@ def _beyond(
     """Share (B, H) of the cells around poses on which the mask goes on at the depth that the pose ends with."""
     ring = _grown(drawn_near) & ~drawn_near
     tolerance = tolerance_m[:, None, None, None]
-    nearest = -torch.nn.functional.max_pool2d(-nearest_m, 3, stride=1, padding=1) - tolerance
-    farthest = torch.nn.functional.max_pool2d(farthest_m, 3, stride=1, padding=1) + tolerance
+    nearest = -_largest_around(-nearest_m) - tolerance
+    farthest = _largest_around(farthest_m) + tolerance
     goes_on = ring & readable & (seen_m > nearest) & (seen_m < farthest)
     return goes_on.sum(dim=(2, 3)) / ring.sum(dim=(2, 3)).clamp(min=1)
 
 
 def _range(depth_m: Tensor) -> tuple[Tensor, Tensor]:
     """Smallest and largest depth among each cell and its eight neighbours, empty ones (inf) left out."""
-    smallest = -torch.nn.functional.max_pool2d(-depth_m, 3, stride=1, padding=1)
+    smallest = -_largest_around(-depth_m)
     known = torch.where(torch.isfinite(depth_m), depth_m, -torch.inf)
-    return smallest, torch.nn.functional.max_pool2d(known, 3, stride=1, padding=1)
+    return smallest, _largest_around(known)
 
 
 def _grown(cells: Tensor) -> Tensor:
     """Boolean maps (B, H, rows, columns) grown by one cell."""
-    return torch.nn.functional.max_pool2d(cells.float(), 3, stride=1, padding=1) > 0.5
+    return _largest_around(cells.to(torch.uint8)) > 0
+
+
+def _largest_around(values: Tensor) -> Tensor:
+    """The largest of each value and its eight neighbours in the last two dimensions; beyond the edge nothing is."""
+    for dim in (-1, -2):
+        size = values.shape[dim]
+        largest = values.clone()
+        if size > 1:
+            before, after = values.narrow(dim, 0, size - 1), values.narrow(dim, 1, size - 1)
+            inner = largest.narrow(dim, 1, size - 1)
+            torch.maximum(inner, before, out=inner)
+            inner = largest.narrow(dim, 0, size - 1)
+            torch.maximum(inner, after, out=inner)
+        values = largest
+    return values
 
 
 def _colour_cost(seen: Tensor, albedo: Tensor, normal: Tensor, use: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from posekit.compiled import Kernel, load_kernels
 from posekit.geometric.model import Shelf
+from posekit.geometric.observe import Observations
 from posekit.geometric.poses import Poses
 from posekit.geometry import project
 
-OPS = ("explain", "front", "normal_equations")
+OPS = ("depth_pull", "explain", "front", "normal_equations", "outline_pull")
 _INDEX_BITS = 20  # of a key in a depth buffer: below the depth, the sample
 _FAR = 1 << 62
 _STEP_M = 1e-5  # of its depths
@@ -72,6 +73,45 @@ def normal_equations(
     equations = torch.ops.posekit.normal_equations(
         points, normals, poses.R, poses.t, trust, reach_m, shelf.spacing_m, _rim_m2(shelf), shelf.diameter_m / 2,
         *_tables(shelf),
+    )  # fmt: skip
+    return cast(tuple[Tensor, Tensor], equations)
+
+
+def outline_pull(
+    shelf: Shelf, observations: Observations, poses: Poses, model_points: Tensor, *, reach_m: Tensor, through_m: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The Gauss-Newton step that draws model points that the camera saw through sideways to the mask.
+
+    poses: (B, H); model_points: (B, H, M, 3), object frame; reach_m: (B,), a quarter of the distance at which a point
+    stops pulling; through_m: (B,), how far behind a point the camera must have seen to have seen through it. Returns
+    the Hessian (B, H, 6, 6) and the gradient (B, H, 6, 1) as `normal_equations` does, 0 where nothing pulls.
+    """
+    if kernel_for(model_points.device) == "reference":
+        return outline_pull_reference(shelf, observations, poses, model_points, reach_m=reach_m, through_m=through_m)
+    seen = observations
+    equations = torch.ops.posekit.outline_pull(
+        model_points, poses.R, poses.t, seen.K, seen.depth_m, seen.nearest_depth_m, seen.mask, seen.to_border,
+        seen.first_pixel, seen.width, seen.height, through_m, reach_m, shelf.diameter_m / 2,
+    )  # fmt: skip
+    return cast(tuple[Tensor, Tensor], equations)
+
+
+def depth_pull(
+    shelf: Shelf, observations: Observations, poses: Poses, surface: Tensor, visible: Tensor, *, reach_m: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The Gauss-Newton step that draws visible model points along their rays to the depth that was read there.
+
+    poses: (B, H); surface: (B, H, M, 6), points and normals in the object frame; visible: (B, H, M), bool; reach_m:
+    (B,), the distance at which a point stops pulling. Returns the Hessian (B, H, 6, 6) and the gradient (B, H, 6, 1) by
+    the turn about the object's origin (times half the diameter) and the shift, both in the camera frame; 0 where
+    nothing pulls.
+    """
+    if kernel_for(surface.device) == "reference":
+        return depth_pull_reference(shelf, observations, poses, surface, visible, reach_m=reach_m)
+    seen = observations
+    equations = torch.ops.posekit.depth_pull(
+        surface, visible, poses.R, poses.t, seen.K, seen.depth_m, seen.mask, seen.first_pixel, seen.width, seen.height,
+        reach_m, shelf.diameter_m / 2,
     )  # fmt: skip
     return cast(tuple[Tensor, Tensor], equations)
 
@@ -149,6 +189,49 @@ def normal_equations_reference(
     jacobian = torch.cat((torch.linalg.cross(x, normal) / radius, normal), dim=-1)  # (B, H, N, 6)
     weighted = jacobian * weight
     return weighted.mT @ jacobian, weighted.mT @ residual
+
+
+def outline_pull_reference(
+    shelf: Shelf, observations: Observations, poses: Poses, model_points: Tensor, *, reach_m: Tensor, through_m: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`outline_pull` in plain torch."""
+    in_camera = poses.to_camera(model_points)
+    _, _, through, _ = observations.classify(in_camera, through_m)
+    u, v = project(in_camera, observations.K)
+    flat, _ = observations.pixel(u, v)
+    way = observations.to_border.index_select(0, flat.reshape(-1)).reshape(*flat.shape, 2)
+    outside = ~observations.mask[flat]
+    scale = in_camera[..., 2:] / observations.K[:, 0, 0, None, None, None]
+    sideways = way * scale  # metres at the point's depth
+    distance = sideways.norm(dim=-1, keepdim=True)
+    direction = torch.cat((sideways / distance.clamp(min=1e-9), torch.zeros_like(distance)), dim=-1)
+    normal = direction @ poses.R  # object frame
+    robust = (1 - (distance / (4 * reach_m[:, None, None, None])) ** 2).clamp(min=0) ** 2
+    weight = 0.5 * robust * (through & outside)[..., None]
+    x = model_points + normal * distance
+    radius = (shelf.diameter_m / 2)[:, None, None, None]
+    jacobian = torch.cat((torch.linalg.cross(x, normal) / radius, normal), dim=-1)
+    weighted = jacobian * weight
+    return weighted.mT @ jacobian, weighted.mT @ distance
+
+
+def depth_pull_reference(
+    shelf: Shelf, observations: Observations, poses: Poses, surface: Tensor, visible: Tensor, *, reach_m: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`depth_pull` in plain torch."""
+    points = poses.to_camera(surface[..., :3])
+    normal = surface[..., 3:] @ poses.R.mT
+    pixel, inside = observations.pixel(*project(points, observations.K))
+    ray = points / points[..., 2:].clamp(min=1e-6)
+    read_m = observations.depth_m[pixel]
+    off = ((read_m - points[..., 2])[..., None] * ray * normal).sum(dim=-1)
+    weight = (visible & inside & (read_m > 0) & observations.mask[pixel]) * (normal * ray).sum(dim=-1).abs()
+    weight = weight * (1 - (off / reach_m[:, None, None]).square()).clamp(min=0).square()
+    arm = points - poses.t[:, :, None]
+    radius = (shelf.diameter_m / 2)[:, None, None, None]
+    jacobian = torch.cat((torch.linalg.cross(arm, normal) / radius, normal), dim=-1)
+    weighted = jacobian * weight[..., None]
+    return weighted.mT @ jacobian, weighted.mT @ off[..., None]
 
 
 def _slack_m(shelf: Shelf) -> Tensor:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from posekit.geometric.kernels import normal_equations
+from posekit.geometric.kernels import depth_pull, normal_equations, outline_pull
 from posekit.geometric.model import Shelf
 from posekit.geometric.observe import Observations
 from posekit.geometric.picture import Grid, draw, visible_surface
 from posekit.geometric.poses import Poses
 from posekit.geometric.score import tolerance_m
-from posekit.geometry import project, rotation_from_vector
+from posekit.geometry import rotation_from_vector
 
 POLISHED = 1024  # cells that a pose is polished on
 
@@ -42,7 +42,10 @@ def refine(
     for reach in reach_m:
         hessian, gradient = normal_equations(shelf, poses, seen, normals_seen, reach_m=reach, trust=trust)
         if visible:
-            pull_hessian, pull_gradient = _outline_pull(shelf, observations, poses, visible, reach, through_m)
+            model_points = visible_surface(shelf, poses, visible)
+            pull_hessian, pull_gradient = outline_pull(
+                shelf, observations, poses, model_points, reach_m=reach, through_m=through_m
+            )
             hessian = hessian + pull_hessian * (points / visible)
             gradient = gradient + pull_gradient * (points / visible)
         step = -_solved(hessian, gradient)
@@ -66,22 +69,12 @@ def polish(shelf: Shelf, observations: Observations, poses: Poses, steps: int = 
     visible = drawn.gather(2, chosen)
     sample = sample.flatten(2).gather(2, chosen)
     surface = shelf.dense.index_select(0, sample.reshape(-1)).reshape(*sample.shape, 6)
-    tolerance = tolerance_m(shelf, observations)[:, None, None]
+    tolerance = tolerance_m(shelf, observations)
     radius = (shelf.diameter_m / 2)[:, None, None]
     for index in range(steps):
         reach = tolerance * (3.0 if index < steps // 2 else 1.5)
-        points = poses.to_camera(surface[..., :3])
-        normal = surface[..., 3:] @ poses.R.mT
-        pixel, inside = observations.pixel(*project(points, observations.K))
-        ray = points / points[..., 2:].clamp(min=1e-6)
-        read_m = observations.depth_m[pixel]
-        off = ((read_m - points[..., 2])[..., None] * ray * normal).sum(dim=-1)
-        weight = (visible & inside & (read_m > 0) & observations.mask[pixel]) * (normal * ray).sum(dim=-1).abs()
-        weight = weight * (1 - (off / reach).square()).clamp(min=0).square()
-        arm = points - poses.t[:, :, None]
-        jacobian = torch.cat((torch.linalg.cross(arm, normal) / radius[..., None], normal), dim=-1)
-        weighted = jacobian * weight[..., None]
-        step = _solved(weighted.mT @ jacobian, weighted.mT @ off[..., None])
+        hessian, gradient = depth_pull(shelf, observations, poses, surface, visible, reach_m=reach)
+        step = _solved(hessian, gradient)
         turn = (step[..., :3] / radius).clamp(-0.1, 0.1)
         move = torch.maximum(torch.minimum(step[..., 3:], 0.1 * radius), -0.1 * radius)
         poses = Poses(rotation_from_vector(turn) @ poses.R, poses.t + move)
@@ -101,28 +94,3 @@ def _scattered(grid: Grid) -> Tensor:
     row, column = (torch.arange(count, dtype=torch.float64) for count in (grid.rows, grid.columns))
     number = (row[:, None] * 0.7548776662466927 + column * 0.5698402909980532) % 1.0
     return number.to(grid.cell_px)
-
-
-def _outline_pull(
-    shelf: Shelf, observations: Observations, poses: Poses, visible: int, reach: Tensor, through_m: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Normal equations (B, H, 6, 6), (B, H, 6, 1) that draw seen-through model points sideways to the mask."""
-    model_points = visible_surface(shelf, poses, visible)  # (B, H, M, 3)
-    in_camera = poses.to_camera(model_points)
-    _, _, through, _ = observations.classify(in_camera, through_m)
-    u, v = project(in_camera, observations.K)
-    flat, _ = observations.pixel(u, v)
-    way = observations.to_border.index_select(0, flat.reshape(-1)).reshape(*flat.shape, 2)
-    outside = ~observations.mask[flat]
-    scale = in_camera[..., 2:] / observations.K[:, 0, 0, None, None, None]
-    sideways = way * scale  # metres at the point's depth
-    distance = sideways.norm(dim=-1, keepdim=True)
-    direction = torch.cat((sideways / distance.clamp(min=1e-9), torch.zeros_like(distance)), dim=-1)
-    normal = direction @ poses.R  # object frame
-    robust = (1 - (distance / (4 * reach[:, None, None, None])) ** 2).clamp(min=0) ** 2
-    weight = 0.5 * robust * (through & outside)[..., None]
-    x = model_points + normal * distance
-    radius = (shelf.diameter_m / 2)[:, None, None, None]
-    jacobian = torch.cat((torch.linalg.cross(x, normal) / radius, normal), dim=-1)
-    weighted = jacobian * weight
-    return weighted.mT @ jacobian, weighted.mT @ distance

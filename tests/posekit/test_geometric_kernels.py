@@ -17,6 +17,7 @@ from torch import Tensor
 from posekit.geometric import kernels
 from posekit.geometric.engine import GeometricEngine
 from posekit.geometric.model import Prepared, Shelf, prepare
+from posekit.geometric.observe import Observations
 from posekit.geometric.poses import Poses
 from posekit.geometry import rotation_from_vector
 from posekit.shapes import SHAPES
@@ -227,6 +228,136 @@ def test_a_prefix_of_trust_and_one_row_for_all_give_what_their_copies_give():
             assert torch.equal(mine, other)
 
 
+# ---- outline pull and depth pull
+
+MODEL_POINTS = 70
+
+
+def crops(on: Shelf) -> Observations:
+    """Each object at its first pose before a wall 0.4 m behind it, with cells for pixels; some have no reading."""
+    drawn_m = picture(on)[0][:, 0]  # (B, rows, columns)
+    mask = torch.isfinite(drawn_m)
+    depth_m = torch.where(mask, drawn_m, 1.0) + 0.001 * random(*drawn_m.shape, seed=5)
+    depth_m = depth_m.where(random(*drawn_m.shape, seed=6) < 1.5, 0.0)
+    far = torch.where(depth_m > 0, depth_m, torch.inf)
+    nearest_m = -torch.nn.functional.max_pool2d(-far, 3, stride=1, padding=1)
+    B, rows, columns = drawn_m.shape
+    camera = intrinsics(on) / 4
+    camera[:, :2, 2] -= 0.375  # the middles of cells that are four pixels wide
+    camera[:, 2, 2] = 1.0
+    nothing = torch.zeros(0)
+    return Observations(
+        **dict.fromkeys(("points", "normals", "colours", "members", "seed_points", "seed_centres", "noise_m"), nothing),
+        **dict.fromkeys(("rgb", "grey"), nothing),
+        K=camera,
+        width=torch.full((B,), columns),
+        height=torch.full((B,), rows),
+        depth_m=depth_m.flatten(),
+        nearest_depth_m=nearest_m.flatten(),
+        mask=mask.flatten(),
+        to_border=4 * random(B * rows * columns, 2, seed=7),
+        first_pixel=torch.arange(B) * rows * columns,
+    )
+
+
+def surface_of(on: Shelf) -> Tensor:
+    """Points of the surface with their normals for every pose, (B, H, M, 6), object frame."""
+    sample = on.first_sample[:, None] + torch.arange(MODEL_POINTS) * (on.samples // MODEL_POINTS)
+    return on.surface[sample][..., :6][:, None].expand(-1, POSES, -1, -1)
+
+
+def outline(on: Shelf, poses: Poses, run=kernels.outline_pull, seen: Observations | None = None):
+    limits = {"reach_m": 0.1 * on.diameter_m, "through_m": 0.02 * on.diameter_m}
+    return run(on, seen or crops(on), poses, surface_of(on)[..., :3], **limits)
+
+
+def depth(on: Shelf, poses: Poses, run=kernels.depth_pull, seen: Observations | None = None):
+    visible = random(len(on.diameter_m), POSES, MODEL_POINTS, seed=8) < 1
+    return run(on, seen or crops(on), poses, surface_of(on), visible, reach_m=0.05 * on.diameter_m)
+
+
+PULLS = [(outline, kernels.outline_pull_reference), (depth, kernels.depth_pull_reference)]
+
+
+@pytest.mark.parametrize("names", [("mug",), ("housing", "mug", "carton")])
+@pytest.mark.parametrize("pull, reference", PULLS, ids=["outline", "depth"])
+def test_a_pull_matches_its_reference(names, pull, reference):
+    on = shelf(*names)
+    poses = observed(on)[0]
+    hessian, gradient = pull(on, poses)
+    hessian_there, gradient_there = pull(on, poses, reference)
+    assert (hessian.shape, gradient.shape) == ((len(names), POSES, 6, 6), (len(names), POSES, 6, 1))
+    assert torch.equal(hessian, hessian.mT)
+    pulled = hessian_there.abs().amax(dim=(2, 3)) > 0
+    assert 0.3 < pulled.float().mean() < 1  # most poses are pulled, and those behind the camera are not
+    size = hessian_there.abs().amax(dim=(2, 3), keepdim=True).clamp(min=1e-3)
+    almost_all_close(hessian, hessian_there, size)
+    almost_all_close(gradient, gradient_there, size * 0.1 * on.diameter_m[:, None, None, None])
+
+
+def test_the_outline_does_not_pull_a_pose_that_keeps_inside_it():
+    on = shelf("housing")
+    true = Poses(*(part[:, :1].expand(-1, POSES, *part.shape[2:]) for part in (observed(on)[0].R, observed(on)[0].t)))
+    seen = crops(on)
+    everywhere = replace(seen, mask=torch.ones_like(seen.mask))
+    hessian, gradient = outline(on, true, seen=everywhere)
+    assert not hessian.any()
+    assert not gradient.any()
+
+
+def test_the_depth_draws_a_pose_that_is_too_near_back_along_its_rays():
+    on = shelf("housing")
+    poses = observed(on)[0]
+    depth_m, sample = picture(on)
+    surface = on.dense[sample[0, 0][torch.isfinite(depth_m[0, 0])]][None, None]  # what the first pose shows
+    near = Poses(poses.R[:, :1], poses.t[:, :1] - torch.tensor([0, 0, 0.004]))
+    visible = torch.ones(surface.shape[:3], dtype=torch.bool)
+    hessian, gradient = kernels.depth_pull(on, crops(on), near, surface, visible, reach_m=0.1 * on.diameter_m)
+    step = torch.linalg.solve(hessian, gradient)[0, 0, :, 0]
+    assert (step[3:] - torch.tensor([0, 0, 0.004])).norm() < 0.001
+    assert step[:3].norm() < 0.001
+
+
+@compiled
+@pytest.mark.parametrize("pull, reference", PULLS, ids=["outline", "depth"])
+def test_a_pull_has_the_same_bits_alone_and_in_company(pull, reference):
+    names = ("housing", "mug", "carton")
+    on = shelf(*names)
+    seen, poses = crops(on), observed(on)[0]
+    both = pull(on, poses, seen=seen)
+    pixels = len(seen.depth_m) // 3
+    for index in range(3):
+        row, cells = slice(index, index + 1), slice(index * pixels, (index + 1) * pixels)
+        maps = {name: getattr(seen, name)[cells] for name in ("depth_m", "nearest_depth_m", "mask", "to_border")}
+        maps |= {"K": seen.K[row], "width": seen.width[row], "height": seen.height[row]}
+        own = replace(seen, **maps, first_pixel=seen.first_pixel[:1])
+        one = shelf(names[index])
+        if pull is depth and index:
+            continue  # which of its points are visible is drawn for all three at once
+        for together, single in zip(both, pull(one, Poses(poses.R[row], poses.t[row]), seen=own), strict=True):
+            assert torch.equal(together[index], single[0])
+
+
+@compiled
+@pytest.mark.parametrize("pull, reference", PULLS, ids=["outline", "depth"])
+def test_poses_that_are_not_numbers_pull_nowhere(pull, reference):
+    on = shelf("mug")
+    poses = observed(on)[0]
+    R, t = poses.R.clone(), poses.t.clone()
+    R[:, 0], t[:, 1], t[:, 2] = torch.nan, torch.nan, torch.inf
+    for answer in pull(on, Poses(R, t)):
+        assert torch.isfinite(answer).all()
+        assert not answer[:, :3].any()
+
+
+@compiled
+def test_maps_that_end_before_their_crop_are_refused():
+    on = shelf("mug")
+    seen = crops(on)
+    with pytest.raises(RuntimeError, match="the maps end before crop 0"):
+        depth(on, observed(on)[0], seen=replace(seen, height=seen.height + 1))
+
+
 # ---- all of them
 
 
@@ -284,6 +415,16 @@ def test_the_ops_keep_what_their_schemas_promise():
         "explain": (points, normals, poses.R, poses.t, on.cell_m, on.cell_m, *tables),
         "normal_equations": (points, normals, poses.R, poses.t, None, *[on.cell_m] * 4, *tables),
     }
+    seen, surface = crops(on), surface_of(on)
+    size = (seen.first_pixel, seen.width, seen.height)
+    calls["outline_pull"] = (
+        *(surface[..., :3], poses.R, poses.t, seen.K, seen.depth_m, seen.nearest_depth_m, seen.mask, seen.to_border),
+        *(*size, *[on.cell_m] * 3),
+    )
+    visible = torch.ones(surface.shape[:3], dtype=torch.bool)
+    calls["depth_pull"] = (
+        *(surface, visible, poses.R, poses.t, seen.K, seen.depth_m, seen.mask, *size, on.cell_m, on.cell_m),
+    )
     assert calls.keys() == set(kernels.OPS)
     for op, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.posekit, op).default, arguments, test_utils="test_schema")
@@ -332,6 +473,7 @@ def test_without_a_library_the_references_answer(monkeypatch):
             kernels.normal_equations(on, *seen, reach_m=on.diameter_m),
             kernels.normal_equations_reference(on, *seen, reach_m=on.diameter_m),
         ),
+        *((pull(on, seen[0]), pull(on, seen[0], reference)) for pull, reference in PULLS),
     ]
     for ours, theirs in pairs:
         for mine, other in zip(ours, theirs, strict=True):
