@@ -51,6 +51,7 @@ runtime)
 test)
     command -v promtool >/dev/null 2>&1 || missing="$missing prometheus"
     command -v chromium >/dev/null 2>&1 || missing="$missing chromium"
+    command -v nginx >/dev/null 2>&1 || missing="$missing nginx-light"
     command -v curl >/dev/null 2>&1 || missing="$missing curl"
     ;;
 *) fail "say runtime or test, not '$part'" ;;
