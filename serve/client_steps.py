@@ -9,6 +9,7 @@ import io
 import ipaddress
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -223,7 +224,7 @@ class Verbs:
             attempt += 1
 
     def _step(self, call: _Call, end: float | None) -> _Send:
-        headers = {"Accept": call.accept}
+        headers = {"Accept": call.accept} | _trace_headers()
         if call.content_type:
             headers["Content-Type"] = call.content_type
         timeout_s = self._timeout_s
@@ -385,3 +386,16 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _trace_headers() -> dict[str, str]:
+    """The span that the calling code is in, where it uses OpenTelemetry: the server's span becomes its child."""
+    trace = sys.modules.get("opentelemetry.trace")  # not imported by us: who does not use it pays nothing
+    if trace is None:
+        return {}
+    span = trace.get_current_span().get_span_context()
+    if not span.is_valid:
+        return {}
+    headers = {"traceparent": f"00-{span.trace_id:032x}-{span.span_id:016x}-{span.trace_flags:02x}"}
+    state = span.trace_state.to_header()
+    return headers | ({"tracestate": state} if state else {})

@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from serve import schemas
+from serve.tracing import Trace
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -45,6 +46,7 @@ class Call:
     peer: str
     request_id: str
     arrived: float
+    trace: Trace
     client: str = ""
     body_read: bool = False
     body_received: float = 0.0
@@ -55,7 +57,8 @@ class Call:
     detail: str | None = None  # of the error, for the log
     field: str | None = None  # at fault, likewise
     rejected: dict[str, int] | None = None  # detections without a pose, by reason
-    release: str | None = None  # what answered
+    engine: str | None = None  # what answered
+    release: str | None = None  # likewise
 
     async def receive(self) -> dict[str, Any]:
         """ASGI's receive, noting when the body has ended."""
@@ -96,6 +99,7 @@ class Call:
             peer=peer[0] if peer else "unknown",
             request_id=given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12),
             arrived=time.monotonic(),
+            trace=Trace.of(scope["headers"]),
         )
 
     async def gone(self) -> None:

@@ -29,15 +29,16 @@ from serve.exchange import FORM, JSON, MSGPACK, Answer, Call, Receive, Scope, Se
 from serve.ism import IsmClient
 from serve.keys import KeyFileError, KeyRing
 from serve.metrics import CONTENT_TYPE as METRICS_TYPE
-from serve.metrics import Metrics
+from serve.metrics import Metrics, route_label
 from serve.objects import Objects, Resolved, inside
 from serve.parse import Question
 from serve.queue import PoseQueue
 from serve.retention import Outputs
 from serve.settings import Settings
 from serve.spool import RunDir
+from serve.tracing import Tracing
 from workers.engines import versions
-from workers.messages import Job
+from workers.messages import Job, PartAnswer
 from workers.state import WorkerState
 
 log = structlog.get_logger()
@@ -60,6 +61,7 @@ class Gateway:
         *,
         offer: Offer,
         device: str,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
         self.backend = backend
@@ -72,6 +74,7 @@ class Gateway:
         self.draining = False
         self.keys = KeyRing(settings.keys_path)
         self.metrics = Metrics(settings.metrics.objects)
+        self.tracing = tracing or Tracing()
         self.objects = Objects(settings, backend, engines)
         self.objects.lost = backend.lost
         self.ism = IsmClient(settings.ism)
@@ -81,7 +84,8 @@ class Gateway:
             run_dir,
             settings.queue,
             pass_detections=backend.stages.pose.pass_detections,
-            on_part=lambda answer, waited_s: self.metrics.part(answer, self.objects.label, waited_s=waited_s),
+            on_part=self._part_answered,
+            on_dispatch=self.metrics.dispatched,
         )
         self.in_flight = 0
         self._in_flight_bytes = 0
@@ -138,6 +142,10 @@ class Gateway:
         self.metrics.worker_gone(worker.pid)
         self.metrics.restarted()
 
+    def _part_answered(self, answer: PartAnswer, waited_s: float) -> None:
+        self.metrics.part(answer, self.objects.label, waited_s=waited_s)
+        self.tracing.part(answer, waited_s)
+
     def _count_cache(self, worker: WorkerState) -> None:
         info = worker.info
         if worker.stage == "pose" and "cache_hits" in info:
@@ -160,6 +168,7 @@ class Gateway:
                 await send({"type": "websocket.close", "code": 1008})
             return
         call = Call.of(scope, receive)
+        self.tracing.begin(call.trace, call.method, route_label(call.path))
         try:
             answer = await self._answer(call)
         except ClientGone:
@@ -168,6 +177,7 @@ class Gateway:
             return
         answer.headers["X-Request-Id"] = call.request_id
         answer.headers["Server-Timing"] = call.server_timing
+        answer.headers["traceparent"] = call.trace.own.traceparent
         if call.sends_body and not call.body_read:
             # Whoever is still sending would never see the answer if the connection were closed under the body.
             patient = call.error != "body_timeout" and "expect" not in call.headers
@@ -284,6 +294,19 @@ class Gateway:
             field=call.field,
             rejected=call.rejected or None,
             client=call.client,
+            trace_id=call.trace.own.trace_id,
+        )
+        self.tracing.end(
+            call.trace,
+            status,
+            {
+                "pem.request_id": call.request_id,
+                "pem.detections": call.detections,
+                "pem.poses": call.poses,
+                "pem.engine": call.engine,
+                "pem.release": call.release,
+                "error.type": call.error,
+            },
         )
 
     # ----------------------------------------------------------------------------------------------- pose requests
@@ -304,6 +327,7 @@ class Gateway:
         self._check_taking()
         with self._held(call):
             request, protocol = await self._read(call, kind)
+            call.trace.add("read", call.trace.begun_unix, call.trace.unix(call.body_received))
             question = ask(request, protocol, self.settings.limits)
             deadline = self._deadline(call, question)
             call.detections = len(question.detections)
@@ -392,12 +416,12 @@ class Gateway:
         count = max(len(question.detections), 1 if whole else 0)
         self.queue.admit(call.client, count, deadline - time.monotonic(), engine)
         try:
-            resolved = await self._resolve(question, deadline, engine)
+            resolved = await self._resolve(call, question, deadline, engine)
         except ApiError as error:
             if error.code != "onboarding_failed" or engine != "sam6d" or not self.settings.sam6d.fallback:
                 raise
             engine, reason = "geometric", error.detail
-            resolved = await self._resolve(question, deadline, engine)
+            resolved = await self._resolve(call, question, deadline, engine)
         ism_ms: float | None = None
         if whole:
             ism_ms = await self._ask_ism(call, question, deadline)
@@ -407,7 +431,8 @@ class Gateway:
         self.queue.admit(call.client, len(question.detections), left_s, engine)  # others came meanwhile
         job = self._job(call, question, resolved, engine, output_dir, deadline)
         try:
-            solution = await self.queue.solve(job, call.client, deadline)
+            with self.tracing.queued(job.request_id, call.trace):
+                solution = await self.queue.solve(job, call.client, deadline)
         except ApiError as error:
             if whole and (error.field or "").startswith(question.field_prefix):  # a mask that the client never sent
                 log.warning("ism_mask_broken", id=call.request_id, field=error.field, detail=error.detail)
@@ -421,15 +446,25 @@ class Gateway:
             reason = self.degraded or "the network could not be used"
         if reason is not None:
             solution.warnings.append(f"degraded: the geometric engine stood in for the network: {reason}")
-        call.release = self.releases[solution.engine]
+        call.engine, call.release = solution.engine, self.releases[solution.engine]
         found = await asyncio.to_thread(answers.found_detections, question, solution.rows) if whole else None
         return answers.pose_answer(
             call, question, resolved, solution, degraded=reason is not None, ism_ms=ism_ms, found=found
         )
 
-    async def _resolve(self, question: Question, deadline: float, engine: str) -> list[Resolved]:
+    async def _resolve(self, call: Call, question: Question, deadline: float, engine: str) -> list[Resolved]:
         one = partial(self.objects.resolve, unit=question.model_unit, deadline=deadline, engine=engine)
-        return await asyncio.gather(*(one(choice) for choice in question.choices))
+        begun_unix, waited = time.time(), False
+        try:
+            resolved = await asyncio.gather(*(one(choice) for choice in question.choices))
+            waited = any(each.onboard_ms is not None for each in resolved)
+        except ApiError as error:
+            waited = error.code in ("onboarding", "onboarding_failed")
+            raise
+        finally:
+            if waited:
+                call.trace.add("onboard", begun_unix, time.time(), {"pem.engine": engine})
+        return resolved
 
     def _engine(self, asked: str) -> tuple[str, str | None]:
         """The engine for a request, and why it is not the one that the request would have had."""
@@ -460,15 +495,17 @@ class Gateway:
     async def _ask_ism(self, call: Call, question: Question, deadline: float) -> float:
         begun = time.monotonic()
         assert question.template_dir is not None
-        found = await self.ism.find(
-            rgb=question.rgb,
-            depth=question.depth,
-            cam_params=question.cam_params,
-            template_dir=question.template_dir,
-            cad_path=question.ism_cad_path,
-            deadline_unix=time.time() + deadline - begun,
-            request_id=call.request_id,
-        )
+        with call.trace.asking("ism") as context:
+            found = await self.ism.find(
+                rgb=question.rgb,
+                depth=question.depth,
+                cam_params=question.cam_params,
+                template_dir=question.template_dir,
+                cad_path=question.ism_cad_path,
+                deadline_unix=time.time() + deadline - begun,
+                request_id=call.request_id,
+                headers=context.headers,
+            )
         self.metrics.stage("ism", found.seconds)
         parse.detections_from_ism(question, found.masks, found.boxes, found.scores, found.object_ids)
         call.detections = len(question.detections)
@@ -658,12 +695,17 @@ class Gateway:
 
     async def metrics_page(self, call: Call) -> Answer:
         """`GET /metrics`"""
-        for worker in self.backend.workers.values():
+        workers = list(self.backend.workers.values())
+        for worker in workers:
             self._count_cache(worker)
         self.metrics.model(engine=self.engine, release=self.release, sha256=self.sha256 or "")
+        self.metrics.ready(self.ready)
         self.metrics.degraded(self.degraded is not None)
         self.metrics.queue(self.queue.waiting_detections)
         self.metrics.draining(self.draining)
+        self.metrics.worker_counts(self.backend.worker_counts())
+        self.metrics.devices(self.backend.stages.devices, workers)
+        self.metrics.processes(workers)
         return Answer(200, self.metrics.expose(await self.backend.metrics_text()), METRICS_TYPE)
 
     async def openapi_json(self, call: Call) -> Answer:

@@ -11,6 +11,7 @@ import asyncio
 import math
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -81,12 +82,13 @@ class IsmClient:
         *,
         deadline_unix: float = math.inf,
         request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Found:
         """Every detection of the picture.
 
         rgb, depth: encoded files, passed on as they are; template_dir, cad_path, output_dir: the ISM server's own
-        paths; deadline_unix: time.time() after which no answer is of use. Raises ApiError: `no_ism`, `ism_failed`,
-        `deadline`.
+        paths; deadline_unix: time.time() after which no answer is of use; headers: of the trace, sent along.
+        Raises ApiError: `no_ism`, `ism_failed`, `deadline`.
         """
         if self._url is None:
             raise ApiError("no_ism", "no instance-segmentation server is configured: send the detections yourself")
@@ -101,7 +103,7 @@ class IsmClient:
             question["output_dir"] = output_dir
         body = msgspec.json.encode(question)
         started = time.monotonic()
-        text = await self._ask(body, deadline_unix, request_id)
+        text = await self._ask(body, deadline_unix, request_id, headers or {})
         return _found(text, time.monotonic() - started, request_id)
 
     async def healthy(self) -> bool:
@@ -126,25 +128,29 @@ class IsmClient:
             self._session = aiohttp.ClientSession(auto_decompress=True, trust_env=False)
         return self._session
 
-    async def _ask(self, body: bytes, deadline_unix: float, request_id: str | None) -> bytes:
+    async def _ask(
+        self, body: bytes, deadline_unix: float, request_id: str | None, headers: Mapping[str, str]
+    ) -> bytes:
         """The text of a 200, after at most one retry."""
-        first = await self._try(body, deadline_unix, request_id)
+        first = await self._try(body, deadline_unix, request_id, headers)
         if isinstance(first, bytes):
             return first
         await asyncio.sleep(max(0.0, min(_RETRY_PAUSE_S, deadline_unix - time.time())))
-        second = await self._try(body, deadline_unix, request_id)
+        second = await self._try(body, deadline_unix, request_id, headers)
         if isinstance(second, bytes):
             return second
         raise ApiError("ism_failed", f"the instance-segmentation server {second}, twice in a row")
 
-    async def _try(self, body: bytes, deadline_unix: float, request_id: str | None) -> bytes | str:
+    async def _try(
+        self, body: bytes, deadline_unix: float, request_id: str | None, headers: Mapping[str, str]
+    ) -> bytes | str:
         """The text of a 200, or in words what is worth a retry; raises what is not."""
         left_s = deadline_unix - time.time()
         if left_s <= 0:
             raise ApiError("deadline", "the deadline passed before the instance-segmentation server answered")
         limit_s = min(self._settings.timeout_s, left_s)
         timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=self._settings.connect_timeout_s)
-        headers = {"Content-Type": "application/json"} | ({"X-Request-Id": request_id} if request_id else {})
+        headers = {"Content-Type": "application/json", **headers} | ({"X-Request-Id": request_id} if request_id else {})
         try:
             async with self._open().post(
                 cast(str, self._url) + _INFERENCE, data=body, headers=headers, timeout=timeout, allow_redirects=False

@@ -91,7 +91,8 @@ def dropped_lines() -> int:
 
 # ------------------------------------------------------------------------------------------------------- what we log
 
-_QUIET_ROUTES: Final = frozenset(
+#: Asked for by machines, every few seconds: lines of level debug, and no traces.
+QUIET_ROUTES: Final = frozenset(
     {"/livez", "/readyz", "/metrics", "/api/v1/health", "/v2/health/live", "/v2/health/ready", "/v2/models/pem/ready"}
 )
 
@@ -114,12 +115,12 @@ def log_request(
     """The one line of a request.
 
     detections: how many were sent; poses: how many of them were solved; timing: the answer's receipt; error: its code.
-    Further fields (an error's detail and field, the client) are added where they are not None.
+    Further fields (an error's detail and field, the client, the trace's id) are added where they are not None.
     Probes are of level debug, 500 is error, what the operator may want to look at (429, 5xx) is warning.
     """
     level = "error" if status == 500 else "warning" if status == 429 or status > 500 else "info"
     progress = method == "GET" and route.startswith("/api/v1/objects/") and status < 400
-    if progress or (route in _QUIET_ROUTES and (status < 400 or status == 503)):  # "not yet" is an answer, too
+    if progress or (route in QUIET_ROUTES and (status < 400 or status == 503)):  # "not yet" is an answer, too
         level = "debug"
     line: dict[str, Any] = {"id": request_id, "method": method, "route": route, "status": status}
     line["ms"] = round(seconds * 1000, 1)
@@ -517,6 +518,7 @@ class Console:
             parts = (f"{name.removesuffix('_ms')} {timing[name]:.0f}" for name in _STAGES if timing.get(name))
             columns.append(", ".join(parts) + " ms")
         rest.pop("client", None)  # in the file: it is the same for long
+        rest.pop("trace_id", None)  # likewise: a person has the id of the request
         return "  ".join(columns)
 
     def _paint(self, text: str, code: str) -> str:

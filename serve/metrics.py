@@ -8,19 +8,22 @@ anew, since its text is neither of the two formats that Prometheus reads.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Literal
 
 import prometheus_client
 from msgspec import UnsetType
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from posekit.engine import REJECT_CODES
 from serve.errors import CODES
+from serve.processes import STAGES as PROCESS_STAGES
+from serve.processes import Processes
 from workers.messages import PartAnswer
+from workers.state import WorkerState
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OTHER: Final = "other"  # the label of whatever is not on a list, so that no client can make labels
@@ -43,10 +46,12 @@ ROUTES: Final = (
     "/v2/models/pem",
     "/v2/models/pem/ready",
 )
+READY_ROUTES: Final = ("/readyz", "/v2/health/ready", "/v2/models/pem/ready")
 _OBJECT: Final = "/api/v1/objects/"
 
 Stage = Literal["decode", "pose", "respond", "ism", "onboard"]
 STAGES: Final = ("decode", "pose", "respond", "ism", "onboard")
+DISPATCH_REASONS: Final = ("idle", "full", "window")
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -68,6 +73,8 @@ class Metrics:
         self._objects = frozenset(objects)
         self._caches: dict[int, tuple[int, int, int]] = {}  # pid -> hits, misses, bytes as last reported
         self._models: dict[str, tuple[str, ...]] = {}  # track -> labels
+        self._stages_staffed: set[str] = set()
+        self._processes = Processes()
 
         self.requests = self._counter("pose_requests", "Requests answered, by route and HTTP status.", "route", "code")
         self.detections = self._counter(
@@ -87,6 +94,15 @@ class Metrics:
         )
         self.pass_detections = self._histogram("pose_pass_detections", "Detections that shared a pass.", _COUNTS)
         self.pass_requests = self._histogram("pose_pass_requests", "Requests that shared a pass.", _REQUESTS)
+        self.dispatches = self._counter(
+            "pose_pass_dispatch", "Passes let into the pipeline, by why they waited no longer.", "reason"
+        )
+        self.device_busy = self._counter(
+            "pose_device_busy_seconds", "Time that passes took, by device; counted when their answers arrive.", "device"
+        )
+        self.device_memory = self._gauge(
+            "pose_device_memory_bytes", "Memory of a GPU, as its pose worker sees it.", "device", "kind"
+        )
         self.waiting = self._gauge("pose_queue_detections", "Detections waiting in the gateway.")
         self.score = self._histogram("pose_score", "Confidence of the poses answered.", _SCORES, "object")
         self.residual_mm = self._histogram(
@@ -101,9 +117,16 @@ class Metrics:
         self.kernel_info = self._gauge(
             "pose_kernel_info", "Which kernel each operation runs on; always 1.", "op", "kernel"
         )
+        self.is_ready = self._gauge("pose_ready", "1 while pose requests are taken, as /readyz says.")
         self.is_degraded = self._gauge("pose_degraded", "1 while the geometric engine stands in for the network.")
         self.is_draining = self._gauge("pose_draining", "1 while the server finishes and takes nothing new.")
+        self.workers = self._gauge("pose_workers", "Workers that can take work now, by stage.", "stage")
         self.restarts = self._counter("pose_worker_restarts", "Worker processes that ended and were replaced.")
+        self.process_cpu = _ProcessSeconds()
+        self.registry.register(self.process_cpu)
+        self.process_resident = self._gauge(
+            "pose_process_resident_bytes", "Resident memory of the processes of a stage, shared pages in each.", "stage"
+        )
         self._start_at_zero()
 
     # ------------------------------------------------------------------------------------------------- what happened
@@ -133,6 +156,7 @@ class Metrics:
         for one in answer.passes:
             self.pass_detections.observe(one.detections)
             self.pass_requests.observe(one.requests)
+            self.device_busy.labels(one.device).inc(one.seconds)
         for row in answer.rows:
             self.detections.labels(answer.engine, row.status).inc()
             if not isinstance(row.error, UnsetType):
@@ -153,6 +177,10 @@ class Metrics:
         """A stage worked for so long; `part` counts those that it knows of."""
         self.stage_seconds.labels(stage).observe(seconds)
 
+    def dispatched(self, reason: str) -> None:
+        """A pass was let into the pipeline. `reason`: one of DISPATCH_REASONS."""
+        self.dispatches.labels(reason if reason in DISPATCH_REASONS else OTHER).inc()
+
     def restarted(self, workers: int = 1) -> None:
         """Worker processes ended and were replaced."""
         self.restarts.inc(workers)
@@ -162,6 +190,10 @@ class Metrics:
     def queue(self, detections: int) -> None:
         """So many detections wait in the gateway now."""
         self.waiting.set(detections)
+
+    def ready(self, now: bool) -> None:
+        """Whether pose requests are taken."""
+        self.is_ready.set(now)
 
     def draining(self, now: bool) -> None:
         """Whether the server is finishing."""
@@ -184,6 +216,32 @@ class Metrics:
         self.kernel_info.clear()
         for op, kernel in kernels.items():
             self.kernel_info.labels(op, kernel).set(1)
+
+    def worker_counts(self, ready: Mapping[str, int]) -> None:
+        """Workers that can take work, by stage; a stage that was there once stays, at zero."""
+        self._stages_staffed |= ready.keys()
+        for stage in self._stages_staffed:
+            self.workers.labels(stage).set(ready.get(stage, 0))
+
+    def devices(self, names: Sequence[str], workers: Iterable[WorkerState]) -> None:
+        """The devices that compute, by slot, and the memory of those whose pose workers tell of it, added up."""
+        for name in names:
+            self.device_busy.labels(name)
+        self.device_memory.clear()
+        for worker in workers:
+            memory = worker.info.get("device_memory")
+            if worker.stage == "pose" and worker.slot < len(names) and memory:
+                device = names[worker.slot]
+                for kind in ("allocated", "reserved"):
+                    self.device_memory.labels(device, kind).inc(memory[kind])
+                self.device_memory.labels(device, "total").set(memory["total"])
+
+    def processes(self, workers: Iterable[WorkerState]) -> None:
+        """Look at what this process and all below it take; `workers` says which stage is whose."""
+        usage = self._processes.look({worker.pid: worker.stage for worker in workers})
+        self.process_cpu.seconds = {stage: one.cpu_s for stage, one in usage.items()}
+        for stage, one in usage.items():
+            self.process_resident.labels(stage).set(one.resident_bytes)
 
     def cache(self, pid: int, hits: int, misses: int, cached_bytes: int) -> None:
         """A pose worker's object cache as it reports itself: counted since that worker's start.
@@ -219,6 +277,8 @@ class Metrics:
                 self.requests.labels(route, str(status))
         for route in ROUTES:
             self.requests.labels(route, "200")
+        for route in READY_ROUTES:
+            self.requests.labels(route, "503")
         for engine in ("geometric", "sam6d"):
             for status_word in ("ok", "rejected"):
                 self.detections.labels(engine, status_word)
@@ -226,6 +286,10 @@ class Metrics:
             self.rejections.labels(reason)
         for stage in STAGES:
             self.stage_seconds.labels(stage)
+        for reason in DISPATCH_REASONS:
+            self.dispatches.labels(reason)
+        for stage in PROCESS_STAGES:
+            self.process_resident.labels(stage)
         for name in (*sorted(self._objects), OTHER):
             self.score.labels(name)
             self.residual_mm.labels(name)
@@ -241,6 +305,20 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float], *labels: str) -> Histogram:
         return Histogram(name, text, labels, registry=self.registry, buckets=tuple(buckets))
+
+
+class _ProcessSeconds(Collector):
+    """A counter that is read elsewhere: its whole values are set, not what they grew by."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(PROCESS_STAGES, 0.0)
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Processor time of the processes of a stage, those that ended included."
+        family = CounterMetricFamily("pose_process_cpu_seconds", text, labels=["stage"])
+        for stage, seconds in self.seconds.items():
+            family.add_metric([stage], seconds)
+        yield family
 
 
 class _Page(Collector):
@@ -270,6 +348,7 @@ _MOSEC_HELP: Final = {
     "remaining_task": "Tasks inside the Mosec backend.",
 }
 
+_CONNECTION: Final = re.compile(r',?connection="[^"]*"')
 #: Mosec declares a counter by the name that its samples have without `_total`, as OpenMetrics does.
 _COUNTER: Final = re.compile(r"^# TYPE (\S+?)(?:_total)? counter$", re.MULTILINE)
 
@@ -278,10 +357,9 @@ def mosec_families(text: str | None, taken: Iterable[str] = ()) -> list[Metric]:
     """Mosec's five families out of its own text, the `connection` label summed away; empty where it does not parse."""
     if not text:
         return []
-    text = "\n".join(line for line in text.splitlines() if not line.startswith("# HELP") and line != "# EOF")
-    text = _COUNTER.sub(r"# TYPE \1_total counter", text)
     try:
-        parsed = list(text_string_to_metric_families(text + "\n"))
+        text = _COUNTER.sub(r"# TYPE \1_total counter", _without_connections(text))
+        parsed = list(text_string_to_metric_families(text))
     except (ValueError, KeyError, IndexError):
         return []
     refused = set(taken)
@@ -291,20 +369,30 @@ def mosec_families(text: str | None, taken: Iterable[str] = ()) -> list[Metric]:
         if help_text is None or family.name in refused:
             continue
         refused.add(family.name)
-        families.append(_summed(family, help_text))
+        families.append(_in_order(family, help_text))
     return families
 
 
-def _summed(family: Metric, help_text: str) -> Metric:
-    """The family over all connections, a histogram's buckets in order."""
-    sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-    for sample in family.samples:
-        labels = tuple(sorted((name, value) for name, value in sample.labels.items() if name != "connection"))
-        sums[sample.name, labels] = sums.get((sample.name, labels), 0.0) + sample.value
-    total = Metric(family.name, help_text, family.type)
-    for (name, labels), value in sorted(sums.items(), key=_histogram_order):
-        total.add_sample(name, dict(labels), value)
-    return total
+def _without_connections(text: str) -> str:
+    """The text with its samples summed over `connection`: line by line, since they grow with every restart."""
+    lines: dict[str, float | None] = {}  # what stands before the value -> their sum; None: not a sample
+    for line in text.splitlines():
+        if line.startswith("#"):
+            if line.startswith("# TYPE"):
+                lines[line] = None
+        elif line:
+            series, _, value = _CONNECTION.sub("", line).replace("{,", "{").rpartition(" ")
+            lines[series] = (lines.get(series) or 0.0) + float(value)
+    return "".join(f"{line}\n" if value is None else f"{line} {value!r}\n" for line, value in lines.items())
+
+
+def _in_order(family: Metric, help_text: str) -> Metric:
+    """The family under our words, a histogram's buckets in order."""
+    ordered = Metric(family.name, help_text, family.type)
+    found = {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in family.samples}
+    for (name, labels), value in sorted(found.items(), key=_histogram_order):
+        ordered.add_sample(name, dict(labels), value)
+    return ordered
 
 
 def _histogram_order(

@@ -208,7 +208,7 @@ _ROUTES: Final = (
         answer="PoseAnswer",
         codes=_POSE,
         curl=_CURL_POSE % (f'"detections": {{"masks": [{_CURL_RLE}]}}', "/api/v1/pose_estimation"),
-        parameters=("RequestId", "Deadline"),
+        parameters=("RequestId", "Deadline", "TraceParent"),
     ),
     _Route(
         method="post",
@@ -221,7 +221,7 @@ _ROUTES: Final = (
         answer="PoseAnswer",
         codes=(*_POSE, "ism_failed", "no_ism"),
         curl=_CURL_POSE % ('"template_dir": "templates/mug"', "/api/v1/full_pipeline"),
-        parameters=("RequestId", "Deadline"),
+        parameters=("RequestId", "Deadline", "TraceParent"),
     ),
     _Route(
         method="post",
@@ -235,7 +235,7 @@ _ROUTES: Final = (
         statuses={201: "A new object.", 200: "An object that was known already."},
         codes=(*_DOOR, *_BODY, "units", "not_ready", "draining", "storage_full"),
         curl=f"curl -F file=@mug.ply -F 'request={{\"name\": \"mug\"}};type={_JSON}' '{_BASE}/api/v1/objects?wait=60'",
-        parameters=("RequestId", "Wait"),
+        parameters=("RequestId", "Wait", "TraceParent"),
     ),
     _Route(
         method="get",
@@ -331,7 +331,7 @@ _ROUTES: Final = (
         answer="SegDataAnswer",
         codes=_POSE,
         curl=_CURL_POSE % (f'"seg_data": [{{"segmentation": {_CURL_RLE}}}]', "/api/v1/pose-estimation"),
-        parameters=("RequestId", "Deadline"),
+        parameters=("RequestId", "Deadline", "TraceParent"),
     ),
     _Route(
         method="get",
@@ -381,6 +381,13 @@ _PARAMETERS: Final[dict[str, Json]] = {
         "description": "As the field deadline_ms; the shorter one counts.",
         "schema": {"type": "integer", "minimum": 1},
     },
+    "TraceParent": {
+        "name": "traceparent",
+        "in": "header",
+        "description": "Your span (W3C Trace Context): the server's becomes its child. A malformed one is ignored.",
+        "schema": {"type": "string"},
+        "example": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    },
     "Wait": {
         "name": "wait",
         "in": "query",
@@ -402,6 +409,7 @@ _HEADERS: Final[dict[str, Json]] = {
         "schema": {"type": "string"},
         "example": "total;dur=176.0, decode;dur=21.4, queue;dur=3.2, pose;dur=148.9",
     },
+    "traceparent": {"description": "The server's span for this request.", "schema": {"type": "string"}},
     "Retry-After": {"description": "Whole seconds after which to try again.", "schema": {"type": "integer"}},
     "Location": {"description": "Path of the object.", "schema": {"type": "string"}},
 }
@@ -446,7 +454,7 @@ def _document(version: str) -> Json:
             "description": "Where is each object, and how sure are we? Lengths are millimetres; rotations are object "
             "to camera in the OpenCV camera frame (x right, y down, z forward): p_cam = R p_obj + t. "
             "Answers are JSON, or MessagePack with `Accept: application/msgpack`. "
-            "Every answer carries X-Request-Id and Server-Timing. "
+            "Every answer carries X-Request-Id, Server-Timing and traceparent. "
             "A path that is no route answers 404 `not_found`, a method that a route does not take 405 "
             "`method_not_allowed`.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
@@ -575,7 +583,7 @@ def _request_content(schema: str) -> Json:
 
 
 def _headers(status: int) -> Json:
-    names = ["X-Request-Id", "Server-Timing", *(["Retry-After"] if status in _RETRY else [])]
+    names = ["X-Request-Id", "Server-Timing", "traceparent", *(["Retry-After"] if status in _RETRY else [])]
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 

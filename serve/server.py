@@ -34,6 +34,7 @@ from serve.gateway import Gateway
 from serve.settings import Settings, SettingsError, unknown_variables
 from serve.spool import RunDir
 from serve.tasks import watched
+from serve.tracing import Tracing
 from workers.engines import with_fixed_versions
 
 log = structlog.get_logger()
@@ -73,7 +74,8 @@ async def _main(
     run_dir = RunDir(Path(settings.spool_dir))
     stages = with_fixed_versions(settings.stages(run_dir=run_dir.path, devices=devices, engines=offer.engines))
     backend = Backend(stages, run_dir.path)
-    gateway = Gateway(settings, backend, run_dir, offer=offer, device=",".join(devices))
+    tracing = Tracing.start(os.environ)
+    gateway = Gateway(settings, backend, run_dir, offer=offer, device=",".join(devices), tracing=tracing)
     backend.on_ready, backend.on_worker_death = gateway.backend_ready, gateway.worker_died
     _warn_if_open(settings, gateway)
     gateway.objects.load()
@@ -134,7 +136,7 @@ async def _drain(
     server.force_exit = gateway.in_flight > 0
     stopping = asyncio.create_task(gateway.backend.stop(_BACKEND_GRACE_S))
     await asyncio.wait({serving}, timeout=max(deadline - time.monotonic(), 0.5))
-    await stopping
+    await asyncio.gather(stopping, gateway.tracing.close(max(deadline - time.monotonic(), 0.5)))
 
 
 def _with_cors(gateway: Gateway, settings: Settings) -> Any:
@@ -146,7 +148,7 @@ def _with_cors(gateway: Gateway, settings: Settings) -> Any:
         allow_origins=list(settings.cors_origins),
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=["X-Request-Id", "Server-Timing", "Retry-After"],
+        expose_headers=["X-Request-Id", "Server-Timing", "Retry-After", "traceparent"],
     )
 
 

@@ -48,7 +48,8 @@ def test_every_constraint_is_one_exact_public_version():
 
 def test_every_dependency_is_pinned_to_a_version_it_allows():
     pinned = {canonical(name): version for name, version in pins().items()}
-    wanted = [Requirement(text) for text in [*PROJECT["dependencies"], *EXTRAS["server"], *EXTRAS["dev"]]]
+    optional = [text for extra in ("server", "otel", "dev") for text in EXTRAS[extra]]
+    wanted = [Requirement(text) for text in [*PROJECT["dependencies"], *optional]]
     for requirement in wanted:
         assert pinned[canonical(requirement.name)] in requirement.specifier, requirement
 
@@ -87,7 +88,8 @@ def test_imports_point_one_way(package):
 
 @pytest.mark.parametrize("package", LAYERS)
 def test_every_library_that_is_imported_is_declared(package):
-    declared = {canonical(Requirement(text).name) for text in [*PROJECT["dependencies"], *EXTRAS["server"]]}
+    extras = [*EXTRAS["server"], *EXTRAS["otel"]]
+    declared = {canonical(Requirement(text).name) for text in [*PROJECT["dependencies"], *extras]}
     brought_by = metadata.packages_distributions()
     for path in sorted((ROOT / package).rglob("*.py")):
         for name in set(imports_of(path)) - set(sys.stdlib_module_names) - set(LAYERS):

@@ -12,6 +12,7 @@ import base64
 import json
 import threading
 import time
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Final, Self
@@ -49,6 +50,7 @@ class IsmServer:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode}")
         self.mode = mode
         self.asked: list[dict[str, Any]] = []
+        self.headers: list[Message] = []  # of those requests
         self.attempts = 0
         self.stopping = threading.Event()
         self._http = _Http(("127.0.0.1", port), _Handler)
@@ -175,6 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/api/v1/inference":
             self._send(404, b"{}")
             return
+        self.server.ism.headers.append(self.headers)
         status, answer = self.server.ism.answer(json.loads(body))
         if status == 0:
             self.close_connection = True
