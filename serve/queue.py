@@ -21,7 +21,7 @@ import contextlib
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -562,6 +562,15 @@ class PoseQueue:
             self._pump()
 
 
+def _covered_ms(spans_ms: Sequence[tuple[float, float]]) -> float:
+    """For how long any of these spans (begin, length) lasted: parts that ran side by side count once."""
+    covered_ms, until_ms = 0.0, -math.inf
+    for begin_ms, length_ms in sorted(spans_ms):
+        covered_ms += max(0.0, begin_ms + length_ms - max(begin_ms, until_ms))
+        until_ms = max(until_ms, begin_ms + length_ms)
+    return covered_ms
+
+
 def _merge(ticket: _Ticket) -> Solution:
     answers = [ticket.answers[start] for start in sorted(ticket.answers)]
     warnings = list(dict.fromkeys(warning for answer in answers for warning in answer.warnings))
@@ -574,7 +583,7 @@ def _merge(ticket: _Ticket) -> Solution:
         warnings=warnings,
         decode_ms=max(answer.decode_ms for answer in answers),
         queue_ms=waited_s * 1e3 + max(answer.queue_ms for answer in answers),
-        pose_ms=math.fsum(answer.pose_ms for answer in answers),
+        pose_ms=_covered_ms([(answer.pose_unix * 1e3, answer.pose_ms) for answer in answers]),
         respond_ms=max(answer.respond_ms for answer in answers),
         batch_detections=largest.batch_detections,
         batch_requests=largest.batch_requests,
