@@ -10,12 +10,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNELS := $(wildcard pointnet2_ext/csrc/* posekit/*/csrc/*)
 PEERS := .venv-peers
-BENCHMARKS := accuracy bench_point_kernels bench_geometric_kernels gateway_overhead
+BENCHMARKS := accuracy bench_point_kernels bench_geometric_kernels gateway_overhead fairness overload
 PACKAGES := serve workers posekit pointnet2_ext
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup system demo serve test lint check bench bench-accuracy bench-network peers clean
+.PHONY: help setup system demo serve test lint check bench bench-accuracy bench-network bench-throughput peers peers-serving clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -49,7 +49,12 @@ bench-network: $(READY) ## Compare the network with the original's numbers, then
 	@$(BIN)/python -m benchmarks.parity ../shared/sam6d/golden.npz
 	@$(BIN)/python -m benchmarks.network $(ARGS)
 
-peers: $(PEERS)/.ready ## Prepare .venv-peers, where the benchmark's peers run
+bench-throughput: $(READY) $(PEERS)/.serving ## Poses a second beside the same engine behind other servers (about ten minutes)
+	@$(BIN)/python -m benchmarks.throughput $(ARGS)
+
+peers: $(PEERS)/.ready ## Prepare .venv-peers, where the accuracy benchmark's peers run
+
+peers-serving: $(PEERS)/.serving ## The same with the throughput benchmark's: FastAPI, LitServe, BentoML
 
 clean: ## Remove .venv, build outputs and caches; data/ stays
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
@@ -68,6 +73,12 @@ $(PEERS)/.ready: benchmarks/peers/requirements.txt constraints.txt | system
 	@"$(PYTHON)" -m venv --clear $(PEERS)
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt \
 		--requirement benchmarks/peers/requirements.txt >$(PEERS)/setup.log 2>&1 || { tail -n 40 $(PEERS)/setup.log >&2; exit 1; }
+	@touch $@
+
+$(PEERS)/.serving: benchmarks/peers/requirements-serving.txt $(PEERS)/.ready
+	@echo "setup: adding to $(PEERS) the peers of the throughput benchmark"
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt \
+		--requirement benchmarks/peers/requirements-serving.txt >$(PEERS)/setup.log 2>&1 || { tail -n 40 $(PEERS)/setup.log >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.test-programs: scripts/system_packages.sh $(READY)

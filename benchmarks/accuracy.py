@@ -27,8 +27,8 @@ from rich.console import Console
 from benchmarks import accuracy_page, accuracy_service, accuracy_studies, accuracy_tables, reliability
 from benchmarks.accuracy_cases import Bench, Row, run_masks
 from benchmarks.accuracy_set import QUALITIES, load
+from benchmarks.load.report import Table, write_json
 from benchmarks.peers import ask as peers
-from benchmarks.report import Table, write_json
 from posekit import images
 from posekit.engine import Instance
 from posekit.geometric.engine import GeometricEngine

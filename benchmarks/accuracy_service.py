@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.accuracy_cases import SEED, Bench, Case, Row
 from benchmarks.accuracy_memory import resident_mb
-from benchmarks.report import Table
+from benchmarks.load.report import Table
 from posekit import rle
 from posekit.engine import Rejection
 from posekit.scenes import pose_errors

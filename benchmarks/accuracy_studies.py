@@ -17,8 +17,8 @@ import numpy as np
 
 from benchmarks.accuracy_cases import SURE, Ask, Bench, Case, Frame, Row, batches, cut, reference
 from benchmarks.accuracy_tables import mean, percentile, share
+from benchmarks.load.report import Table
 from benchmarks.peers.job import surface_points
-from benchmarks.report import Table
 from posekit import images, meshes
 from posekit.engine import Engine, Estimate, Float64, Instance, ObjectModel, Outcome, Rejection, Symmetries
 from posekit.scenes import pose_errors

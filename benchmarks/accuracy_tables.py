@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.accuracy_cases import SURE, Row
-from benchmarks.report import Table
+from benchmarks.load.report import Table
 
 BANDS = ((0.0, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 1.01))  # of visibility
 BINS = 10

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from benchmarks.report import Table, write_json
+from benchmarks.load.report import Table, write_json
 from posekit.engine import Instance, Rejection
 from posekit.geometric import kernels
 from posekit.geometric.engine import GeometricEngine

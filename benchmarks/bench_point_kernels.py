@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from torch.utils.benchmark import Timer
 
 import pointnet2_ext
-from benchmarks.report import Table, write_json
+from benchmarks.load.report import Table, write_json
 from pointnet2_ext import reference
 
 SAMPLED = [(1, 2048, 196), (8, 2048, 196), (32, 2048, 196), (1, 210000, 2048)]  # clouds, points, picked

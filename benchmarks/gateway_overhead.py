@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from benchmarks.report import Table, write_json
+from benchmarks.load.report import Table, write_json
 from posekit import images
 from tests.running import RunningServer
 from workers.messages import Job, Part

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import generated_weights, plain_network
+from benchmarks.load.report import Table, write_json
 from benchmarks.parity import Golden, objects
 from benchmarks.plain_network import Stages
-from benchmarks.report import Table, write_json
 from posekit.geometric.onboard import sample_surface
 from posekit.geometry import rotation_angle_deg
 from posekit.sam6d.config import Config

@@ -38,9 +38,9 @@ from torch import Tensor
 
 import pointnet2_ext
 from benchmarks import bench_point_kernels, generated_weights, network, parity, plain_network
+from benchmarks.load.report import Table, write_json
 from benchmarks.network import GOLDEN, OURS, Pass, Seen
 from benchmarks.plain_network import Stages
-from benchmarks.report import Table, write_json
 from posekit.sam6d.config import Config
 from posekit.sam6d.gpu import BUCKETS, PASS, PRECISIONS, GpuNetwork, Runner, captured, keep_float32
 from posekit.sam6d.network import Description, Model, Network, Poses, Scene, furthest, together

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks import generated_weights
-from benchmarks.report import Table, write_json
+from benchmarks.load.report import Table, write_json
 from posekit.geometry import rotation_angle_deg
 from posekit.sam6d.coarse import Pose, Tokens
 from posekit.sam6d.fast import FastNetwork

@@ -382,11 +382,15 @@ class Backend:
         except OSError:  # out of file descriptors: then all of it counts as never having arrived
             states = []
         held = {i for state in states for i in state.holding}
-        for pid in list(self.workers):
+        last = self.workers | {state.pid: state for state in states if state.pid in self.workers}
+        for pid in last:
             self._forget(pid)
         self._take_stock()
         for call in list(self._calls.values()):
             call.interrupt(held=call.call_id in held)
+        if self.on_worker_death is not None and not self._stopping:
+            for worker in last.values():  # those that the watch has not found yet it will find dead
+                self.on_worker_death(worker)
 
     def _forget(self, pid: int) -> None:
         self.workers.pop(pid, None)

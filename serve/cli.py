@@ -1,4 +1,5 @@
-"""`pem`: the command line. Everything but `pem serve` and `pem demo` needs only the base install."""
+"""`pem`: the command line. Everything but `pem serve`, `pem demo` and the scenes of `pem bench` needs only the base
+install."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from serve import __version__, client, keys, settings
+from serve.commands import bench as bench_command
 from serve.commands import common
 from serve.commands import estimate as estimate_command
 from serve.commands import keys as keys_commands
@@ -159,6 +161,7 @@ def demo(
 
 
 app.command()(estimate_command.estimate)
+app.command()(bench_command.bench)
 
 
 @app.command()

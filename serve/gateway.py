@@ -329,6 +329,7 @@ class Gateway:
             request, protocol = await self._read(call, kind)
             call.trace.add("read", call.trace.begun_unix, call.trace.unix(call.body_received))
             question = ask(request, protocol, self.settings.limits)
+            del request  # and with it the pictures, once they are on their way
             deadline = self._deadline(call, question)
             call.detections = len(question.detections)
             return await self._unless_gone(call, self._solve(call, question, deadline))
@@ -430,9 +431,14 @@ class Gateway:
         left_s = deadline - time.monotonic()
         self.queue.admit(call.client, len(question.detections), left_s, engine)  # others came meanwhile
         job = self._job(call, question, resolved, engine, output_dir, deadline)
+        solving = self.queue.solve(job, call.client, deadline)
+        request_id = job.request_id
+        del job  # the queue lets go of the pictures once they are spooled
+        if not whole:
+            question.rgb = question.depth = b""
         try:
-            with self.tracing.queued(job.request_id, call.trace):
-                solution = await self.queue.solve(job, call.client, deadline)
+            with self.tracing.queued(request_id, call.trace):
+                solution = await solving
         except ApiError as error:
             if whole and (error.field or "").startswith(question.field_prefix):  # a mask that the client never sent
                 log.warning("ism_mask_broken", id=call.request_id, field=error.field, detail=error.detail)

@@ -95,7 +95,9 @@ class Metrics:
         self.pass_detections = self._histogram("pose_pass_detections", "Detections that shared a pass.", _COUNTS)
         self.pass_requests = self._histogram("pose_pass_requests", "Requests that shared a pass.", _REQUESTS)
         self.dispatches = self._counter(
-            "pose_pass_dispatch", "Passes let into the pipeline, by why they waited no longer.", "reason"
+            "pose_pass_dispatch",
+            "Why work waited no longer for company; one dispatch may be several parts.",
+            "reason",
         )
         self.device_busy = self._counter(
             "pose_device_busy_seconds", "Time that passes took, by device; counted when their answers arrive.", "device"

@@ -2,7 +2,7 @@
 
 Spans come here when they have ended, with the ids that the gateway and the workers gave them. So they are handed to the
 SDK's batch processor as they are; its sampler, its resource and its exporter read the standard variables themselves. A
-thread of the SDK sends them. What a collector that is away does not take is dropped, and told once.
+thread of the SDK sends them. What a collector that is away or too slow does not take is dropped, and told once.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ log = structlog.get_logger()
 
 _KINDS: Final = {"internal": SpanKind.INTERNAL, "server": SpanKind.SERVER, "client": SpanKind.CLIENT}
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")  # the first counts
+_QUEUE_LOGGER: Final = "opentelemetry.sdk._shared_internal"  # of the SDK's queue
 _PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
 
@@ -109,20 +110,25 @@ class _Telling(SpanExporter):
         self._lost = 0
         self._reasons = _Reasons()
         logging.getLogger(OTLPSpanExporter.__module__).addFilter(self._reasons)
+        self._full = _FullQueue()
+        logging.getLogger(_QUEUE_LOGGER).filters.insert(0, self._full)  # before the SDK's, which drops repeated lines
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """As the exporter says."""
+        """As the exporter says. Spans that found the queue full meanwhile count as lost, whatever becomes of these."""
         self._reasons.first = None
         result = self._exporter.export(spans)
+        lost = self._full.take()
         if result is not SpanExportResult.SUCCESS:
+            lost += len(spans)
+        if lost:
             if not self._lost:
                 log.warning(
                     "traces_lost",
                     endpoint=self._endpoint,
-                    reason=self._reasons.first,
+                    reason=self._reasons.first or "more spans came than it took: the queue is full",
                     hint="spans are dropped until the collector takes them; this is said once",
                 )
-            self._lost += len(spans)
+            self._lost += lost
         elif self._lost:
             log.info("traces_taken_again", lost=self._lost)
             self._lost = 0
@@ -141,4 +147,22 @@ class _Reasons(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """No to everything."""
         self.first = self.first or record.getMessage()
+        return False
+
+
+class _FullQueue(logging.Filter):
+    """Keeps the SDK's line for each span that finds the queue full out of the log, and counts them."""
+
+    _dropped = 0
+
+    def take(self) -> int:
+        """How many there were since this was asked last."""
+        dropped, self._dropped = self._dropped, 0
+        return dropped
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """No to those lines; what else goes wrong in the SDK is told."""
+        if not record.getMessage().startswith("Queue full"):
+            return True
+        self._dropped += 1
         return False

@@ -72,7 +72,8 @@ class Processes:
             self._spent[stage] += max(reading.cpu_s - self._seen.get(key, 0.0), 0.0)
             seen[key] = reading.cpu_s
             resident[stage] += reading.resident_bytes
-        self._seen = seen
+        missed = self._seen.keys() - seen.keys()
+        self._seen = seen | {key: self._seen[key] for key in missed if _may_still_run(*key)}
         return {name: Usage(cpu_s=self._spent[name], resident_bytes=resident[name]) for name in STAGES}
 
     def _stage(self, pid: int, stage_of: Mapping[int, str]) -> str:
@@ -90,6 +91,12 @@ def read(pid: int) -> Reading | None:
         return None
     cpu_s = (int(fields[11]) + int(fields[12])) / _TICKS_HZ
     return Reading(cpu_s=cpu_s, resident_bytes=int(fields[21]) * _PAGE_BYTES, started_ticks=int(fields[19]))
+
+
+def _may_still_run(pid: int, started_ticks: int) -> bool:
+    """Whether a process is there that a look did not come upon; without files left nobody can tell: then it may be."""
+    reading = read(pid)
+    return Path(f"/proc/{pid}").exists() if reading is None else reading.started_ticks == started_ticks
 
 
 def _below(pid: int, workers: Mapping[int, str]) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from workers.machine import usable_cores
+from workers.machine import usable_cores, usable_memory_mb
 from workers.settings import (
     Count,
     Decode,
@@ -155,11 +155,11 @@ class Settings(Table, frozen=True):
 
     def stages(self, *, run_dir: Path, devices: tuple[str, ...], engines: tuple[EngineName, ...]) -> Stages:
         """The workers' share, with devices, engines and weights resolved, and numbers that fit this machine."""
-        cores = usable_cores()
+        cores, memory_mb = usable_cores(), usable_memory_mb()
         stages = Stages(
             objects_dir=str(self.objects_path),
             run_dir=str(run_dir),
-            devices=tuple(one for one in devices for _ in range(pose_workers(self.pose, one, cores))),
+            devices=tuple(one for one in devices for _ in range(pose_workers(self.pose, one, cores, memory_mb))),
             engines=engines,
             sam6d=msgspec.structs.replace(self.sam6d, weights=str(self.weights_path)),
             decode=self.decode,

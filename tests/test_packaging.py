@@ -18,15 +18,18 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import typer
 import yaml
 from packaging.requirements import Requirement
 
 from serve import settings
+from serve.commands import common
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LAYERS = ["pointnet2_ext", "posekit", "workers", "serve"]  # each may import itself and those before it
+LOAD = "benchmarks/load"  # above them all: `pem bench` is the one command that reaches up to it
 HEAVY = ["torch", "open3d", "mosec", "cv2", "trimesh", "scipy"]
 
 
@@ -83,7 +86,8 @@ def imports_of(path: Path) -> Iterator[str]:
 def test_imports_point_one_way(package):
     above = LAYERS[LAYERS.index(package) + 1 :]
     for path in sorted((ROOT / package).rglob("*.py")):
-        assert not set(imports_of(path)) & set(above), f"{path.relative_to(ROOT)} imports a package above its own"
+        above_it = set(above) if path.name == "bench.py" else {*above, "benchmarks"}
+        assert not set(imports_of(path)) & above_it, f"{path.relative_to(ROOT)} imports a package above its own"
 
 
 @pytest.mark.parametrize("package", LAYERS)
@@ -92,7 +96,7 @@ def test_every_library_that_is_imported_is_declared(package):
     declared = {canonical(Requirement(text).name) for text in [*PROJECT["dependencies"], *extras]}
     brought_by = metadata.packages_distributions()
     for path in sorted((ROOT / package).rglob("*.py")):
-        for name in set(imports_of(path)) - set(sys.stdlib_module_names) - set(LAYERS):
+        for name in set(imports_of(path)) - set(sys.stdlib_module_names) - {*LAYERS, "benchmarks"}:
             distributions = {canonical(dist) for dist in brought_by.get(name, [name])}
             assert distributions & declared, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml leaves out"
 
@@ -148,6 +152,7 @@ def plain_build(tmp_path_factory) -> tuple[Path, str]:
         shutil.copy(ROOT / name, tree)
     for name in LAYERS:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(ROOT / "benchmarks", tree / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     site = make_site(work / "site", ["setuptools", "wheel"])
     answer = python_with(site, "setup.py", "-q", "bdist_wheel", "-d", str(work), folder=tree)
     assert answer.returncode == 0, answer.stderr
@@ -173,8 +178,8 @@ def test_a_build_without_torch_goes_on_and_says_so(plain_build):
 
 
 def test_the_wheel_holds_what_the_tree_holds(plain_build):
-    packed = {name for name in zipfile.ZipFile(plain_build[0]).namelist() if name.split("/")[0] in LAYERS}
-    sources = {str(path.relative_to(ROOT)) for layer in LAYERS for path in (ROOT / layer).rglob("*.py")}
+    packed = {name for name in zipfile.ZipFile(plain_build[0]).namelist() if ".dist-info/" not in name}
+    sources = {str(path.relative_to(ROOT)) for layer in (*LAYERS, LOAD) for path in (ROOT / layer).rglob("*.py")}
     static = {str(path.relative_to(ROOT)) for path in (ROOT / "serve/static").rglob("*") if path.is_file()}
     assert packed == sources | static | {f"{layer}/py.typed" for layer in LAYERS}
 
@@ -245,18 +250,32 @@ def test_the_base_install_brings_no_heavy_library(base_install):
         assert not (base_install / name).exists()
 
 
-@pytest.mark.parametrize("module", ["serve", "workers", "posekit", "pointnet2_ext", "serve.client", "serve.cli"])
+@pytest.mark.parametrize(
+    "module", ["serve", "workers", "posekit", "pointnet2_ext", "serve.client", "serve.cli", "benchmarks.load.cli"]
+)
 def test_the_base_install_imports(base_install, module, tmp_path):
     answer = python_with(base_install, "-c", f"import {module}", folder=tmp_path)
     assert answer.returncode == 0, answer.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["estimate", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["estimate", "--help"], ["bench", "--help"]])
 def test_the_command_line_of_the_base_install_explains_itself(base_install, arguments, tmp_path):
     code = f"import sys; sys.argv[0] = 'pem'; from {PROJECT['scripts']['pem'].replace(':', ' import ')} as run; run()"
     answer = python_with(base_install, "-c", code, *arguments, folder=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert "Usage: pem" in answer.stdout
+
+
+@pytest.mark.parametrize("module", [*LAYERS, "benchmarks.load"])
+def test_a_package_of_ours_that_is_missing_asks_for_the_project_and_not_for_a_library(module, capsys):
+    with pytest.raises(typer.Exit):
+        common.need_server_extra(ModuleNotFoundError(name=module))
+    said = capsys.readouterr().err
+    assert f"this needs {module}, a part of PEM Server that this installation lacks: to reinstall it" in said
+    broken = ImportError("cannot import name", name=module)
+    with pytest.raises(ImportError) as raised:
+        common.need_server_extra(broken)
+    assert raised.value is broken, "a bug, to be seen with its traceback"
 
 
 # ---- make and its scripts
@@ -367,7 +386,7 @@ def test_the_image_installs_the_libraries_that_make_installs():
 
 def test_the_image_is_built_from_listed_files_only():
     listed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    assert set(LAYERS) <= set(listed)
+    assert {*LAYERS, LOAD} <= set(listed)
     assert [name for name in listed if not (ROOT / name).exists()] == []
 
 

@@ -1,27 +1,73 @@
-"""How many cores this process may use."""
+"""How many cores this process may use, and how much memory.
+
+Control groups limit both, the group of the process or any above it; those that a container does not show are left out.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+_PROC = Path("/proc")
 
 
-def usable_cores(cgroup: Path = _CGROUP) -> int:
-    """Cores that this process may run on: its affinity, and a container's quota rounded down, at least one."""
+def usable_cores(cgroup: Path = _CGROUP, proc: Path = _PROC) -> int:
+    """Cores that this process may run on: its affinity, and the smallest quota rounded down, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota(cgroup)
-    return max(1, min(cores, int(quota))) if quota is not None else cores
+    return max(1, min([cores, *(int(quota) for quota in _quotas(cgroup, proc))]))
 
 
-def _quota(cgroup: Path) -> float | None:
-    """Cores' worth of time that the control group is given; None where it is not limited."""
+def usable_memory_mb(cgroup: Path = _CGROUP, proc: Path = _PROC) -> int | None:
+    """Millions of bytes that this process may use: the machine's memory or the smallest limit; None if not known."""
+    limits = [*_memory_limits(cgroup, proc), *_machine_memory(proc)]
+    return min(limits) // 1_000_000 if limits else None
+
+
+def _quotas(cgroup: Path, proc: Path) -> Iterator[float]:
+    """Cores' worth of time that each of the control groups is given, where it is limited."""
+    for folder in _groups(cgroup, _own_group(proc, "")):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no number: "max"
+            limit, period = (folder / "cpu.max").read_text().split()
+            yield int(limit) / int(period)
+    for folder in _groups(cgroup / "cpu", _own_group(proc, "cpu")):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            limit_us = int((folder / "cpu.cfs_quota_us").read_text())
+            if limit_us > 0:
+                yield limit_us / int((folder / "cpu.cfs_period_us").read_text())
+
+
+def _memory_limits(cgroup: Path, proc: Path) -> Iterator[int]:
+    """Bytes that each of the control groups is given, where it is limited (the first version says 2**63 if not)."""
+    for folder in _groups(cgroup, _own_group(proc, "")):
+        with contextlib.suppress(OSError, ValueError):
+            yield int((folder / "memory.max").read_text())
+    for folder in _groups(cgroup / "memory", _own_group(proc, "memory")):
+        with contextlib.suppress(OSError, ValueError):
+            yield int((folder / "memory.limit_in_bytes").read_text())
+
+
+def _machine_memory(proc: Path) -> Iterator[int]:
+    """Bytes that the machine has."""
     with contextlib.suppress(OSError, ValueError):
-        limit, period = (cgroup / "cpu.max").read_text().split()
-        return None if limit == "max" else int(limit) / int(period)
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # the first version of control groups
-        limit_us = int((cgroup / "cpu" / "cpu.cfs_quota_us").read_text())
-        return None if limit_us <= 0 else limit_us / int((cgroup / "cpu" / "cpu.cfs_period_us").read_text())
-    return None
+        for line in (proc / "meminfo").read_text().splitlines():
+            if line.startswith("MemTotal:"):
+                yield int(line.split()[1]) * 1024
+
+
+def _own_group(proc: Path, controller: str) -> str:
+    """The path of this process's control group: of a controller of the first version, or "" for the second."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (proc / "self" / "cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                return path
+    return "/"
+
+
+def _groups(root: Path, path: str) -> list[Path]:
+    """The folders of a control group and of all above it, up to `root`; some may not be there."""
+    own = root / path.lstrip("/")
+    return [folder for folder in (own, *own.parents) if folder.is_relative_to(root)]

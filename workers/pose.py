@@ -157,7 +157,13 @@ class PoseStage(Stage):
         self.state.update(
             cache_hits=cache.hits, cache_misses=cache.misses, cache_bytes=cache.nbytes, objects=cache.object_ids
         )
-        if (memory := _device_memory()) is not None:
+        try:
+            memory = _device_memory()
+        except Exception as error:  # the batch's answers are good all the same
+            self.log.warning("device_memory_unknown", reason=str(error))
+            self._leave_if_the_device_is_lost()
+            return
+        if memory is not None:
             self.state.update(device_memory=memory)
 
     def _leave_if_the_device_is_lost(self) -> None:

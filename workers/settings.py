@@ -36,7 +36,7 @@ class Decode(Table, frozen=True):
 class Pose(Table, frozen=True):
     """The one batched stage. `fitted` puts numbers in the place of zeros."""
 
-    workers: Automatic = 0  # processes on a device; 0: one on a GPU; on a CPU one for each core, four at most
+    workers: Automatic = 0  # on a device; 0: one on a GPU; on a CPU one for each core and each 2 GB, four at most
     threads: Automatic = 0  # of each, detections worked on at a time on a CPU; 0: the cores over the workers, at most 4
     pass_detections: Automatic = 0  # in one pass of the engine, halved on out-of-memory; 0: 8 on a GPU, 4 on a CPU
     batch_requests: Automatic = 0  # requests that a worker takes at a time; 0: 16 on a GPU, 1 on a CPU
@@ -87,6 +87,7 @@ class Stages(Table, frozen=True):
 ENVIRONMENT = "PEM_STAGES"
 
 _MOST_CPU_WORKERS = 4  # each holds a model of every object
+_CPU_WORKER_MB = 2000  # of memory for each: itself, its objects, and its share of the other processes
 _MOST_THREADS = 4
 _DECODERS = 2, 8  # at least, at most
 
@@ -96,9 +97,12 @@ def on_gpu(stages: Stages) -> bool:
     return stages.devices[0] != "cpu"
 
 
-def pose_workers(pose: Pose, device: str, cores: int) -> int:
-    """How many pose workers a device gets."""
-    return pose.workers or (min(cores, _MOST_CPU_WORKERS) if device == "cpu" else 1)
+def pose_workers(pose: Pose, device: str, cores: int, memory_mb: int | None) -> int:
+    """How many pose workers a device gets; `memory_mb` None where nobody knows how much there is."""
+    if pose.workers or device != "cpu":
+        return pose.workers or 1
+    room = _MOST_CPU_WORKERS if memory_mb is None else max(1, memory_mb // _CPU_WORKER_MB)
+    return min(cores, room, _MOST_CPU_WORKERS)
 
 
 def fitted(stages: Stages, cores: int) -> Stages:

@@ -12,19 +12,14 @@ import numpy as np
 
 from benchmarks.accuracy_cases import Ask, Bench, Case, Row
 from benchmarks.accuracy_tables import mean, percentile, share
+from benchmarks.load.report import Table
+from benchmarks.peers.environment import PYTHON, ROOT, PeerFailed
 from benchmarks.peers.job import Answer, Job, read_answer, write_job
-from benchmarks.report import Table
 from posekit.engine import Float32, Float64, Rejection
 from posekit.render import depth_to_points
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 PEERS = {"open3d": "open3d_fpfh", "opencv": "opencv_ppf"}
 TITLES = {"open3d": "Open3D FPFH + RANSAC + ICP", "opencv": "OpenCV PPF + ICP"}
-
-
-class PeerFailed(Exception):
-    """A peer's process did not answer; the message has the end of what it said."""
 
 
 def ask(name: str, job: Job, threads: int, python: Path = PYTHON) -> Answer:

@@ -36,6 +36,7 @@ Config = Annotated[
 ]
 
 URL_DEFAULT = DEFAULT_URL
+OWN_PACKAGES = ("serve", "workers", "posekit", "pointnet2_ext", "benchmarks")
 WIDE = 150  # columns of a table that goes into a file or a pipe
 
 
@@ -81,11 +82,13 @@ def fail(text: str, code: int = 1) -> NoReturn:
 
 
 def need_server_extra(error: ImportError) -> NoReturn:
-    """A missing dependency, in words; an import that fails inside the project is a bug and passes through."""
+    """A missing module, in words; an import of the project's own that fails otherwise is a bug and passes through."""
     missing = (error.name or "").split(".")[0]
-    if missing in ("serve", "workers", "posekit", "pointnet2_ext", ""):
-        raise error
     install = """run `pip install ".[server]"` in the project's folder"""
+    if missing in OWN_PACKAGES and isinstance(error, ModuleNotFoundError):
+        fail(f"this needs {error.name}, a part of PEM Server that this installation lacks: to reinstall it, {install}")
+    if missing in (*OWN_PACKAGES, ""):
+        raise error
     fail(f"this needs {missing}, which the base install leaves out: {install}")
 
 

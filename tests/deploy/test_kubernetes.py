@@ -1,8 +1,8 @@
 """The manifests of deploy/kubernetes: built as they are applied, checked against Kubernetes' own schemas, and against
 what the server, its image and its settings really are.
 
-The custom resources (ServiceMonitor, ScaledObject) are checked here field by field: their schemas come with their
-operators and in no package of PyPI's.
+The custom resources (ServiceMonitor, PrometheusRule, ScaledObject) are checked here field by field: their schemas come
+with their operators and in no package of PyPI's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 KUBERNETES = ("1.30", "1.37")  # the oldest and the newest version that the manifests are checked against
 QUEUE_METRIC = "pose_queue_detections"
 SERVER = {"app.kubernetes.io/name": "pem-server", "app.kubernetes.io/component": "server"}
-CUSTOM = ("ServiceMonitor", "ScaledObject")
+CUSTOM = ("ServiceMonitor", "PrometheusRule", "ScaledObject")
 OWN_MEMORY = 2 * 2**30  # of all processes, before caches, bodies and shared memory
 
 #: What is built, by name: an overlay of the folder, or components laid over one as README.md says to.
@@ -188,6 +188,19 @@ def test_the_service_monitor_scrapes_the_metrics_of_each_replica_once(copied):
         if within(monitor["spec"]["selector"]["matchLabels"], one["metadata"]["labels"])
     ]
     assert [port["name"] for one in selected for port in one["spec"]["ports"]] == [endpoint["port"]]
+    # Without jobLabel the job is called as the Service is, and the rules ask for that name.
+    assert [one["metadata"]["name"] for one in selected] == ["pem-server"]
+
+
+def test_the_operators_rules_are_those_of_the_rule_files(copied):
+    rule = of_kind(manifests(copied, "gpu with everything"), "PrometheusRule")["pem-server"]
+    assert rule["apiVersion"] == "monitoring.coreos.com/v1"
+    files = [
+        yaml.safe_load((ROOT / "deploy/prometheus" / name).read_text()) for name in ("recording.yml", "alerts.yml")
+    ]
+    groups = [group for file in files for group in file["groups"]]
+    assert rule["spec"] == {"groups": groups}, "make prometheus-rule.yaml again, as its first lines say"
+    assert len({group["name"] for group in groups}) == len(groups) > 1
 
 
 # ---- the image and the server
@@ -277,7 +290,8 @@ def test_memory_and_disk_hold_what_the_settings_allow(built, tmp_path):
         limits = container_of(workload)["resources"]["limits"]
         shared = mounts["/dev/shm"]["emptyDir"]
         assert shared["medium"] == "Memory"
-        workers = pose_workers(loaded.pose, loaded.device, int(limits["cpu"]))
+        memory_mb = size(limits["memory"]) // 1_000_000
+        workers = pose_workers(loaded.pose, loaded.device, int(limits["cpu"]), memory_mb)
         allowed = (loaded.limits.in_flight_mb + workers * loaded.pose.object_cache_mb) * 2**20
         assert OWN_MEMORY + allowed + size(shared["sizeLimit"]) <= size(limits["memory"]), name
         assert loaded.log.file is False, "the log would fill the volume"
@@ -312,8 +326,21 @@ def test_every_pod_has_a_network_policy_and_only_the_server_can_be_reached(built
         ports = [port["port"] for rule in policy["spec"].get("ingress", []) for port in rule["ports"]]
         assert ports == (["http"] if name == "pem-server" else [])
         assert all(rule["from"] for rule in policy["spec"].get("ingress", [])), "an empty list lets everyone in"
-    out = [port["port"] for rule in policies["pem-server"]["spec"]["egress"] for port in rule["ports"]]
-    assert out == [53, 53, 8002]
+    names, segmentation = policies["pem-server"]["spec"]["egress"]
+    assert [port["port"] for port in names["ports"]] == [53, 53, 5353, 5353]
+    assert "to" not in names, "NodeLocal DNSCache is no pod of a namespace that could be selected"
+    assert [port["port"] for port in segmentation["ports"]] == [8002]
+    assert segmentation["to"], "an empty list lets everything out"
+
+
+def test_the_rule_for_a_collector_is_there_to_be_uncommented():
+    checker = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate, of the dev extra")
+    written = (HERE / "base/network.yaml").read_text()
+    before, title, rule = written.partition("OTEL_EXPORTER_OTLP_ENDPOINT names one (docs/TRACING.md):\n")
+    policy = yaml.safe_load(before + title + re.sub(r"(?m)^    # ", "    ", rule))
+    checker.validate(policy, KUBERNETES[-1], strict=True)
+    assert [port["port"] for port in policy["spec"]["egress"][-1]["ports"]] == [4318]
+    assert policy["spec"]["egress"][:-1] == yaml.safe_load(written)["spec"]["egress"]
 
 
 def test_one_replica_can_always_be_evicted_and_rollouts_leave_some(copied):
@@ -423,6 +450,7 @@ def test_keda_scales_by_the_same_signal_between_the_same_bounds(copied):
     assert spec["scaleTargetRef"] == other["scaleTargetRef"]
     assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (other["minReplicas"], other["maxReplicas"])
     assert spec["minReplicaCount"] <= spec["fallback"]["replicas"] <= spec["maxReplicaCount"]
+    assert spec["fallback"]["behavior"] == "currentReplicasIfHigher", "a busy deployment must not shrink"
     assert spec["advanced"] == {"horizontalPodAutoscalerConfig": {"behavior": other["behavior"]}}
     (trigger,) = spec["triggers"]
     assert (trigger["type"], trigger["metricType"]) == ("prometheus", "AverageValue")

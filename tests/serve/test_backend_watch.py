@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
 
+from serve.backend import Backend
 from tests.running import RunningServer, post, register, running, wait_until
 from tests.serve.tiny import NAMES, ascii_ply, one, tetrahedron, tiny_scene, uploading
+from workers.settings import Stages
+from workers.state import WorkerState
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +124,82 @@ def test_a_stop_does_not_wait_for_uploads_whose_clients_have_gone(target: Runnin
     assert target.stop() == 0
     assert time.monotonic() - begun < 5.0
     assert "request_failed" not in target.log()
+
+
+WORKER = """\
+import sys
+from pathlib import Path
+from workers.state import StateWriter
+writer = StateWriter(Path(sys.argv[1]), sys.argv[2], 0)
+writer.ready(cache_bytes=7)
+print(flush=True)
+input()
+"""
+
+
+def worker(run_dir: Path, stage: str, stack: ExitStack) -> subprocess.Popen[bytes]:
+    """A process that says it is a worker, and does nothing; ended with `stack`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(run_dir), stage], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    stack.callback(process.communicate)
+    stack.callback(process.kill)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+async def found(backend: Backend, count: int) -> None:
+    """Until so many workers are watched."""
+    async with asyncio.timeout(10):
+        while len(backend.workers) != count:
+            await asyncio.sleep(0.01)
+
+
+def end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """SIGKILL, with no chance for the watch to see it meanwhile."""
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_each_worker_that_dies_with_the_whole_backend_is_told_of_once(tmp_path: Path) -> None:
+    deaths: list[WorkerState] = []
+
+    async def scenario(stack: ExitStack) -> None:
+        backend = Backend(Stages(), tmp_path, on_worker_death=deaths.append)
+        watch = asyncio.create_task(backend._watch())
+        workers = [worker(tmp_path, stage, stack) for stage in ("decode", "pose")]
+        await found(backend, 2)
+        workers.append(worker(tmp_path, "respond", stack))  # which the watch has had no time to find
+        end(workers)
+        backend._everything_is_gone()
+        assert not backend.workers
+        assert {death.pid for death in deaths} == {process.pid for process in workers[:2]}
+        assert {death.info["cache_bytes"] for death in deaths} == {7}
+        await asyncio.sleep(0.5)  # the watch looks again, a few times
+        watch.cancel()
+        assert sorted(death.pid for death in deaths) == sorted(process.pid for process in workers)
+
+    with ExitStack() as stack:
+        asyncio.run(scenario(stack))
+
+
+def test_workers_that_end_with_a_stop_are_no_deaths(tmp_path: Path) -> None:
+    deaths: list[WorkerState] = []
+
+    async def scenario(stack: ExitStack) -> None:
+        backend = Backend(Stages(), tmp_path, on_worker_death=deaths.append)
+        watch = asyncio.create_task(backend._watch())
+        workers = [worker(tmp_path, "pose", stack)]
+        await found(backend, 1)
+        end(workers)
+        backend._stopping = True
+        backend._everything_is_gone()
+        await asyncio.sleep(0.3)
+        watch.cancel()
+        assert not backend.workers
+
+    with ExitStack() as stack:
+        asyncio.run(scenario(stack))
+    assert not deaths

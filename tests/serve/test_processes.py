@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -99,6 +100,48 @@ def test_processor_time_only_grows_when_a_worker_is_replaced(children: list[subp
     assert gone.resident_bytes == 0
     second = spinning(children, 0.2)
     assert looking.look({second: "pose"})["pose"].cpu_s >= before.cpu_s + 0.2 - TICKS_S
+
+
+def test_processes_that_one_look_does_not_find_are_not_counted_again(
+    children: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = spinning(children, 0.3)
+    looking = Processes()
+    before = looking.look({pid: "pose"})["pose"]
+    with monkeypatch.context() as failing:
+        failing.setattr(processes, "_children", lambda _: [])
+        missed = looking.look({pid: "pose"})["pose"]
+    assert missed == processes.Usage(cpu_s=before.cpu_s)
+    again = looking.look({pid: "pose"})["pose"]
+    assert again.cpu_s <= before.cpu_s + TICKS_S
+    assert again.resident_bytes > 1_000_000
+
+
+def test_a_look_without_files_left_counts_nothing_again(children: list[subprocess.Popen[bytes]]) -> None:
+    pid = spinning(children, 0.3)
+    looking = Processes()
+    before = looking.look({pid: "pose"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        blind = looking.look({pid: "pose"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {name: usage.cpu_s for name, usage in blind.items()} == {name: one.cpu_s for name, one in before.items()}
+    assert blind["pose"].resident_bytes == 0
+    again = looking.look({pid: "pose"})
+    assert again["pose"].cpu_s <= before["pose"].cpu_s + TICKS_S
+    assert again["gateway"].cpu_s <= before["gateway"].cpu_s + 0.25
+
+
+def test_what_has_ended_is_forgotten(children: list[subprocess.Popen[bytes]]) -> None:
+    pid = spinning(children)
+    looking = Processes()
+    looking.look({pid: "pose"})
+    children[0].kill()
+    children[0].wait()
+    looking.look({})
+    assert {key[0] for key in looking._seen} == {os.getpid()}
 
 
 def test_a_worker_that_gets_its_stage_late_takes_nothing_back(children: list[subprocess.Popen[bytes]]) -> None:

@@ -398,7 +398,9 @@ async def test_a_split_request_comes_back_whole_and_in_order(tmp_path: Path) -> 
             (8, 11, False),
         ]
         await one.stage.answer("a/2", warnings=["w"], decode_ms=1.0, pose_ms=2.0, pose_unix=10.001, batch_detections=3)
-        await one.stage.answer("a/0", warnings=["v", "w"], decode_ms=5.0, pose_ms=2.0, pose_unix=10.0, batch_detections=8)
+        await one.stage.answer(
+            "a/0", warnings=["v", "w"], decode_ms=5.0, pose_ms=2.0, pose_unix=10.0, batch_detections=8
+        )
         await one.stage.answer("a/1", pose_ms=2.0, pose_unix=10.5)
         solution = await task
         assert len(one.parts) == 3
@@ -536,8 +538,38 @@ async def test_429_says_when_to_come_back(tmp_path: Path) -> None:
         await one.ask("anna", "a", 100)
         error = refused(one, "anna", 100, 15.0)
         assert error.code == "over_capacity"
-        assert error.retry_after_s == pytest.approx(10 + 10 - 15)  # 100 ahead, 100 of its own
-        one.queue.admit("anna", 100, 21.0, "geometric")
+        assert error.retry_after_s == pytest.approx(10 + 10 - 12)  # 100 ahead, 100 of its own, a fifth of 15 s to spare
+        one.queue.admit("anna", 100, 25.5, "geometric")
+
+
+@alone
+async def test_a_request_is_reckoned_as_its_detections_fall_to_the_workers(tmp_path: Path) -> None:
+    async with bench(tmp_path, Stage(devices=4)) as one:
+        one.stage.info = {"detections_per_second": {"geometric": 10.0}}  # of each worker
+        assert [one.queue._alone_s(count, "geometric") for count in (0, 1, 4, 5)] == pytest.approx([0, 0.1, 0.1, 0.2])
+    gpus = Stage(devices=2)
+    gpus.stages = msgspec.structs.replace(gpus.stages, devices=("cuda:0", "cuda:1"))
+    async with bench(tmp_path, gpus) as one:
+        one.stage.info = {"detections_per_second": {"geometric": 10.0}}
+        found = [one.queue._alone_s(count, "geometric") for count in (1, PASS, 2 * PASS)]
+        assert found == pytest.approx([0.1, 0.1 * PASS, 0.1 * PASS])
+
+
+@alone
+async def test_a_part_that_was_alone_in_its_worker_is_sent_again_beside_the_others(tmp_path: Path) -> None:
+    stage = Stage(devices=2)
+    stage.stages = msgspec.structs.replace(
+        stage.stages, pose=msgspec.structs.replace(stage.stages.pose, batch_requests=1)
+    )
+    async with bench(tmp_path, stage) as one:
+        for name in "ab":
+            await one.ask(name, name, 1)
+        await one.stage.fail("a/0", Interrupted(held=True))
+        await settled()
+        assert one.stage.sent == ["a/0", "b/0", "a/0"]  # b is not waited for
+        for _ in range(2):
+            await one.stage.fail("a/0", Interrupted(held=True))
+        assert await code(one.tasks[0]) == "worker_lost"
 
 
 @alone
@@ -546,8 +578,8 @@ async def test_each_engine_is_reckoned_at_its_own_speed(tmp_path: Path) -> None:
         one.stage.info = {"detections_per_second": {"geometric": 10.0, "sam6d": 1.0}}
         await one.ask("anna", "a", 12, engine="sam6d")
         error = refused(one, "ben", 4, 8.0)  # 4 of hers inside and one turn: 8 s
-        assert error.retry_after_s == pytest.approx(8 + 0.4 - 8)
-        one.queue.admit("ben", 4, 8.5, "geometric")
+        assert error.retry_after_s == pytest.approx(8 + 0.4 - 6.4)
+        one.queue.admit("ben", 4, 10.6, "geometric")
         with pytest.raises(ApiError, match=r"about 8\.0 s"):
             one.queue.admit("ben", 4, 8.5, "sam6d")
         await one.stage.answer("a/0", seconds=16.0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 import secrets
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,7 +26,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SentSpan
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExportResult
 
 from serve import otlp, tracing
 from serve.client import Client
@@ -241,6 +243,40 @@ def test_a_clock_that_is_set_back_makes_no_span_that_ends_before_it_begins() -> 
 )
 def test_the_standard_variables_switch_export_on(environment: dict[str, str], asked: bool) -> None:
     assert tracing.asked_for(environment) is asked
+
+
+def test_spans_that_find_the_queue_full_are_told_once_and_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Slow(otlp.OTLPSpanExporter):
+        """A collector that takes everything, but the first batch not before it may."""
+
+        begun, may_end = threading.Event(), threading.Event()
+        taken = 0
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            Slow.begun.set()
+            assert Slow.may_end.wait(10)
+            Slow.taken += len(spans)
+            return SpanExportResult.SUCCESS
+
+    monkeypatch.setattr(otlp, "OTLPSpanExporter", Slow)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
+    exporter = otlp.OtlpExporter()
+    span = Span(name="pose", context=Context(TRACE, SPAN, 1), begun_unix=1e9, ended_unix=1e9 + 1, attributes={})
+    exporter.export(span)
+    assert Slow.begun.wait(10)
+    for _ in range(7):  # two have room
+        exporter.export(span)
+    Slow.may_end.set()
+    wait_until(lambda: Slow.taken == 3, 10, "the collector takes what has waited")
+    exporter.close()
+    said = capsys.readouterr().out
+    assert said.count("traces_lost") == said.count("the queue is full") == 1
+    assert re.findall(r"traces_taken_again .*lost=(\d+)", said) == ["5"]
+    assert caplog.records == []
 
 
 def run(code: str, **environment: str) -> str:

@@ -222,6 +222,35 @@ def test_a_worker_whose_device_is_lost_makes_way_for_a_new_one(
         pose.forward([part])
 
 
+def no_device_memory() -> None:
+    """A GPU that does not answer."""
+    raise RuntimeError("CUDA error")
+
+
+def test_a_device_that_does_not_tell_its_memory_costs_no_answer(
+    pose: PoseStage, cut: Cutter, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pose_module, "_device_memory", no_device_memory)
+    [answer] = pose.forward([cut((0,))])
+    assert solved(answer).rows[0].status == "ok"
+    last = json.loads(capfd.readouterr().err.splitlines()[-1])
+    assert (last["event"], last["reason"]) == ("device_memory_unknown", "CUDA error")
+
+
+def test_a_worker_whose_device_is_lost_after_its_last_answer_makes_way_too(
+    pose: PoseStage, cut: Cutter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(pose_module, "_device_memory", no_device_memory)
+    monkeypatch.setattr(pose_module, "_device_works", lambda: False)
+    monkeypatch.setattr(os, "_exit", leave)
+    part = cut((0,))
+    with pytest.raises(SystemExit):
+        pose.forward([part])
+
+
 def test_an_engine_that_is_not_loaded_is_said_in_the_row(pose: PoseStage, cut: Cutter) -> None:
     [answer] = pose.forward([msgspec.structs.replace(cut((0,)), engine="other")])
     assert error(solved(answer).rows[0]).code == "engine_error"

@@ -1,0 +1,209 @@
+"""The benchmark's end of the serving peers: what there is, with which settings, and one of them started and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import msgspec
+
+from benchmarks.load.observe import tree
+from benchmarks.load.sample import Target
+from benchmarks.peers.environment import PYTHON, ROOT, PeerFailed, versions
+from benchmarks.peers.serving import READY, Setup, to_environment
+from tests.running import free_port
+from tests.running import running as running_now
+from workers.lifecycle import slot_environment
+from workers.settings import Stages, on_gpu
+
+_START_LIMIT_S: Final = 180.0
+_STOP_LIMIT_S: Final = 20.0
+_FASTAPI_CALLERS: Final = 40  # threads in which FastAPI runs plain functions, unless it is told otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One way to serve."""
+
+    module: str  # in this package
+    packages: tuple[str, ...]  # whose versions are told with the figures
+    choose: Callable[[Stages], dict[str, Any]]  # its share of a Setup, from the settings of our own workers
+    words: str  # how it serves, with the fields of its Setup
+
+
+PEERS: Final = {
+    "fastapi-loop": Peer(
+        module="fastapi_loop",
+        packages=("fastapi", "uvicorn"),
+        choose=lambda ours: {"threads": _threads(ours), "callers": 1},
+        words="one process, its engine with {threads} threads; an endpoint that loops over the detections of one "
+        "request at a time",
+    ),
+    "fastapi-threads": Peer(
+        module="fastapi_loop",
+        packages=("fastapi", "uvicorn"),
+        choose=lambda ours: {"threads": _threads(ours), "callers": _FASTAPI_CALLERS},
+        words="the same, the one engine called from as many as {callers} threads at a time, as FastAPI does with plain "
+        "functions",
+    ),
+    "fastapi-processes": Peer(
+        module="fastapi_loop",
+        packages=("fastapi", "uvicorn"),
+        choose=lambda ours: {"engines": _copies(ours), "callers": 1},
+        words="the same loop in {engines} processes, each with an engine of its own with {threads} thread(s)",
+    ),
+    "fastapi-batcher": Peer(
+        module="fastapi_batcher",
+        packages=("fastapi", "uvicorn"),
+        choose=lambda ours: {"threads": _threads(ours), "decoders": ours.decode.workers},
+        words="{decoders} processes decode; one engine with {threads} threads gets batches of {batch} detections or of "
+        "{wait_ms} ms",
+    ),
+    "litserve": Peer(
+        module="litserve_peer",
+        packages=("litserve", "fastapi", "uvicorn"),
+        choose=lambda ours: _engines(ours) | {"batch": 4 if on_gpu(ours) else 2},
+        words="{engines} worker(s), the engine with {threads} thread(s); batches of {batch} requests or of {wait_ms} "
+        "ms, decoded in the worker; one process for HTTP",
+    ),
+    "bentoml": Peer(
+        module="bentoml_peer",
+        packages=("bentoml", "uvicorn"),
+        choose=lambda ours: _engines(ours) | {"decoders": ours.decode.workers, "batch": 8 if on_gpu(ours) else 4},
+        words="{decoders} processes answer HTTP and decode; a service of {engines} process(es), the engine with "
+        "{threads} thread(s), gets adaptive batches of at most {batch} detections",
+    ),
+}
+
+
+def _threads(ours: Stages) -> int:
+    """Detections that our own pose workers work on at a time, all together."""
+    return ours.pose.workers * ours.pose.threads
+
+
+def _copies(ours: Stages) -> int:
+    """Processes that each have an engine to themselves: one for each of those, on a GPU two."""
+    return 2 if on_gpu(ours) else max(2, _threads(ours))
+
+
+def _engines(ours: Stages) -> dict[str, Any]:
+    """Engines as our own pose workers have them: on a CPU each with a core to itself, on a GPU one."""
+    return {"threads": _threads(ours)} if on_gpu(ours) else {"engines": _threads(ours)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A peer as it takes part: `fastapi-loop`, or with settings of its own `litserve:engines=1:threads=2`."""
+
+    title: str
+    peer: Peer
+    changes: dict[str, str]
+
+    @classmethod
+    def of(cls, text: str) -> Entry:
+        """From the command line; ValueError for what there is not."""
+        name, *pairs = text.split(":")
+        if name not in PEERS:
+            raise ValueError(f"there is no peer {name!r}; there are: {', '.join(PEERS)}")
+        changes = dict(pair.partition("=")[::2] for pair in pairs)
+        known = set(Setup.__struct_fields__)
+        if unknown := changes.keys() - known:
+            raise ValueError(
+                f"a peer has no setting {', '.join(sorted(unknown))}; there are: {', '.join(sorted(known))}"
+            )
+        return cls(title=text, peer=PEERS[name], changes=changes)
+
+    def settings(self, ours: Stages) -> dict[str, Any]:
+        """Its share of a Setup, where the server's own workers have the settings `ours`."""
+        return {**self.peer.choose(ours), **self.changes}
+
+    def describe(self, setup: Setup, python: Path = PYTHON) -> str:
+        """Versions and settings, in words."""
+        packages = ", ".join(f"{name} {version}" for name, version in versions(self.peer.packages, python).items())
+        return f"{packages}: {self.peer.words.format(**msgspec.to_builtins(setup))}"
+
+
+@contextmanager
+def running(entry: Entry, given: Mapping[str, Any], folder: Path, python: Path = PYTHON) -> Iterator[Target]:
+    """A peer in a process of its own for as long as the block runs, ready in all of its processes; then none is left.
+
+    `given`: the Setup, except for where it is started. `folder`: for its log. Raises PeerFailed.
+    """
+    missing = set(entry.peer.packages) - versions(entry.peer.packages, python).keys()
+    if missing:
+        raise PeerFailed(
+            f"{entry.title} needs {', '.join(sorted(missing))}: `make peers-serving` sets the peers' environment up"
+        )
+    with tempfile.TemporaryDirectory(prefix="peer-") as ready_dir:
+        setup = make_setup({**given, "port": free_port(), "ready_dir": ready_dir})
+        log = folder / f"{entry.peer.module}.log"
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                [str(python), "-m", f"benchmarks.peers.{entry.peer.module}"],
+                cwd=ROOT,
+                env=_environment(setup),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        try:
+            target = Target(url=f"http://127.0.0.1:{setup.port}", pid=child.pid)
+            _wait_ready(entry, child, target, setup, log)
+            yield target
+        finally:
+            _stop(child)
+
+
+def make_setup(fields: Mapping[str, Any]) -> Setup:
+    """A Setup from its fields, numbers also as text; ValueError where one does not fit."""
+    return msgspec.convert(dict(fields), Setup, strict=False)
+
+
+def _environment(setup: Setup) -> dict[str, str]:
+    """As our own pose workers have it: one thread for OpenMP and BLAS, sleeping threads, large pages; no telemetry."""
+    threads = slot_environment(slot=0, keeper=False, device=setup.device, threads=1)
+    mine = {name: value for name, value in (os.environ | threads).items() if not name.startswith("PEM_")}
+    return mine | to_environment(setup)
+
+
+def _wait_ready(entry: Entry, child: subprocess.Popen[bytes], target: Target, setup: Setup, log: Path) -> None:
+    end = time.monotonic() + _START_LIMIT_S
+    while True:
+        if child.poll() is not None:
+            raise PeerFailed(f"{entry.title} ended with {child.returncode}: {_tail(log)}")
+        with contextlib.suppress(httpx.HTTPError):
+            loaded = sum(path.is_file() for path in Path(setup.ready_dir).iterdir())
+            if loaded >= setup.engines and httpx.get(target.url + READY, timeout=2.0).status_code == 200:
+                return
+        if time.monotonic() > end:
+            raise PeerFailed(f"{entry.title} was not ready after {_START_LIMIT_S:g} s: {_tail(log)}")
+        time.sleep(0.1)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the first process, then an end to whatever it leaves: not every peer takes its children along."""
+    processes = tree(child.pid)
+    child.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(_STOP_LIMIT_S)
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    child.wait()
+    end = time.monotonic() + _STOP_LIMIT_S
+    while any(running_now(pid) for pid in processes) and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def _tail(path: Path) -> str:
+    return path.read_text(errors="replace")[-2000:]
