@@ -23,7 +23,6 @@ from benchmarks.peers.environment import PYTHON, ROOT, PeerFailed, versions
 from benchmarks.peers.serving import READY, Setup, to_environment
 from tests.running import free_port
 from tests.running import running as running_now
-from workers.lifecycle import slot_environment
 from workers.settings import Stages, on_gpu
 
 _START_LIMIT_S: Final = 180.0
@@ -171,6 +170,8 @@ def make_setup(fields: Mapping[str, Any]) -> Setup:
 
 def _environment(setup: Setup) -> dict[str, str]:
     """As our own pose workers have it: one thread for OpenMP and BLAS, sleeping threads, large pages; no telemetry."""
+    from workers.lifecycle import slot_environment  # brings Mosec, which reads the command line of whoever imports it
+
     threads = slot_environment(slot=0, keeper=False, device=setup.device, threads=1)
     mine = {name: value for name, value in (os.environ | threads).items() if not name.startswith("PEM_")}
     return mine | to_environment(setup)
