@@ -6,6 +6,7 @@ what can be checked of them: links, commands, the unit check's words, events, me
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -109,6 +110,9 @@ def test_every_example_does_what_the_page_says(
         check_docker(example)
     elif example.language == "sh" and " pem serve " in f" {example.text.replace('/', ' ')} ":
         check_serve(example, folder)
+    elif example.language == "sh" and " bench " in example.text:
+        shorter = " --duration 1 --warmup 0 --scenes 1 --objects 2 --masks 1"  # what it measures is tested elsewhere
+        run_shell(dataclasses.replace(example, text=example.text.strip() + shorter), folder, server.url)
     elif example.language == "sh":
         compare(run_shell(example, folder, server.url), example.shown)
     elif example.language == "python":
