@@ -33,9 +33,10 @@ from benchmarks.load.mix import Load, Mix, prepare
 from benchmarks.load.report import Table, write_json
 from benchmarks.load.result import Result, summarise
 from benchmarks.load.sample import Question, Run, Target
-from benchmarks.load.server import ServerTrouble, own_server, register
+from benchmarks.load.server import own_server, register
 from benchmarks.peers.environment import PeerFailed
 from benchmarks.peers.start import PEERS, Entry, make_setup, running
+from serve.child import ServerTrouble
 from workers.machine import usable_cores, usable_memory_mb
 from workers.settings import Pose, Stages, fitted, pose_workers
 

@@ -7,12 +7,8 @@ server again.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,16 +29,15 @@ from posekit.rle import encode_rle
 from posekit.scenes import Scene, SceneInstance, demo_scene, pose_errors
 from posekit.shapes import mesh_to_ply
 from serve import imagefiles
+from serve.child import Child, ServerTrouble
 from serve.client import Client, PemError, Pose, PoseResult
 from serve.commands import common
 from serve.commands.estimate import receipt
 
 MAX_ERROR_DEG: Final = 2.0
 MAX_ERROR_MM: Final = 2.0
-_START_LIMIT_S: Final = 180.0
 _ONBOARDING_LIMIT_S: Final = 300.0
 _ANSWER_LIMIT_S: Final = 180.0
-_STOP_LIMIT_S: Final = 40.0
 
 
 class DemoFailed(Exception):
@@ -109,7 +104,7 @@ def run(out: Path, *, keep: bool, json: str | None) -> int:
         main = report.found[0]
         if not main.right:
             failure = f"the pose of the {main.name} is not within {MAX_ERROR_MM:g} mm and {MAX_ERROR_DEG:g} degrees"
-    except (DemoFailed, PemError, OSError) as error:
+    except (DemoFailed, ServerTrouble, PemError, OSError) as error:
         failure = str(error)
     common.write_json(
         json,
@@ -155,47 +150,17 @@ def _demo(out: Path, keep: bool, people: Console, report: _Report) -> None:
 
 @contextmanager
 def _server(data: Path, report: _Report) -> Iterator[str]:
-    """A server in a process of its own for as long as the block runs; DemoFailed where it starts or ends badly."""
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}"
-    # The user's settings are for the user's server: this one has its defaults.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PEM_")}
-    command = [sys.executable, "-m", "serve.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--data-dir", str(data), "--engine", "geometric", "--device", "cpu", "--log-format", "console"]
-    output = data / "server.log"
-    with output.open("wb") as log:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    """A server in a process of its own for as long as the block runs; ServerTrouble where it starts or ends badly."""
+    options = ["--engine", "geometric", "--device", "cpu", "--log-format", "console"]
+    child = Child.start(data, options)
     try:
-        with report.timed("start"):
-            _wait_for_start(child, url, output)
-        yield url
+        with report.timed("start"), common.spinner(f"starting a server at {child.url}"):
+            child.wait_ready()
+        yield child.url
     finally:
         with common.spinner("stopping the server"):
-            code = _stop(child)
-    if code != 0:
-        raise DemoFailed(f"the server did not stop cleanly (exit code {code}); the end of its log:\n{_tail(output)}")
-
-
-def _wait_for_start(child: subprocess.Popen[bytes], url: str, output: Path) -> None:
-    end = time.monotonic() + _START_LIMIT_S
-    with Client(url, "", timeout_s=5.0, retries=0) as client, common.spinner(f"starting a server at {url}"):
-        while not client.ready():
-            if child.poll() is not None:
-                raise DemoFailed(f"the server ended with code {child.returncode}; its log:\n{_tail(output)}")
-            if time.monotonic() > end:
-                raise DemoFailed(f"the server was not ready after {_START_LIMIT_S:g} s; its log:\n{_tail(output)}")
-            time.sleep(0.1)
-
-
-def _stop(child: subprocess.Popen[bytes]) -> int:
-    if child.poll() is None:
-        child.send_signal(signal.SIGTERM)
-    try:
-        return child.wait(_STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-        return -signal.SIGKILL
+            child.stop()
+    child.check()
 
 
 def _register(client: Client, scene: Scene, report: _Report) -> dict[str, float]:
@@ -301,16 +266,6 @@ def _write_inputs(out: Path, scene: Scene) -> None:
     (out / "camera.json").write_bytes(msgspec.json.encode(camera) + b"\n")
     (out / "request.json").write_bytes(msgspec.json.encode(request) + b"\n")
     (out / f"{main.shape.name}.ply").write_bytes(mesh_to_ply(main.shape.mesh))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _tail(path: Path, lines: int = 20) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

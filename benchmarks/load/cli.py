@@ -24,6 +24,7 @@ from benchmarks.load.result import OUTSIDE, Result, summarise
 from benchmarks.load.sample import STAGES, Run, Target
 from benchmarks.load.wire import Address
 from serve import __version__
+from serve.child import ServerTrouble
 from serve.client import Client, PemError
 from serve.commands import common
 
@@ -120,7 +121,7 @@ def run(plan: Plan) -> int:
                 server.register(target, load, tell)
             report = _Report(about=_about(plan, target, load))
             _measure(plan, target, load, slo, report)
-    except (server.ServerTrouble, drive.CannotBegin) as error:
+    except (ServerTrouble, drive.CannotBegin) as error:
         common.fail(str(error))
     faults = report.faults(plan.most_wrong_alone)
     if plan.picture is not None and report.sweep is not None:

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +11,11 @@ from typing import Final
 
 from benchmarks.load.mix import Load
 from benchmarks.load.sample import Target
+from serve.child import Child
 from serve.client import Client
 from serve.settings import environment_names
 
-_START_LIMIT_S: Final = 180.0
-_STOP_LIMIT_S: Final = 60.0
 _ONBOARDING_LIMIT_S: Final = 600.0
-
-
-class ServerTrouble(Exception):
-    """The server did not start, or did not stop as it should; the message has the end of its log."""
 
 
 @contextmanager
@@ -65,53 +54,10 @@ def register(target: Target, load: Load, tell: Callable[[str], None] = lambda wo
 
 @contextmanager
 def _running(variables: dict[str, str], data: Path) -> Iterator[Target]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PEM_")} | variables
-    command = [sys.executable, "-m", "serve.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
-    output = data / "server.log"
-    with output.open("wb") as log:
-        child = subprocess.Popen(
-            [*command, "--data-dir", str(data)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            process_group=0,  # Ctrl-C is for us, and we stop it
-        )
-    target = Target(url=f"http://127.0.0.1:{port}", pid=child.pid)
-    code = 0
+    child = Child.start(data, variables=variables)
     try:
-        _wait_ready(child, target.url, output)
-        yield target
+        child.wait_ready()
+        yield Target(url=child.url, pid=child.pid)
     finally:
-        code = _stop(child)
-    if code != 0:
-        raise ServerTrouble(f"the server did not stop cleanly (exit code {code}); the end of its log:\n{_tail(output)}")
-
-
-def _wait_ready(child: subprocess.Popen[bytes], url: str, output: Path) -> None:
-    end = time.monotonic() + _START_LIMIT_S
-    with Client(url, "", timeout_s=5.0, retries=0) as client:
-        while not client.ready():
-            if child.poll() is not None:
-                raise ServerTrouble(f"the server ended with code {child.returncode}; its log:\n{_tail(output)}")
-            if time.monotonic() > end:
-                raise ServerTrouble(f"the server was not ready after {_START_LIMIT_S:g} s; its log:\n{_tail(output)}")
-            time.sleep(0.1)
-
-
-def _stop(child: subprocess.Popen[bytes]) -> int:
-    if child.poll() is None:
-        child.send_signal(signal.SIGTERM)
-    try:
-        return child.wait(_STOP_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-        return -signal.SIGKILL
-
-
-def _tail(path: Path, lines: int = 20) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+        child.stop()
+    child.check()

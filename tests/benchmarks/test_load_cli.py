@@ -17,6 +17,7 @@ import pytest
 from benchmarks.load import observe, server
 from benchmarks.load.mix import Load, Mix, prepare
 from benchmarks.load.sample import STAGES
+from serve.child import ServerTrouble
 from serve.cli import main
 from tests.benchmarks.pose_fake import PoseFake, Reply, answer, pose
 from tests.running import ROOT, running, wait_until
@@ -248,7 +249,7 @@ def test_a_setting_is_called_as_in_files_or_in_the_environment():
 
 def test_a_server_of_its_own_that_cannot_start_says_why(tmp_path):
     settings = {"checkpoints_dir": str(tmp_path), "engine": "sam6d", "sam6d.fallback": "false"}
-    with pytest.raises(server.ServerTrouble, match="the server ended with code"), server.own_server(settings):
+    with pytest.raises(ServerTrouble, match="the server ended with code"), server.own_server(settings):
         pass
 
 
