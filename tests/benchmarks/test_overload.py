@@ -168,4 +168,4 @@ def test_a_running_server_is_measured_in_all_respects(server: RunningServer, que
     assert found["a lone request under load, median ms"].found > 0
     assert found["usual again after the load's last answer, s"].found < 30
     assert {"gateway", "pose", "decode", "respond"} <= {name for name, _ in seen.readings[-1].resident_mb}
-    assert len(heard) == 2
+    assert len(heard) == 3

@@ -28,7 +28,7 @@ from workers.state import WorkerState
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server that these tests may hurt."""
-    with RunningServer(tmp_path_factory.mktemp("watch") / "data") as server:
+    with RunningServer(tmp_path_factory.mktemp("watch") / "data", {"pose_workers": 1}) as server:
         register(server.url, tiny_scene().instances[1].shape)
         yield server
 

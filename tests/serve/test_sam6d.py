@@ -169,9 +169,9 @@ def test_a_worker_that_starts_anew_after_the_weights_were_replaced_does_without_
     record(networked.weights, sha256="ab" * 32)  # as good as other weights
     body = one(init_poses=..., seed=1, **PATIENT)
     assert networked.ask.ok(body)["release"] == release  # those who loaded the old ones keep them
-    [worker] = networked.server.workers("pose")
-    os.kill(worker.pid, signal.SIGKILL)
-    wait_until(lambda: networked.get("/api/v1/status")["degraded"], 60, "the new worker refused them")
+    for worker in networked.server.workers("pose"):
+        os.kill(worker.pid, signal.SIGKILL)
+    wait_until(lambda: networked.get("/api/v1/status")["degraded"], 60, "the new workers refused them")
     answer = networked.ask.ok(body)
     assert (answer["engine"], answer["degraded"]) == ("geometric", True)
     assert [row["status"] for row in answer["poses"]] == ["ok"]
