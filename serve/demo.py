@@ -94,7 +94,8 @@ class _Report:
 
 def run(out: Path, *, keep: bool, json: str | None) -> int:
     """Run the demo; its picture and inputs go to `out`. Returns 0 where the pose is right, else 1."""
-    signal.signal(signal.SIGTERM, _leave)  # so that the server is stopped on every way out
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)  # so that the server, in a group of its own, is stopped on every way out
     people = common.stderr() if json == "-" else common.stdout()
     report = _Report()
     failure: str | None = None
