@@ -150,8 +150,6 @@ class PoseQueue:
         self._run_dir = run_dir
         self._settings = settings
         self._pass = pass_detections
-        self._devices = len(backend.stages.devices)
-        self._window = settings.passes_in_flight * pass_detections * self._devices
         self._gather_s = backend.stages.pose.batch_wait_ms / 1000
         self._on_part = on_part  # the answer, and the seconds that its part waited here
         self._on_dispatch = on_dispatch
@@ -170,11 +168,21 @@ class PoseQueue:
 
     # ------------------------------------------------------------------------------------------------- numbers
 
+    @property
+    def _workers(self) -> int:
+        """Pose workers that can take work, at least one: those that died count again when they are back."""
+        return max(1, self._backend.worker_counts()["pose"])
+
+    @property
+    def _window(self) -> int:
+        """Detections that may be inside Mosec."""
+        return self._settings.passes_in_flight * self._pass * self._workers
+
     def detections_per_second(self, engine: str) -> float:
-        """An engine's measured throughput on all devices together."""
+        """An engine's measured throughput with all workers that are there."""
         rate = self._rate(engine)
         rate.seed(float(self._backend.pose_info().get("detections_per_second", {}).get(engine, 0.0)))
-        return max(rate.value * self._devices, 1e-3)
+        return max(rate.value * self._workers, 1e-3)
 
     def _rate(self, engine: str) -> _Rate:
         return self._rates.setdefault(engine, _Rate())
@@ -244,8 +252,8 @@ class PoseQueue:
     def _alone_s(self, count: int, engine: str) -> float:
         """How long `count` detections take where nothing else is done: workers share passes, on a CPU detections."""
         pieces = max(1, -(-count // self._pass) if on_gpu(self._backend.stages) else count)
-        rounds = -(-pieces // self._devices)
-        return rounds * (count / pieces) * self._devices / self.detections_per_second(engine)
+        rounds = -(-pieces // self._workers)
+        return rounds * (count / pieces) * self._workers / self.detections_per_second(engine)
 
     def _queued_by(self, client: str) -> int:
         return sum(ticket.remaining for ticket in self._waiting.get(client, []))
@@ -365,13 +373,13 @@ class PoseQueue:
     @property
     def _idle_workers(self) -> int:
         """How many pose workers nobody has work for, at least one."""
-        return max(1, self._devices - self._parts) if not self._waiting else 1
+        return max(1, self._workers - self._parts) if not self._waiting else 1
 
     def _why_now(self) -> str | None:
         """Why what waits may be sent now; None where nothing waits or it is to be gathered for a moment longer."""
         if not self._waiting:
             return None
-        if self._parts < self._devices:
+        if self._parts < self._workers:
             return "idle"
         if self._queued >= self._pass:
             return "full"

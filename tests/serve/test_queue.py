@@ -72,6 +72,7 @@ class Stage:
 
     def __init__(self, devices: int = 1, max_seconds: float = 120.0, gather_ms: int = 0) -> None:
         self.stages = Stages(devices=("cpu",) * devices, pose=Pose(max_seconds=max_seconds, batch_wait_ms=gather_ms))
+        self.ready_workers = devices
         self.is_ready = True
         self.down_s = 0.0
         self.info: dict[str, Any] = {}
@@ -79,6 +80,10 @@ class Stage:
         self.inside: dict[str, tuple[Part, asyncio.Future[bytes]]] = {}
         self.most_inside = 0
         self.finished: list[FinishPart] = []
+
+    def worker_counts(self) -> dict[str, int]:
+        """Of all stages; those that died are not there."""
+        return {"decode": 1, "pose": self.ready_workers, "respond": 1}
 
     def pose_info(self) -> dict[str, Any]:
         """What the pose worker says about itself."""
@@ -570,6 +575,25 @@ async def test_a_part_that_was_alone_in_its_worker_is_sent_again_beside_the_othe
         for _ in range(2):
             await one.stage.fail("a/0", Interrupted(held=True))
         assert await code(one.tasks[0]) == "worker_lost"
+
+
+@alone
+async def test_a_dead_worker_is_not_reckoned_with_until_it_is_back(tmp_path: Path) -> None:
+    stage = Stage(devices=2)
+    async with bench(tmp_path, stage, passes_in_flight=1) as one:
+        stage.info = {"detections_per_second": {"geometric": 10.0}}
+        assert one.queue.detections_per_second("geometric") == 20.0
+        stage.ready_workers = 1
+        assert one.queue.detections_per_second("geometric") == 10.0
+        await one.ask("anna", "a", 4 * PASS)
+        assert one.stage.sent == ["a/0"]  # the one that is left takes no more at a time
+        error = refused(one, "ben", 4 * PASS, 1.0)
+        stage.ready_workers = 0  # none: something will come back
+        assert refused(one, "ben", 4 * PASS, 1.0).retry_after_s == error.retry_after_s
+        stage.ready_workers = 2
+        one.queue.wake()
+        await settled()
+        assert one.stage.sent == ["a/0", "a/1"]
 
 
 @alone
