@@ -30,7 +30,7 @@ REQUEST: Final = {
     "which has its unit.",
     "engine": "Which engine answers, among those configured; auto is the server's choice.",
     "refine": "auto: icp for the geometric engine, none for sam6d. icp with sam6d: the geometric engine's refiner "
-    "polishes the network's pose.",
+    "polishes the network's pose; where it cannot, a warning says why.",
     "hypotheses": "How many runners-up to return with each pose.",
     "units": "What happens when depth, masks and CAD fit each other only in another unit: check refuses what is "
     "certainly a slip and warns of what is odd, strict refuses both.",

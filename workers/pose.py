@@ -130,7 +130,10 @@ class PoseStage(Stage):
         if engine.name == "geometric":
             return self._ask(engine, instances)
         return refined(
-            instances, network=partial(self._ask, engine), refiner=partial(self._ask, self.engines["geometric"])
+            instances,
+            network=partial(self._ask, engine),
+            refiner=partial(self._ask, self.engines["geometric"]),
+            kept=lambda index, why: items[index].not_refined(why),
         )
 
     def _ask(self, engine: Engine, instances: Sequence[Instance]) -> list[Outcome]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from posekit.engine import Estimate, Instance, Outcome
+from posekit.engine import Estimate, Instance, Outcome, Rejection
 
 Ask = Callable[[Sequence[Instance]], list[Outcome]]
 
 
-def refined(instances: Sequence[Instance], *, network: Ask, refiner: Ask) -> list[Outcome]:
+def refined(
+    instances: Sequence[Instance], *, network: Ask, refiner: Ask, kept: Callable[[int, Rejection], None]
+) -> list[Outcome]:
     """One outcome per instance, in order: `network` finds poses, `refiner` starts from poses that are there.
 
     An instance that brings its own pose (`init_T_cam_obj`) needs no search: it is the refiner's alone. Of the others
     those with `refine="icp"` get the refiner's pose and evidence and keep the network's confidence; what the refiner
-    rejects stays as the network left it.
+    rejects stays as the network left it: `kept` hears of it, with the instance's place and the reason.
     """
     outcomes: dict[int, Outcome] = {}
     searched = [index for index, instance in enumerate(instances) if instance.init_T_cam_obj is None]
@@ -33,4 +35,6 @@ def refined(instances: Sequence[Instance], *, network: Ask, refiner: Ask) -> lis
     for (index, outcome), polished in zip(found.items(), refiner(starts), strict=True):
         if isinstance(polished, Estimate):
             outcomes[index] = replace(outcome, T_cam_obj=polished.T_cam_obj, evidence=polished.evidence)
+        else:
+            kept(index, polished)
     return [outcomes[index] for index in range(len(instances))]

@@ -28,6 +28,7 @@ class Work:
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by the crop's index in the request
     largest_pass: PassRecord = _NO_PASS
     pass_ids: dict[str, None] = field(default_factory=dict)  # in order, each once
+    not_refined: dict[int, str] = field(default_factory=dict)  # why, by the crop's index in the request
 
     def items(self, engine: str) -> list[Item]:
         """The detections that `engine` is to look at."""
@@ -53,7 +54,7 @@ class Work:
             rows=rows,
             scores=[crop.score for crop in cut.crops],
             engine=cut.engine,
-            warnings=cut.warnings,
+            warnings=[*cut.warnings, *self._unrefined()],
             decode_ms=cut.decode_ms,
             queue_ms=max(0.0, (self.begun_unix - cut.sent_unix) * 1000.0),
             pose_ms=max(0.0, (self.done_unix - self.begun_unix) * 1000.0),
@@ -63,6 +64,10 @@ class Work:
             decode_unix=cut.sent_unix - cut.decode_ms / 1000.0,
             pose_unix=self.begun_unix,
         )
+
+    def _unrefined(self) -> list[str]:
+        why = sorted(self.not_refined.items())
+        return [f"poses[{index}] is as the network found it, not refined: {reason}" for index, reason in why]
 
     def _outcome(self, crop: Crop) -> Outcome:
         if crop.rejected is not None:
@@ -104,6 +109,10 @@ class Item:
             origin_px=crop.origin_px,
             image_size_px=crop.image_size_px,
         )
+
+    def not_refined(self, why: Rejection) -> None:
+        """The client asked for it, and is told why it was not done."""
+        self.work.not_refined[self.crop.index] = why.detail
 
     def note(self, outcome: Outcome, record: PassRecord) -> None:
         """What came of it, and in which pass."""

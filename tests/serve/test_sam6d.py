@@ -97,6 +97,20 @@ def test_a_refined_pose_keeps_the_networks_confidence(networked: Networked) -> N
     assert refined["evidence"] != plain["evidence"]
 
 
+def test_a_pose_that_could_not_be_refined_says_so(networked: Networked) -> None:
+    upright = ascii_ply(tetrahedron(80))
+    object_id = networked.ask.upload(upright, name="unrefined", wait=60).json()["object_id"]
+    for file in (networked.server.data / "objects" / object_id).glob("geometric*"):
+        file.unlink()  # before any worker has read it
+    body = one(0, objects=..., object_id="unrefined", init_poses=..., seed=1, **PATIENT)
+    plain = networked.ask.ok(body)
+    refined = networked.ask.ok({**body, "refine": "icp"})
+    assert plain["warnings"] == []
+    assert refined["poses"] == plain["poses"]
+    [warning] = refined["warnings"]
+    assert warning.startswith("poses[0] is as the network found it, not refined: the object's model is missing")
+
+
 def test_a_pose_to_start_from_is_refined_without_the_network(networked: Networked) -> None:
     answer = networked.ask.ok(one(**PATIENT))
     assert answer["engine"] == "sam6d"

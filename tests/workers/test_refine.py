@@ -45,8 +45,11 @@ def refiner(instances: Sequence[Instance]) -> list[Outcome]:
     return outcomes
 
 
-def solve(*instances: Instance) -> list[Any]:
-    return refined(instances, network=network, refiner=refiner)
+def solve(*instances: Instance, kept: dict[int, str] | None = None) -> list[Any]:
+    told = {} if kept is None else kept
+    return refined(
+        instances, network=network, refiner=refiner, kept=lambda index, why: told.update({index: why.detail})
+    )
 
 
 def test_a_refined_pose_has_the_refiners_place_and_evidence_and_the_networks_confidence() -> None:
@@ -57,8 +60,10 @@ def test_a_refined_pose_has_the_refiners_place_and_evidence_and_the_networks_con
 
 
 def test_what_the_refiner_rejects_stays_as_the_network_left_it() -> None:
-    [outcome] = solve(instance(99, "icp"))
+    kept: dict[int, str] = {}
+    _, outcome = solve(instance(1, "icp"), instance(99, "icp"), kept=kept)
     assert (outcome.T_cam_obj[0, 3], outcome.evidence) == (0.5, NETWORKS)
+    assert kept == {1: "far off"}, "and whoever asked for it hears why"
 
 
 def test_without_refinement_the_refiner_is_not_asked_for_found_poses() -> None:
