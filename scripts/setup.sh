@@ -45,7 +45,7 @@ rm -f "$venv/.fingerprint"
 pip() { logged "$venv/bin/python" -m pip --disable-pip-version-check install --constraint constraints.txt "$@"; }
 
 # torch comes first: the kernels are built against it, which is why the build is not isolated.
-echo "setup: installing torch and the build tools (the first time this takes minutes)"
+echo "setup: installing torch and the build tools (the first time this takes minutes; to look on: tail -f $log)"
 pip setuptools wheel ninja torch
 echo "setup: installing everything else and building the kernels"
 pip --verbose --no-build-isolation --editable ".[$extras]"

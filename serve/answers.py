@@ -34,10 +34,10 @@ def pose_answer(
     call.rejected = dict(Counter(row.error.code for row in rows if row.error is not msgspec.UNSET))
     waits = [one.onboard_ms for one in resolved if one.onboard_ms is not None]
     call.timing = schemas.Timing(
-        decode_ms=_ms(solution.decode_ms),
-        queue_ms=_ms(solution.queue_ms),
-        pose_ms=_ms(solution.pose_ms),
-        respond_ms=_ms(solution.respond_ms),
+        decode_ms=_ms(solution.receipt.decode_ms),
+        queue_ms=_ms(solution.receipt.queue_ms),
+        pose_ms=_ms(solution.receipt.pose_ms),
+        respond_ms=_ms(solution.receipt.respond_ms),
         onboard_ms=_ms(max(waits)) if waits else None,
         ism_ms=_ms(ism_ms) if ism_ms is not None else None,
         total_ms=_ms((time.monotonic() - call.body_received) * 1e3),

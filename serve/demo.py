@@ -125,11 +125,20 @@ def run(out: Path, *, keep: bool, json: str | None) -> int:
     return 0
 
 
+@contextmanager
+def _step(words: str) -> Iterator[None]:
+    """Say what is being done: a turning sign on a terminal, a line elsewhere, so that a log shows where it stands."""
+    if not common.stderr().is_terminal:
+        common.note(words)
+    with common.spinner(words):
+        yield
+
+
 def _demo(out: Path, keep: bool, people: Console, report: _Report) -> None:
     out.mkdir(parents=True, exist_ok=True)
     data = Path(tempfile.mkdtemp(prefix="data-", dir=out))
     try:
-        with report.timed("scene"), common.spinner("drawing the scene"):
+        with report.timed("scene"), _step("drawing the scene"):
             scene = demo_scene()
         _write_inputs(out, scene)
         with _server(data, report) as url, Client(url, "", timeout_s=_ANSWER_LIMIT_S) as client:
@@ -155,11 +164,11 @@ def _server(data: Path, report: _Report) -> Iterator[str]:
     options = ["--engine", "geometric", "--device", "cpu", "--log-format", "console"]
     child = Child.start(data, options)
     try:
-        with report.timed("start"), common.spinner(f"starting a server at {child.url}"):
+        with report.timed("start"), _step(f"starting a server at {child.url}"):
             child.wait_ready()
         yield child.url
     finally:
-        with common.spinner("stopping the server"):
+        with _step("stopping the server"):
             child.stop()
     child.check()
 
@@ -174,6 +183,8 @@ def _register(client: Client, scene: Scene, report: _Report) -> dict[str, float]
         for done, (name, shape) in enumerate(shapes.items()):
             start = time.monotonic()
             progress.update(task, description=f"onboarding the {name}")
+            if not progress.console.is_terminal:
+                common.note(f"onboarding the {name}, {done + 1} of {len(shapes)}")
             client.objects.add(
                 mesh_to_ply(shape.mesh),
                 cad_format="ply",
@@ -189,7 +200,7 @@ def _register(client: Client, scene: Scene, report: _Report) -> dict[str, float]
 
 def _ask(client: Client, scene: Scene, report: _Report) -> PoseResult:
     names = [instance.shape.name for instance in scene.instances]
-    with report.timed("answer"), common.spinner(f"estimating {len(names)} poses"):
+    with report.timed("answer"), _step(f"estimating {len(names)} poses"):
         result = client.estimate(
             scene.rgb,
             scene.depth_raw,
@@ -257,16 +268,21 @@ def _tell(people: Console, out: Path, report: _Report, result: PoseResult) -> No
 
 
 def _write_inputs(out: Path, scene: Scene) -> None:
-    """What the server is sent, as files: for a curl, and to look at."""
+    """What the server is sent, as files: for a curl, for `pem bench --request`, and to look at."""
     main = scene.instances[0]
+    rgb_png = imagefiles.write_png(scene.rgb, compression=6)
+    depth_png = imagefiles.write_png(scene.depth_raw, compression=6)
+    cad = mesh_to_ply(main.shape.mesh)
     camera = {"cam_K": scene.K.ravel().tolist(), "depth_scale": scene.depth_scale_mm}
     request = {"cam_params": camera, "cad_format": "ply", "detections": {"masks": [encode_rle(main.mask)]}}
-    (out / "rgb.png").write_bytes(imagefiles.write_png(scene.rgb, compression=6))
-    (out / "depth.png").write_bytes(imagefiles.write_png(scene.depth_raw, compression=6))
+    whole = {**request, "rgb_image": rgb_png, "depth_image": depth_png, "cad": cad}
+    (out / "rgb.png").write_bytes(rgb_png)
+    (out / "depth.png").write_bytes(depth_png)
     (out / "mask.png").write_bytes(imagefiles.write_png(np.asarray(main.mask, dtype=np.bool_)))
     (out / "camera.json").write_bytes(msgspec.json.encode(camera) + b"\n")
     (out / "request.json").write_bytes(msgspec.json.encode(request) + b"\n")
-    (out / f"{main.shape.name}.ply").write_bytes(mesh_to_ply(main.shape.mesh))
+    (out / "request.msgpack").write_bytes(msgspec.msgpack.encode(whole))
+    (out / f"{main.shape.name}.ply").write_bytes(cad)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

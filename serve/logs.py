@@ -140,6 +140,7 @@ def log_request(
 _NOISE: Final = re.compile(
     r"begin listening to socket|socket accepted connection|socket connected to|socket closed|http service is running"
     r"|received signum|received terminate signal|service shutdown complete|service halted normally|cleanup completed"
+    r"|service halted with signal \[-15\]"
     r"|failed to read from socket: unpack requires|warmup successfully"
 )
 _LONGEST_LINE: Final = 65_536

@@ -53,7 +53,11 @@ Stage = Literal["decode", "pose", "respond", "ism", "onboard"]
 STAGES: Final = ("decode", "pose", "respond", "ism", "onboard")
 DISPATCH_REASONS: Final = ("idle", "full", "window")
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+#: Close together where a client notices. A percentile is only known between two of them: likely targets are among them.
+_SECONDS = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
+)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _REQUESTS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
 _SCORES = tuple(round(0.05 * step, 2) for step in range(1, 21))

@@ -160,10 +160,10 @@ class Objects:
         return len(self._known)
 
     def label(self, object_id: str | None) -> str:
-        """The name for a metric's label: registered and on the settings' list, or `other`."""
+        """The name for a metric's label: one of the object's that is on the settings' list, or `other`."""
         known = self._known.get(object_id or "")
-        name = known.stored.name if known is not None else None
-        return name if name is not None and name in self._settings.metrics.objects else "other"
+        names = _names(known.stored) if known is not None else []
+        return next((name for name in self._settings.metrics.objects if name in names), "other")
 
     def listing(self) -> list[schemas.ObjectAnswer]:
         """All of them, oldest first."""

@@ -21,7 +21,7 @@ import contextlib
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -29,6 +29,7 @@ import structlog
 
 from serve.backend import Backend, BackendError, Interrupted
 from serve.errors import ApiError, from_failure, internal_error, worker_lost
+from serve.receipt import Receipt, receipt
 from serve.settings import Queue as QueueSettings
 from serve.spool import RunDir
 from workers.messages import Answer, Failure, FinishPart, Job, Part, PartAnswer, PassRecord, Row
@@ -59,10 +60,7 @@ class Solution:
     rows: list[Row]
     engine: str  # another than was asked for where that answered any of the parts
     warnings: list[str]
-    decode_ms: float
-    queue_ms: float  # in this queue and between stages
-    pose_ms: float
-    respond_ms: float
+    receipt: Receipt
     batch_detections: int
     batch_requests: int
     visualization: bytes | None = None
@@ -98,7 +96,6 @@ class _Ticket:
     answers: dict[int, PartAnswer] = field(default_factory=dict)
     running: int = 0
     closed: bool = False
-    first_started: float | None = None
 
     @property
     def remaining(self) -> int:
@@ -431,7 +428,6 @@ class PoseQueue:
     def _send(self, part: _Part) -> None:
         ticket = part.ticket
         now = time.monotonic()
-        ticket.first_started = ticket.first_started or now
         part.waited_s = now - ticket.arrived
         ticket.running += 1
         self._sent[part.engine] += part.cost
@@ -536,12 +532,11 @@ class PoseQueue:
 
     async def _finish(self, ticket: _Ticket) -> Solution:
         """Overlay and files of a request that was split."""
-        solution = _merge(ticket)
         message = FinishPart(
             part_id=f"{ticket.job.request_id}/finish",
             path=ticket.path,
             job=b"" if ticket.path else ticket.encoded,
-            rows=solution.rows,
+            rows=_merge(ticket).rows,
         )
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + max(ticket.deadline - time.monotonic(), 0.0)):
             try:
@@ -554,9 +549,7 @@ class PoseQueue:
         if isinstance(answer, Failure):
             raise from_failure(answer)
         self._on_part(answer, 0.0)
-        solution.respond_ms += answer.respond_ms
-        solution.visualization, solution.output_written = answer.visualization, answer.output_written
-        return solution
+        return _merge(ticket, answer)
 
     # --------------------------------------------------------------------------------------------------- events
 
@@ -581,31 +574,22 @@ class PoseQueue:
             self._pump()
 
 
-def _covered_ms(spans_ms: Sequence[tuple[float, float]]) -> float:
-    """For how long any of these spans (begin, length) lasted: parts that ran side by side count once."""
-    covered_ms, until_ms = 0.0, -math.inf
-    for begin_ms, length_ms in sorted(spans_ms):
-        covered_ms += max(0.0, begin_ms + length_ms - max(begin_ms, until_ms))
-        until_ms = max(until_ms, begin_ms + length_ms)
-    return covered_ms
-
-
-def _merge(ticket: _Ticket) -> Solution:
+def _merge(ticket: _Ticket, *more: PartAnswer) -> Solution:
+    """What its parts, and `more` that was done for all of them, come to."""
     answers = [ticket.answers[start] for start in sorted(ticket.answers)]
     warnings = list(dict.fromkeys(warning for answer in answers for warning in answer.warnings))
-    waited_s = (ticket.first_started or ticket.arrived) - ticket.arrived
     largest = max(answers, key=lambda answer: answer.batch_detections)
     asked = ticket.job.engine
+    now_unix = time.time()
     return Solution(
         rows=[row for answer in answers for row in answer.rows],
         engine=next((answer.engine for answer in answers if answer.engine != asked), asked),
         warnings=warnings,
-        decode_ms=max(answer.decode_ms for answer in answers),
-        queue_ms=waited_s * 1e3 + max(answer.queue_ms for answer in answers),
-        pose_ms=_covered_ms([(answer.pose_unix * 1e3, answer.pose_ms) for answer in answers]),
-        respond_ms=max(answer.respond_ms for answer in answers),
+        receipt=receipt(
+            [*answers, *more], arrived_unix=now_unix - (time.monotonic() - ticket.arrived), done_unix=now_unix
+        ),
         batch_detections=largest.batch_detections,
         batch_requests=largest.batch_requests,
-        visualization=answers[0].visualization if len(answers) == 1 else None,
-        output_written=answers[0].output_written if len(answers) == 1 else False,
+        visualization=next((one.visualization for one in (*more, *answers) if one.visualization is not None), None),
+        output_written=any(one.output_written for one in (*more, *answers)),
     )

@@ -11,6 +11,8 @@ import typer
 from serve.commands import common
 
 T = TypeVar("T")
+_SLO: Final = "p99=500ms"
+_ROBOTS_HZ: Final = 0.5
 _RATE_HELP: Final = "Requests a second that come whatever the server does (open loop), separated by commas."
 
 
@@ -25,7 +27,12 @@ def bench(
         ),
     ] = None,
     rate: Annotated[str | None, typer.Option(help=_RATE_HELP)] = None,
-    duration: Annotated[float, typer.Option(help="Seconds that each run is measured for.", min=0.5)] = 20.0,
+    duration: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that each run is measured for; with --picture up to 40 to have 100 answers.", min=0.5
+        ),
+    ] = 20.0,
     warmup: Annotated[float, typer.Option(help="Seconds of load before that.", min=0.0)] = 3.0,
     masks: Annotated[str, typer.Option(help="Masks of a request; of several, each equally often.")] = "3",
     sizes: Annotated[str, typer.Option(help="Sizes of the pictures, likewise.")] = "640x480",
@@ -48,8 +55,13 @@ def bench(
         typer.Option("--set", metavar="NAME=VALUE", help="A setting of its own server, as pose.threads=1; repeatable."),
     ] = None,
     capacity: Annotated[bool, typer.Option("--capacity", help="Search how many robots the server carries.")] = False,
-    slo: Annotated[str, typer.Option(help="With --capacity: what each robot is promised.")] = "p99=500ms",
-    robots_hz: Annotated[float, typer.Option(help="With --capacity: requests a second of each robot.")] = 0.5,
+    slo: Annotated[
+        str | None, typer.Option(help="With --capacity: what each robot is promised.", show_default=_SLO)
+    ] = None,
+    robots_hz: Annotated[
+        float | None,
+        typer.Option(help="With --capacity: requests a second of each robot.", show_default=f"{_ROBOTS_HZ:g}"),
+    ] = None,
     picture: Annotated[
         Path | None,
         typer.Option(metavar="FILE.svg", help="Draw latency against offered load, at the rates of --rate or its own."),
@@ -65,7 +77,9 @@ def bench(
     ] = True,
     most_wrong_alone: Annotated[
         float,
-        typer.Option(help="Share of detections that may be wrong even without load, which is not the load's matter."),
+        typer.Option(
+            help="Share of detections, 0 to 1, that may be wrong even without load, which is not the load's matter."
+        ),
     ] = 0.2,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for one answer.", min=0.1)] = 60.0,
     pid: Annotated[
@@ -77,7 +91,8 @@ def bench(
     """Put load on a server and say how much it carries, how fast, and whether every answer stays right.
 
     Requests are rendered scenes whose poses are known; each is asked alone first. Exits 0 only where every request
-    was answered (429 counts as an answer) and no pose was wrong or another one than alone.
+    was answered (429 counts as an answer) and no pose was wrong, lost or another one than alone. With --capacity a
+    request may fail where there are too many robots, and it exits 0 where at least one is served.
 
     Examples:
 
@@ -97,6 +112,9 @@ def bench(
         common.fail("--set is for the server that this starts; the one behind --url has its own settings", 2)
     if url is None and pid is not None:
         common.fail("--pid says which process is behind --url; give both", 2)
+    for option, value in {"--slo": slo, "--robots-hz": robots_hz}.items():
+        if value is not None and not capacity:
+            common.fail(f"{option} is what --capacity searches with; give both", 2)
     common.check_folder(json, picture)
     try:
         from benchmarks.load import cli
@@ -133,8 +151,8 @@ def bench(
         most_wrong_alone=most_wrong_alone,
         json=json,
         picture=picture,
-        slo=slo if capacity else None,
-        robots_hz=robots_hz,
+        slo=(_SLO if slo is None else slo) if capacity else None,
+        robots_hz=_ROBOTS_HZ if robots_hz is None else robots_hz,
     )
     raise typer.Exit(cli.run(plan))
 

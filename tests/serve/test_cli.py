@@ -406,5 +406,7 @@ def test_the_demo_is_right(tmp_path: Path) -> None:
     assert main["rotation_error_deg"] < 2
     assert main["translation_error_mm"] < 2
     left = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert "overlay.png" in left
+    assert {"overlay.png", "request.msgpack"} <= left
     assert not [name for name in left if name.startswith("data-")]
+    steps = [line for line in done.stderr.splitlines() if "onboarding the" in line]
+    assert len(steps) == len(told["objects"]), "without a terminal each step is a line"

@@ -106,14 +106,14 @@ def test_the_level_of_the_settings_is_honoured(tmp_path: Path, stream: io.String
     assert len(stream.getvalue().splitlines()) == 1
 
 
-def test_a_request_line_costs_the_caller_less_than_a_tenth_of_a_millisecond(lines: Lines) -> None:
+def test_a_request_line_costs_the_caller_less_than_a_tenth_of_a_millisecond_of_cpu(lines: Lines) -> None:
     timing = {"decode_ms": 10.0, "queue_ms": 1.0, "pose_ms": 100.0, "batch_detections": 12, "batch_requests": 3}
     best = float("inf")
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.thread_time()
         for _ in range(200):
             request(detections=12, poses=11, release="r1", engine="geometric", timing=timing)
-        best = min(best, (time.perf_counter() - started) / 200)
+        best = min(best, (time.thread_time() - started) / 200)
     assert len(lines()) == 1000
     assert best < 100e-6
 
@@ -299,6 +299,7 @@ def test_a_traceback_that_mosec_squeezed_into_a_line_is_an_error_with_a_tracebac
         b"<A_1|1> socket connected to /tmp/x.socket",
         b"begin listening to socket",
         b"service received terminate signal",
+        b"mosec service halted with signal [-15]",
         b"<A_1|1> failed to read from socket: unpack requires a buffer of 2 bytes",
     ],
 )

