@@ -2,7 +2,8 @@
 
 OpenCV does the decoding, but it is lenient: it returns an image for files whose checksums are wrong. So each file is
 checked first: header, then size limits, then the structure (every PNG checksum, the exact inflated length, JPEG's end
-marker, TIFF's strips inside the file), and only then decoded.
+marker, TIFF's strips inside the file), and only then decoded. Inflating is most of the work of decoding a PNG, so the
+bytes that the check inflated are what OpenCV gets, stored without compression.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def encode_png(array: Image, compression: int = 1) -> bytes:
     return encoded.tobytes()
 
 
-def _decode(data: bytes, flags: int, info: ImageInfo, field: str | None) -> Image:
+def _decode(data: bytes | bytearray, flags: int, info: ImageInfo, field: str | None) -> Image:
     try:
         image = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
     except cv2.error:
@@ -209,7 +210,9 @@ def _without_nonsense(depth: Float32) -> Float32:
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # samples per stored pixel, by colour type
 _PNG_BIT_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-_INFLATE_STEP = 1 << 20  # bytes inflated at a time while the pixels are only being counted
+_STEP = 1 << 20  # bytes inflated at a time while the pixels are only being counted
+_STORED_STEP = (1 << 16) - 1  # bytes inflated at a time where they are passed on: the most that one stored block holds
+_STORED_BELOW = 8  # times that pixels may be larger than their compressed data, to be passed on inflated
 
 
 class _PngHeader(NamedTuple):
@@ -256,14 +259,16 @@ def _png_header(data: bytes, field: str | None) -> _PngHeader:
     return _PngHeader(info, color_type, interlace == 1)
 
 
-def _checked_png(data: bytes, field: str | None) -> bytes:
+def _checked_png(data: bytes, field: str | None) -> bytearray:
     """The PNG with nothing in it but its pixels, after checking every checksum and the exact inflated length.
 
     What goes: metadata, colour profiles, rotation, animation frames, transparency keys. None may change the pixels,
-    and each is one more parser that could be fed nonsense.
+    and each is one more parser that could be fed nonsense. The pixels are passed on inflated, as the check has them,
+    so that OpenCV need not inflate them again. Those that compression makes far smaller stay compressed: inflating
+    them twice costs no more than copying, and a small file that claims a huge image stays small.
     """
     header = _png_header(data, field)
-    kept: list[bytes] = [PNG_SIGNATURE]
+    kept = bytearray(PNG_SIGNATURE)
     pixels: list[memoryview] = []
     view = memoryview(data)
     position, kind, previous, has_palette = len(PNG_SIGNATURE), b"", b"", False
@@ -290,27 +295,37 @@ def _checked_png(data: bytes, field: str | None) -> bytes:
             raise BadData("the PNG is broken: it holds a part of unknown kind", field)
         if (kind == b"IHDR") != (position == len(PNG_SIGNATURE)):
             raise BadData("the PNG is broken: its header is not its first part", field)
-        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
-            kept.append(data[position:end])
+        if kind in (b"IHDR", b"PLTE"):
+            kept += view[position:end]
         previous, position = kind, end
     if header.color_type == 3 and not has_palette:
         raise BadData("the PNG is broken: its palette is missing", field)
-    _check_png_pixels(header, pixels, field)
-    return b"".join(kept)
+    _add_checked_pixels(kept, header, b"".join(pixels), field)
+    _add_png_chunk(kept, b"IEND")
+    return kept
 
 
-def _check_png_pixels(header: _PngHeader, pixels: list[memoryview], field: str | None) -> None:
-    """Inflate the pixel data in bounded steps, to count it and to see every row's filter byte."""
+def _add_checked_pixels(kept: bytearray, header: _PngHeader, stream: bytes, field: str | None) -> None:
+    """Inflate the pixel data in bounded steps, to count it and to see every row's filter byte; add its chunks.
+
+    Where it is added inflated, each step becomes a chunk that holds one stored block (RFC 1951, 3.2.4).
+    """
     broken = BadData("the PNG is broken: its pixel data does not inflate to the size of the image", field)
     passes = list(header.passes())
     expected = sum(row_bytes * rows for row_bytes, rows in passes)
+    stored = expected < _STORED_BELOW * len(stream)
+    if stored:
+        _add_png_chunk(kept, b"IDAT", b"\x78\x01")  # zlib's header
     inflater = zlib.decompressobj()
-    count = 0
-    for piece in (*pixels, memoryview(b"")):  # the empty one fetches what zlib still holds back
-        rest: bytes | memoryview = piece
-        while not inflater.eof:
+    count = taken = 0
+    step = _STORED_STEP if stored else _STEP
+    while taken < len(stream) and not inflater.eof:
+        rest = stream[taken : taken + step]  # not all at once: zlib copies what a step leaves over
+        taken += len(rest)
+        more = True
+        while more and not inflater.eof:
             try:
-                inflated = inflater.decompress(rest, _INFLATE_STEP)
+                inflated = inflater.decompress(rest, step)
             except zlib.error:
                 raise broken from None
             rest = inflater.unconsumed_tail
@@ -321,13 +336,29 @@ def _check_png_pixels(header: _PngHeader, pixels: list[memoryview], field: str |
                 if max(inflated[first - count : max(0, stop - count) : row_bytes], default=0) > 4:
                     raise BadData("the PNG is broken: a row has an unknown filter", field)
                 start = stop
-            count += len(inflated)
+            size = len(inflated)
+            count += size
             if count > expected:
                 raise broken
-            if not inflated and not rest:
-                break
+            if stored and size:
+                _add_png_chunk(kept, b"IDAT", struct.pack("<BHH", 0, size, 0xFFFF - size), inflated)
+            more = size == step  # else zlib holds nothing back
     if count != expected or not inflater.eof:
         raise broken
+    taken -= len(inflater.unused_data)
+    if stored:  # an empty last block, and the checksum that the inflated bytes were found to have
+        _add_png_chunk(kept, b"IDAT", b"\1\0\0\xff\xff", stream[taken - 4 : taken])
+    else:
+        _add_png_chunk(kept, b"IDAT", stream[:taken])
+
+
+def _add_png_chunk(kept: bytearray, kind: bytes, *parts: bytes) -> None:
+    kept += struct.pack(">I", sum(map(len, parts))) + kind
+    checksum = zlib.crc32(kind)
+    for part in parts:
+        kept += part
+        checksum = zlib.crc32(part, checksum)
+    kept += struct.pack(">I", checksum)
 
 
 # --------------------------------------------------------------------------------------------------------------- JPEG

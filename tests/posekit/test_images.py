@@ -27,13 +27,33 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(
-    width: int, height: int, bit_depth: int, color_type: int, raw: bytes, *, interlace: int = 0, extra=b""
+    width: int,
+    height: int,
+    bit_depth: int,
+    color_type: int,
+    raw: bytes,
+    *,
+    interlace: int = 0,
+    extra=b"",
+    stream: bytes | None = None,
 ) -> bytes:
-    """A PNG written by hand: `raw` is what the pixel data inflates to, `extra` stands before it."""
+    """A PNG written by hand: `raw` is what the pixel data inflates to, `extra` stands before it.
+
+    `stream` is the pixel data itself, where it is not simply `raw` compressed.
+    """
     header = struct.pack(">IIBBBBB", width, height, bit_depth, color_type, 0, 0, interlace)
     return (
-        images.PNG_SIGNATURE + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+        images.PNG_SIGNATURE
+        + chunk(b"IHDR", header)
+        + extra
+        + chunk(b"IDAT", zlib.compress(raw) if stream is None else stream)
+        + chunk(b"IEND", b"")
     )
+
+
+def rows_of(array: np.ndarray) -> bytes:
+    """What an 8-bit PNG inflates to, each row unfiltered."""
+    return b"".join(b"\0" + row.tobytes() for row in array)
 
 
 def encoded(array: np.ndarray, suffix: str, *options: int) -> bytes:
@@ -228,6 +248,59 @@ def test_pixel_data_of_another_length_is_bad_data():
             images.decode_color(png(2, 3, 8, 0, raw), 50)
 
 
+PASSED_ON = {  # 300 rows of 300 bytes: what compresses well is passed on as it came, the rest inflated
+    "inflated": RNG.integers(0, 256, (300, 300), dtype=np.uint8),
+    "compressed": np.zeros((300, 300), np.uint8),
+}
+
+
+@pytest.mark.parametrize("array", PASSED_ON.values(), ids=PASSED_ON)
+def test_pixels_that_do_not_add_up_are_bad_data_however_well_they_compress(array):
+    rows = rows_of(array)
+    good = zlib.compress(rows)
+    assert np.array_equal(images.decode_png(png(300, 300, 8, 0, b"", stream=good)), array)
+    broken = {
+        "a byte too few": zlib.compress(rows[:-1]),
+        "a byte too many": zlib.compress(rows + b"\0"),
+        "another checksum": good[:-1] + bytes([good[-1] ^ 1]),
+        "no checksum": good[:-4],
+        "cut short": good[: len(good) // 2],
+        "no deflate": rows,
+    }
+    for stream in broken.values():
+        with pytest.raises(BadData, match="does not inflate to the size of the image"):
+            images.decode_png(png(300, 300, 8, 0, b"", stream=stream))
+    with pytest.raises(BadData, match="filter"):
+        images.decode_png(png(300, 300, 8, 0, rows[: 250 * 301] + b"\5" + rows[250 * 301 + 1 :]))
+
+
+@pytest.mark.parametrize("array", PASSED_ON.values(), ids=PASSED_ON)
+def test_bytes_behind_the_pixel_data_are_ignored_without_a_word(array, capfd):
+    stream = zlib.compress(rows_of(array)) + bytes(9)
+    assert np.array_equal(images.decode_png(png(300, 300, 8, 0, b"", stream=stream)), array)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("width, height", [(65533, 1), (65534, 1), (65535, 1), (65534, 2), (65535, 2), (254, 257)])
+def test_pixels_about_a_whole_number_of_steps_are_read(width, height):
+    array = RNG.integers(0, 256, (height, width), dtype=np.uint8)  # 65535 bytes are inflated at a time
+    assert np.array_equal(images.decode_png(png(width, height, 8, 0, rows_of(array))), array)
+
+
+@pytest.mark.parametrize("interlace", [0, 1])
+@pytest.mark.parametrize(
+    "color_type, bit_depth", [(kind, bits) for kind, depths in images._PNG_BIT_DEPTHS.items() for bits in depths]
+)
+def test_opencv_reads_the_same_from_what_is_passed_on(color_type, bit_depth, interlace):
+    plain = png(99, 77, bit_depth, color_type, b"", interlace=interlace)
+    passes = images._png_header(plain, None).passes()
+    rows = [bytes([RNG.integers(5)]) + RNG.bytes(row_bytes - 1) for row_bytes, count in passes for _ in range(count)]
+    palette = chunk(b"PLTE", RNG.bytes(3 << bit_depth)) if color_type == 3 else b""
+    data = png(99, 77, bit_depth, color_type, b"".join(rows), interlace=interlace, extra=palette)
+    wanted = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert np.array_equal(images.decode_png(data), wanted)
+
+
 def test_an_unknown_row_filter_is_bad_data():
     with pytest.raises(BadData, match="filter"):
         images.decode_color(png(2, 3, 8, 0, b"\0\1\2\0\1\2\7\1\2"), 50)
@@ -236,7 +309,7 @@ def test_an_unknown_row_filter_is_bad_data():
 
 
 def test_pixel_data_in_many_small_pieces_is_read():
-    stream = zlib.compress(b"".join(b"\0" + row.tobytes() for row in RGB))
+    stream = zlib.compress(rows_of(RGB))
     header = struct.pack(">IIBBBBB", RGB.shape[1], RGB.shape[0], 8, 2, 0, 0, 0)
     pieces = b"".join(chunk(b"IDAT", stream[start : start + 7]) for start in range(0, len(stream), 7))
     data = images.PNG_SIGNATURE + chunk(b"IHDR", header) + pieces + chunk(b"IEND", b"")
