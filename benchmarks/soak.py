@@ -51,7 +51,7 @@ from tests.running import RunningServer
 SIZES = ((640, 480), (1280, 720))
 STAGES = ("decode", "pose", "respond")  # the workers that are killed, in turn
 GROWTH = 0.1  # of memory, that is still called flat
-GROWTH_MB = 10.0  # likewise, of a process so small that its buffers are a good part of it
+GROWTH_MB = 2.0  # likewise, of a process so small that a few freed buffers are a good part of it
 FILES = 8  # open ones that may come and go: connections kept for a while
 
 _ROUTE = "/api/v1/pose_estimation"

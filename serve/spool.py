@@ -17,11 +17,11 @@ from pathlib import Path
 
 import structlog
 
+from workers.jobs import BESIDE, write_large
+
 log = structlog.get_logger()
 
 _PREFIX = "pem-server-"
-INLINE_BYTES = 64 * 1024  # smaller requests go through the socket
-_ROOM = 2.0  # times its size must be free, so that the other users of /dev/shm are left some
 
 
 def _bases(first: Path) -> list[Path]:
@@ -55,25 +55,16 @@ class RunDir:
 
     def put(self, name: str, data: bytes) -> str | None:
         """Spool a request; its path, or None where it should go inline (small, or no room)."""
-        if len(data) < INLINE_BYTES:
-            return None
-        path = self.jobs / name
-        try:
-            room = os.statvfs(self.jobs)
-            if room.f_bavail * room.f_frsize < _ROOM * len(data):
-                return None
-            path.write_bytes(data)
-        except OSError:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-            return None
-        return str(path)
+        return write_large(self.jobs / name, data)
 
     def drop(self, path: str | None) -> None:
         """The request is answered: forget its file."""
         if path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
+            for left in self.jobs.glob(f"{Path(path).name}{BESIDE}*"):  # by workers that died
+                with contextlib.suppress(OSError):
+                    left.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """At the very end."""

@@ -7,9 +7,9 @@ What cannot be used becomes a crop that says why; only what spoils the whole req
 from __future__ import annotations
 
 from posekit.errors import PoseError
-from workers.jobs import GivenUp, failure_from
+from workers.jobs import GivenUp, failure_from, put_beside
 from workers.lifecycle import Stage, limit_threads
-from workers.messages import Cut, Failure, Part
+from workers.messages import Cut, CutFile, Failure, Part
 
 
 class DecodeStage(Stage):
@@ -38,3 +38,10 @@ class DecodeStage(Stage):
             return Failure(part_id=part.part_id, kind="too_large", detail="not enough memory to decode this request")
         except Exception:
             return self.internal(part.part_id)
+
+    def serialize_ipc(self, data: Cut | Failure) -> bytes:
+        """To the pose stage: in a file where it is large, so that Mosec's front does not hold it."""
+        encoded = super().serialize_ipc(data)
+        if isinstance(data, Cut) and (path := put_beside(data.part.path, encoded)) is not None:
+            return self._encoder.encode(CutFile(part_id=data.part.part_id, path=path))
+        return encoded

@@ -4,8 +4,9 @@ gateway ──Part──▶ decode ──Cut──▶ pose ──Solved──▶
 
 A `Job` is one client request, parsed and checked, images still encoded. The gateway writes it once (to a file in
 shared memory when it is large and there is room, inline otherwise) and sends one `Part` per bounded run of its
-detections. A failure of the whole request travels as `Failure` through every later stage, because raising inside a
-batched stage would fail its neighbours too. All of it is MessagePack; arrays travel as (dtype, shape, bytes).
+detections. A large `Cut` goes by a `CutFile` in the same way. A failure of the whole request travels as `Failure`
+through every later stage, because raising inside a batched stage would fail its neighbours too. All of it is
+MessagePack; arrays travel as (dtype, shape, bytes).
 
 Wire units are millimetres; from `Cut` on, everything is metres.
 """
@@ -175,6 +176,13 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
     sent_unix: float = 0.0  # when decode handed it on: pose measures its wait from here
 
 
+class CutFile(msgspec.Struct, frozen=True, kw_only=True, tag="cut_file"):
+    """A large Cut, written beside its job's file: whoever takes it removes it (see `workers/jobs.py`)."""
+
+    part_id: str
+    path: str
+
+
 # ----------------------------------------------------------------------------------------------- pose → respond, rows
 
 
@@ -271,7 +279,7 @@ class PartAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     output_written: bool = False
 
 
-PoseInput = Cut | Failure
+PoseInput = Cut | CutFile | Failure
 RespondInput = Solved | FinishPart | Failure
 Answer = PartAnswer | Failure
 

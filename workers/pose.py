@@ -20,8 +20,9 @@ import msgspec
 from posekit.engine import Engine, Instance, ObjectModel, Outcome, Rejection
 from posekit.errors import StoreError
 from workers.engines import kernels, load_engine, practise
+from workers.jobs import GivenUp, take
 from workers.lifecycle import DEVICE, DEVICE_NAME, INTERNAL_DETAIL, Stage, limit_threads
-from workers.messages import Cut, Failure, PassRecord, PoseInput, Solved
+from workers.messages import Cut, CutFile, Failure, PassRecord, PoseInput, Solved
 from workers.models import ModelCache, out_of_memory
 from workers.refine import refined
 from workers.settings import objects_path
@@ -58,6 +59,19 @@ class PoseStage(Stage):
                 broken_objects=broken,
             )
             self._tell_cache()
+
+    def deserialize_ipc(self, data: bytes) -> Cut | Failure:
+        """From decode, out of its file where it is large."""
+        message: Cut | CutFile | Failure = super().deserialize_ipc(data)
+        if not isinstance(message, CutFile):
+            return message
+        try:
+            return msgspec.msgpack.decode(take(message.path), type=Cut)
+        except GivenUp:
+            detail = "the request was given up before it was worked on"
+            return Failure(part_id=message.part_id, kind="internal", detail=detail)
+        except (OSError, msgspec.DecodeError):  # raised, it would fail the whole batch
+            return self.internal(message.part_id)
 
     def forward(self, batch: list[Cut | Failure] | Cut | Failure) -> list[Solved | Failure] | Solved | Failure:
         """Every part's rows, in order; a failure of an earlier stage passes through.

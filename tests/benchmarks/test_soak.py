@@ -123,6 +123,15 @@ def test_each_fault_is_found_and_shown(changes: dict[str, Any], figure: str, wor
     assert soak.details(one, []) == ([words] if words else [])
 
 
+@pytest.mark.parametrize("late_mb, holds", [(8.5, True), (12.0, False)])
+def test_a_small_process_may_grow_by_a_few_buffers_and_by_no_more(late_mb: float, holds: bool) -> None:
+    front = [
+        memory.Reading(when=float(second), resident_mb={("mosec", 3): 7.0 if second < 30 else late_mb})
+        for second in range(60)
+    ]
+    assert failures(seen(readings=front)) == ([] if holds else ["memory of mosec (7 MB), growth in %"])
+
+
 def test_what_stays_in_shared_memory_is_named() -> None:
     assert failures(seen(), ["sem.mp-1"]) == ["entries of /dev/shm left after the stop"]
     assert soak.details(seen(), ["sem.mp-1"]) == ["/dev/shm/sem.mp-1"]

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from serve.spool import INLINE_BYTES
 from tests.running import RunningServer, register, wait_until
 from tests.serve.tiny import OBJECTS, Asker, ascii_ply, one, refusal, tetrahedron, tiny_question, tiny_scene
+from workers.jobs import INLINE_BYTES
 
 MB = 2**20
 
@@ -102,7 +102,7 @@ def right(rows: list[dict[str, object]]) -> bool:
 def test_large_requests_pass_through_shared_memory_and_leave_it_again(small: OnSmallDisks) -> None:
     assert small.server.run_dir.parent == small.spool
     assert right(small.ask.poses(large(), as_json=True))
-    wait_until(lambda: not any((small.server.run_dir / "jobs").iterdir()), 2, "the request's file is gone")
+    wait_until(lambda: not any((small.server.run_dir / "jobs").iterdir()), 30, "the request's file is gone")
 
 
 def test_with_full_shared_memory_large_requests_are_answered_all_the_same(small: OnSmallDisks) -> None:
@@ -116,10 +116,10 @@ def test_with_full_shared_memory_large_requests_are_answered_all_the_same(small:
 
 
 def test_a_worker_that_dies_is_replaced_even_with_full_shared_memory(small: OnSmallDisks) -> None:
-    (before,) = small.server.workers("decode")[:1]
+    before = small.server.workers("decode")
     with filled(small.spool):
-        os.kill(before.pid, 9)
-        deadline = time.monotonic() + 20
+        os.kill(before[0].pid, 9)
+        deadline = time.monotonic() + 90
         rows = []
         while time.monotonic() < deadline and not rows:
             response = small.ask.post(one())
@@ -128,7 +128,7 @@ def test_a_worker_that_dies_is_replaced_even_with_full_shared_memory(small: OnSm
             else:
                 assert response.status_code == 503, response.text
         assert right(rows)
-    wait_until(lambda: len(small.server.workers("decode")) == 2, 20, "both decode workers are back")
+    wait_until(lambda: len(small.server.workers("decode")) == len(before), 90, "all decode workers are back")
     assert right(small.ask.poses(one()))
 
 
@@ -164,7 +164,7 @@ def test_once_there_is_room_again_everything_works_and_the_log_goes_on(small: On
     marked = {"X-Request-Id": "after-the-flood"}
     assert small.ask.send("GET", "/api/v1/version", headers=marked).status_code == 200
     log = small.data / "logs" / "pem.log"
-    wait_until(lambda: "after-the-flood" in log.read_text(errors="replace"), 5, "the log file is written again")
+    wait_until(lambda: "after-the-flood" in log.read_text(errors="replace"), 30, "the log file is written again")
 
 
 def test_a_server_starts_with_both_disks_full(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from serve.backend import Interrupted, Refused
 from serve.errors import ApiError
 from serve.queue import PoseQueue, Solution
 from serve.settings import Queue as QueueSettings
-from serve.spool import INLINE_BYTES, RunDir
+from serve.spool import RunDir
+from workers.jobs import BESIDE, INLINE_BYTES
 from workers.messages import Failure, FinishPart, Job, MaskSpec, Part, PartAnswer, PassRecord, Row
 from workers.settings import Pose, Stages
 
@@ -919,3 +920,15 @@ async def _something(one: Bench, chance: random.Random) -> None:
         await one.stage.fail(part_id, Failure(part_id=part_id, kind="units", detail="odd"))
     else:
         await one.stage.answer(part_id, seconds=0.1)
+
+
+@alone
+async def test_what_a_dead_worker_left_beside_a_request_goes_with_it(tmp_path: Path) -> None:
+    async with bench(tmp_path, passes_in_flight=2) as one:
+        await one.ask("anna", "a", large=True)
+        await one.ask("bela", "b", large=True)
+        for name in one.spooled():
+            (one.run_dir.jobs / f"{name}{BESIDE}1").write_bytes(b"crops")
+        await one.stage.answer("a/0")
+        assert [name[0] for name in one.spooled()] == ["b", "b"]
+        await one.stage.answer("b/0")

@@ -23,7 +23,7 @@ from tests.workers.support import Asker
 from workers import pose as pose_module
 from workers.decode import DecodeStage
 from workers.lifecycle import INTERNAL_DETAIL
-from workers.messages import Cut, Failure, PoseInput, Row, RowError, Solved
+from workers.messages import Cut, Failure, Part, PoseInput, Row, RowError, Solved
 from workers.pose import PoseStage
 from workers.settings import Stages
 
@@ -304,3 +304,22 @@ def test_a_stored_model_whose_arrays_do_not_fit_is_a_row_and_its_cause_is_logged
     assert error(solved(answer).rows[0]).code == "no_cad"
     last = json.loads(capfd.readouterr().err.splitlines()[-1])
     assert (last["event"], last["cause"]) == ("no_model", "KeyError('points_m')")
+
+
+def test_large_crops_come_out_of_a_file_beside_their_job(
+    decode: DecodeStage, pose: PoseStage, asker: Asker, tmp_path: Path
+) -> None:
+    (tmp_path / "job").write_bytes(msgspec.msgpack.encode(asker.job()))
+    made = decode.forward(Part(part_id="r1/0", start=0, stop=3, path=str(tmp_path / "job")))
+    assert isinstance(made, Cut)
+    encoded = decode.serialize_ipc(made)
+    assert len(encoded) < 1000
+    assert len(list(tmp_path.iterdir())) == 2
+    back = pose.deserialize_ipc(encoded)
+    pose.state.release_all()
+    assert msgspec.msgpack.encode(back) == msgspec.msgpack.encode(made)
+    assert [path.name for path in tmp_path.iterdir()] == ["job"]
+    lost = pose.deserialize_ipc(encoded)  # given up meanwhile, and its files are gone
+    pose.state.release_all()
+    assert isinstance(lost, Failure)
+    assert (lost.part_id, lost.kind) == ("r1/0", "internal")
