@@ -36,7 +36,7 @@ ROLLS = 24
 SIDE = 128  # cells of a picture, which holds the object with a margin
 NOISE_M = 0.001
 
-Call = Callable[[], tuple[Tensor, Tensor]]
+Call = Callable[[], object]
 
 
 def calls() -> list[tuple[str, str, Call, Call]]:
@@ -102,7 +102,55 @@ def calls() -> list[tuple[str, str, Call, Call]]:
         for run in (kernels.depth_pull, kernels.depth_pull_reference)
     ]
     rows.append(("depth_pull", "8 poses, 1024 points", polished[0], polished[1]))
+    for count in (384, 48, 8):
+        jacobian = torch.randn(1, count, 64, 6, generator=generator)
+        solved = [
+            partial(
+                run,
+                some(count),
+                jacobian.mT @ jacobian,
+                0.1 * jacobian.mT @ jacobian[..., :1],
+                radius_m=shelf.diameter_m / 2,
+                most_turn=0.4,
+                most_shift=1.0,
+                in_camera=False,
+            )
+            for run in (kernels.moved, kernels.moved_reference)
+        ]
+        rows.append(("moved", f"{count} poses", solved[0], solved[1]))
+    for count, kept in ((384, 64), (64, 12)):
+        total = torch.rand(1, count, generator=generator)
+        chosen = [
+            partial(run, some(count), total, kept, 5.0, 0.03 * shelf.diameter_m)
+            for run in (kernels.distinct, kernels.distinct_reference)
+        ]
+        rows.append(("distinct", f"{kept} of {count} poses", chosen[0], chosen[1]))
+    rows.extend(_pictures(shelf, crop, some(8), K, cell_px=cell_px, cell_m=cell_m))
     return rows
+
+
+def _pictures(
+    shelf: Shelf, crop: Observations, poses: Poses, K: Tensor, *, cell_px: Tensor, cell_m: Tensor
+) -> list[tuple[str, str, Call, Call]]:
+    """The rows of what is done with drawn poses, `SIDE` cells wide and high."""
+    depth_m, sample = kernels.front(shelf, poses, K, cell_px=cell_px, cell_m=cell_m, rows=SIDE, columns=SIDE)
+    assert shelf.dense_colours is not None
+    seen = shelf.dense_colours[sample[:, 0]] / 255.0
+    rays = torch.tensor([0.0, 0.0, 1.0]).expand(1, SIDE, SIDE, 3).contiguous()
+    use = torch.isfinite(depth_m) & torch.isfinite(depth_m[:, :1])
+    spreads = [
+        partial(run, shelf, poses, depth_m, sample, rays, noise_m=cell_m, cell_m=cell_m)
+        for run in (kernels.spread, kernels.spread_reference)
+    ]
+    costs = [
+        partial(run, shelf, crop, poses, sample, seen, rays, use)
+        for run in (kernels.colour_cost, kernels.colour_cost_reference)
+    ]
+    sizes = f"{poses.count} poses, {SIDE} x {SIDE} cells"
+    return [
+        ("spread", sizes, spreads[0], spreads[1]),
+        ("colour_cost", f"{sizes}, {int(use.sum())} count", costs[0], costs[1]),
+    ]
 
 
 def _crop(pose: Poses, shelf: Shelf, K: Tensor) -> Observations:

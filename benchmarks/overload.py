@@ -12,9 +12,10 @@ Exits 1 unless every limit of the table holds. Some of them need words:
 
 - What is answered, to the load and to the lone client, is held against the mean of the two capacities.
 - Time to a refusal is counted from when the request was sent: what the generator itself was late with is told apart.
-- What the server has let in it must answer, for up to a deadline after the load's end. So of the lone client's first
-  request after the end it is asked that it is answered within 2 s; and that 2 s after the last answer to the load it
-  takes no longer than before the load.
+- What the server has let in it must answer, for up to a deadline after the load's last request. So of the lone client's
+  first request after that one it is asked that it is answered within 2 s; and that a lone request takes no longer than
+  before the load 2 s after the load's last answer, and 2 s after its last request, or a deadline after it where that is
+  longer. With `--deadline-ms 2000` or less this says without ifs that the server is itself again 2 s after the load.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from functools import partial
 import httpx
 import numpy as np
 
-from benchmarks import checks, memory
+from benchmarks import checks, memory, trials
 from benchmarks.checks import Check
 from benchmarks.load import drive
 from benchmarks.load.judge import Judge
 from benchmarks.load.mix import Load, Mix, prepare
-from benchmarks.load.report import write_json
+from benchmarks.load.report import machine_line, write_json
 from benchmarks.load.result import summarise
 from benchmarks.load.sample import Question, Run, Sample, Target
 from benchmarks.load.server import own_server, register
@@ -250,7 +251,11 @@ def judged(measured: Measured, *, times: float, deadline_ms: int) -> list[Check]
         checks.at_most(
             "usual again after the load's last answer, s", measured.recovered(measured.load_over), RECOVERED_WITHIN_S
         ),
-        checks.told("usual again after the load's last request, s", measured.recovered(run.ended)),
+        checks.at_most(
+            "usual again after the load's last request, s",
+            measured.recovered(run.ended),
+            max(RECOVERED_WITHIN_S, deadline_ms / 1e3),
+        ),
         checks.told("sent late by the generator, p99 ms", _p99_ms([one.sent - one.due for one in run.samples])),
         checks.told("CPU of the pose workers, cores", _cores(run, "pose")),
         checks.told("CPU of the gateway, cores", _cores(run, "gateway")),
@@ -301,17 +306,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=16, help="of the closed loop (16)")
     parser.add_argument("--capacity-seconds", type=float, default=20.0, help="of the closed loop (20)")
     parser.add_argument("--engine", default="auto", help="geometric, sam6d or auto (auto)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the server")
+    trials.add_set(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the figures here (- for standard output)")
     options = parser.parse_args(arguments)
-    settings = dict(setting.split("=", 1) for setting in options.set)
 
     def tell(words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
     mix = Mix(masks=(options.masks,), engine=options.engine, deadline_ms=options.deadline_ms, objects=options.objects)
     load = prepare(mix)
-    with own_server(settings) as target:
+    with own_server(trials.given(options)) as target:
         register(target, load, tell)
         try:
             measured = measure(
@@ -331,6 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table.print()
     errors = summarise(measured.overload).errors
     print("not answered: " + (", ".join(f"{count} x {kind}" for kind, count in errors.items()) or "none"))
+    print(machine_line())
     holds = checks.all_hold(found)
     write_json(
         options.json,

@@ -2,11 +2,16 @@
 
     python -m benchmarks.profile_service                     the geometric engine
     python -m benchmarks.profile_service --engine sam6d      the network, with generated weights
-    python -m benchmarks.profile_service --torch             torch's own profiler over one pass, besides
 
 A server of its own is kept busy by a closed loop. The CPU seconds of each process come from /proc; py-spy samples the
 gateway and one worker of each stage meanwhile (it needs root, or kernel.yama.ptrace_scope = 0). A function's own time
-is that of its lines and of what they call in compiled code; time spent waiting is not counted.
+is that of its lines and of what they call in compiled code; time spent waiting is not counted. What a library of
+somebody else's does is told with the function of this project that called it, `caller > called`; torch's way to a
+compiled operator does not say which one it is, and is `caller > compiled`: the wrapper's name is the kernel's. `line`
+is where in the caller most of it went, and how much of it.
+
+Then torch's own profiler looks at the work of the pose stage on the same requests, in one pass on one thread, in this
+process: the operators with the most time of their own, compiled kernels by their names.
 """
 
 from __future__ import annotations
@@ -17,63 +22,71 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import generated_weights
+from msgspec import convert
+
 from benchmarks.load.drive import closed_loop
 from benchmarks.load.mix import Load, Mix, prepare
 from benchmarks.load.observe import stage_names
-from benchmarks.load.report import Table, write_json
+from benchmarks.load.report import Table, machine_line, write_json
 from benchmarks.load.result import summarise
 from benchmarks.load.sample import Run, Target
 from benchmarks.load.server import own_server, register
+from benchmarks.trials import engine_settings
+from workers.settings import EngineName
 
 RATE_HZ = 200  # samples a second
 PROFILED = ("gateway", "decode", "pose", "respond")
 WARMUP_S = 4.0
+_OURS = {("serve",), ("workers",), ("posekit",), ("pointnet2_ext",)}  # the packages whose functions one can change here
+_WRAPPERS = {("Linear.forward", "posekit/sam6d/fast.py")}  # of an operator, called from everywhere: the caller counts
+_TO_OPERATORS = "torch/_ops.py"
+_REQUESTS_PROFILED = 4
 
 
 def main() -> int:
     """Print the tables; 1 where anything was answered wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["geometric", "sam6d"], default="geometric")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--masks", type=int, default=3, help="detections in a request (default 3)")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--top", type=int, default=10, help="how many costs to list (default 10)")
-    parser.add_argument("--torch", action="store_true", help="run torch's profiler over one pass of the engine as well")
+    parser.add_argument("--objects", type=int, help="different ones; fewer are onboarded sooner (all)")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
     options = parser.parse_args()
     if shutil.which(_py_spy()) is None:
         parser.error("py-spy is not installed here: pip install py-spy")
 
-    load = prepare(Mix(masks=(options.masks,), engine=options.engine, deadline_ms=120_000))
-    with tempfile.TemporaryDirectory() as folder:
-        settings = _settings(options.engine, Path(folder))
-        with own_server(settings) as target:
+    load = prepare(Mix(masks=(options.masks,), objects=options.objects, engine=options.engine, deadline_ms=300_000))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = engine_settings(options.engine, folder)
+        with own_server(settings, folder / "data") as target:
             register(target, load, lambda words: print(words, file=sys.stderr))
-            run, stacks = asyncio.run(_profiled(target, load, options.clients, options.seconds, Path(folder)))
-    result = summarise(run)
-
-    shares = _by_process(run, result.requests_hz * run.seconds)
-    shares.print()
-    costs = _by_function(stacks, run, options.top)
-    costs.print()
-    print(f"{result.poses_hz:.1f} poses/s, {result.requests_hz:.1f} requests/s; {result.fault or 'every answer right'}")
-    tables = {"processes": shares.as_dicts(), "costs": costs.as_dicts(), "result": result.as_dict()}
-    write_json(options.json, {"profile_service": tables})
-    if options.torch:
-        _torch_profile(options.engine, options.masks)
+            run, stacks = asyncio.run(_profiled(target, load, options.clients, options.seconds, folder))
+        result = summarise(run)
+        shares = _by_process(run, result.requests_hz * run.seconds)
+        shares.print()
+        print()
+        costs = by_function(stacks, run, options.top)
+        costs.print()
+        print(flush=True)
+        operators = _operators(load, settings, folder, options.top)
+        operators.print()
+    print(
+        f"\n{result.detections_hz:.3g} detections/s, {result.poses_hz:.3g} poses/s, {result.answered} requests in "
+        f"{result.seconds:.0f} s; {result.fault or 'every answer right'}"
+    )
+    print(f"engine {options.engine}, {options.clients} clients with {options.masks} masks a request")
+    print(machine_line())
+    tables = {"processes": shares.as_dicts(), "costs": costs.as_dicts(), "operators": operators.as_dicts()}
+    write_json(options.json, {"profile_service": {**tables, "result": result.as_dict()}})
     return 0 if result.fault is None else 1
-
-
-def _settings(engine: str, folder: Path) -> dict[str, str]:
-    if engine == "geometric":
-        return {"engine": engine}
-    weights = folder / "generated.safetensors"
-    generated_weights.write(weights)
-    return {"engine": engine, "sam6d.weights": str(weights), "sam6d.views": "8"}
 
 
 async def _profiled(
@@ -119,59 +132,111 @@ def _by_process(run: Run, requests: float) -> Table:
     total_s = sum(usage.cpu_s for usage in run.usage) or 1.0
     for stage, found in sorted(stages.items(), key=lambda item: -sum(cpu_s for cpu_s, _ in item[1])):
         cpu_s = sum(one for one, _ in found)
+        each_ms = 1e3 * cpu_s / requests if requests else float("nan")
         if cpu_s >= 0.001 * total_s:
-            table.add(stage, len(found), cpu_s, cpu_s / total_s, 1e3 * cpu_s / requests, max(mb for _, mb in found))
+            table.add(stage, len(found), cpu_s, cpu_s / total_s, each_ms, max(mb for _, mb in found))
     return table
 
 
-def _by_function(stacks: dict[str, Counter[str]], run: Run, top: int) -> Table:
-    """The functions with the most time of their own, over all stages, scaled by the CPU seconds of their stage."""
-    table = Table(["rank", "stage", "function", "share of all CPU", "share of its stage"])
+def by_function(stacks: Mapping[str, Counter[str]], run: Run, top: int) -> Table:
+    """The functions with the most time of their own, over all stages, scaled by the CPU seconds of their stage.
+
+    stacks: by stage, how many samples py-spy took of each stack: "a (x.py:1);b (y.py:2)", the innermost last.
+    """
+    table = Table(["rank", "stage", "function", "line", "share of all CPU", "share of its stage"])
     cpu_s = {stage: sum(usage.cpu_s for usage in run.usage if usage.name == stage) for stage in stacks}
     total_s = sum(usage.cpu_s for usage in run.usage) or 1.0
-    costs: list[tuple[float, float, str, str]] = []
+    costs: list[tuple[float, float, str, str, str]] = []
     for stage, counted in stacks.items():
         samples = sum(counted.values()) or 1
-        own: Counter[str] = Counter()
+        own: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for stack, count in counted.items():
-            own[_function(stack.split(";")[-1])] += count
-        costs += [
-            (cpu_s[stage] * count / samples / total_s, count / samples, stage, name) for name, count in own.items()
-        ]
-    for rank, (of_all, of_stage, stage, name) in enumerate(sorted(costs, reverse=True)[:top], start=1):
-        table.add(rank, stage, name, of_all, of_stage)
+            function, line = place(stack)
+            own[function][line] += count
+        for function, lines in own.items():
+            share = lines.total() / samples
+            [(line, most)] = lines.most_common(1)
+            words = f"{line} ({most / lines.total():.0%})" if line else ""
+            costs.append((cpu_s[stage] * share / total_s, share, stage, function, words))
+    for rank, (of_all, of_stage, stage, function, line) in enumerate(sorted(costs, reverse=True)[:top], start=1):
+        table.add(rank, stage, function, line, of_all, of_stage)
     return table
 
 
-def _function(frame: str) -> str:
-    """A frame without its line: "name (posekit/x.py:12)" -> "name (posekit/x.py)"."""
-    name, _, place = frame.partition(" (")
-    path = place.rstrip(")").rpartition(":")[0]
-    return f"{name} ({'/'.join(Path(path).parts[-2:])})" if path else frame
+def place(stack: str) -> tuple[str, str]:
+    """Where the time of a stack goes: the function, and its line ("x.py:12", empty where it is not known).
+
+    It is the innermost function of this project and, where that is not the innermost of all, what it called.
+    """
+    frames = stack.split(";")
+    inner = _Frame.of(frames[-1])
+    ours = [frame for frame in map(_Frame.of, reversed(frames)) if frame.ours]
+    mine = next((frame for frame in ours if (frame.name, frame.path) not in _WRAPPERS), inner)
+    if mine == inner:
+        return inner.function, inner.line
+    called = "compiled" if inner.path == _TO_OPERATORS else inner.function
+    return f"{mine.function} > {called if mine == ours[0] else ours[0].function}", mine.line
 
 
-def _torch_profile(engine_name: str, detections: int) -> None:
-    """Torch's operators in one pass, those that cost most first."""
+@dataclass(frozen=True)
+class _Frame:
+    name: str
+    path: str  # from the package on; empty where it is not known
+    number: str
+
+    @classmethod
+    def of(cls, text: str) -> _Frame:
+        """From "name (posekit/x.py:12)"."""
+        name, _, place = text.partition(" (")
+        path, _, number = place.rstrip(")").rpartition(":")
+        return cls(name, path, number)
+
+    @property
+    def ours(self) -> bool:
+        return Path(self.path).parts[:1] in _OURS
+
+    @property
+    def function(self) -> str:
+        return f"{self.name} ({'/'.join(Path(self.path).parts[-2:])})" if self.path else self.name
+
+    @property
+    def line(self) -> str:
+        return f"{Path(self.path).name}:{self.number}" if self.path else ""
+
+
+def _operators(load: Load, settings: Mapping[str, str], folder: Path, top: int) -> Table:
+    """Torch's operators in the pose stage's work on some of the requests, those that cost most first.
+
+    `folder`: has the server's data directory; the server no longer runs.
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from workers.engines import box_instance, box_mesh, load_engine
-    from workers.settings import Sam6d, Stages
+    from benchmarks.peers.serving import Decoder, Poses, Setup
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "generated.safetensors"
-        if engine_name == "sam6d":
-            generated_weights.write(weights)
-        stages = Stages(sam6d=Sam6d(weights=str(weights), views=8))
-        engine = load_engine(engine_name, stages, device="cpu", threads=1)
-        model = engine.practice_model("box", box_mesh())
-        engine.prepare(model)
-        instances = [box_instance(seed, "box") for seed in range(detections)]
-        engine.estimate(instances, {"box": model})
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
-            engine.estimate(instances, {"box": model})
-    print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=40))
+    setup = Setup(
+        data=str(folder / "data"),
+        port=0,
+        ready_dir=str(folder),
+        engine=convert(settings["engine"], EngineName),
+        weights=settings.get("sam6d.weights", ""),
+        views=int(settings.get("sam6d.views", 42)),
+    )
+    decoder, poses = Decoder(setup), Poses(setup)
+    cuts = [decoder.decode(question.body) for question in load.questions[:_REQUESTS_PROFILED]]
+    poses.together(cuts[:1])
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for cut in cuts:
+            poses.together([cut])
+    found = sorted(recorded.key_averages(), key=lambda one: -one.self_cpu_time_total)
+    total_us = sum(one.self_cpu_time_total for one in found) or 1.0
+    detections = sum(len(cut.crops) for cut in cuts)
+    table = Table(["operator", "its own ms a detection", "share", "calls a detection"])
+    for one in found[:top]:
+        own_us = one.self_cpu_time_total
+        table.add(one.key, own_us / 1e3 / detections, own_us / total_us, one.count / detections)
+    return table
 
 
 def _py_spy() -> str:

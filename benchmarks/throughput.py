@@ -5,11 +5,15 @@
 
 All get the same bodies from the same clients (closed loops), and do the same work on them: checks, decoding, engine and
 rows are this project's in each; only the serving differs. Every answer is judged, and compared with the one that this
-server gave when asked alone. In each round all of them run one after the other, each in fresh processes, so that the
-machine's moods meet them alike. A peer's settings can be tried: `--peers litserve,litserve:engines=1:threads=2`.
+server gave when asked alone. In each round all of them run one after the other, each in fresh processes, and each round
+begins with the next of them, so that the machine's moods meet them alike. A peer's settings can be tried:
+`--peers litserve,litserve:engines=1:threads=2`.
 
-`vs.` is this server's detections a second over the other's. Memory is what the processes have resident, added up: what
-they share counts for each. Exits 1 where an answer was wrong, came not at all, or a peer did not run.
+Rates are those of all rounds together, `lowest` and `highest` those of single rounds; `rounds`, `seconds` and
+`requests` say what a row rests on. `vs.` is this server's detections a second over the other's. A row with a `*` is not
+to be believed as it stands: requests failed in it, or answers were wrong, and so its `vs.` (and that of every row of as
+many clients, where the fault is this server's) compares what is not alike. Memory is what the processes have resident,
+added up: what they share counts for each. Exits 1 where an answer was wrong, came not at all, or a peer did not run.
 """
 
 from __future__ import annotations
@@ -30,12 +34,13 @@ import numpy as np
 from benchmarks.load.drive import CannotBegin, closed_loop
 from benchmarks.load.judge import Judge
 from benchmarks.load.mix import Load, Mix, prepare
-from benchmarks.load.report import Table, write_json
+from benchmarks.load.report import Table, machine_line, write_json
 from benchmarks.load.result import Result, summarise
 from benchmarks.load.sample import Question, Run, Target
 from benchmarks.load.server import own_server, register
 from benchmarks.peers.environment import PeerFailed
 from benchmarks.peers.start import PEERS, Entry, make_setup, running
+from benchmarks.trials import engine_settings, in_turns
 from serve.child import ServerTrouble
 from workers.machine import usable_cores, usable_memory_mb
 from workers.settings import Pose, Stages, fitted, pose_workers
@@ -45,8 +50,9 @@ DEADLINE_MS = 600_000  # peers refuse nobody, so nobody is to be refused here
 ANSWER_LIMIT_S = 300.0
 COLUMNS = [
     "server", "clients", "detections/s", "lowest", "highest", "poses/s", "p50 ms", "p99 ms", "errors",
-    "without pose", "wrong", "changed", "CPU s each", "memory MB", "vs.",
+    "without pose", "wrong", "changed", "CPU s each", "memory MB", "rounds", "seconds", "requests", "vs.",
 ]  # fmt: skip
+MARK = "*"  # of a row in which something went wrong
 
 Start = Callable[[], AbstractContextManager[Target]]
 
@@ -78,7 +84,7 @@ class Tally:
         return self._mean(lambda result: result.detections_hz)
 
     def row(self, title: str, clients: int, ours: Tally) -> list[Any]:
-        """Its line of the table, in the order of COLUMNS."""
+        """Its figures, in the order of COLUMNS."""
         rates = [result.detections_hz for result in self.results]
         answered = self.detections_hz * sum(result.seconds for result in self.results)
         cpu_s = sum(one.cpu_s for result in self.results for one in result.usage)
@@ -97,8 +103,16 @@ class Tally:
             self._sum(lambda result: result.changed),
             cpu_s / answered if answered else float("nan"),
             max(round(sum(one.rss_peak_mb for one in result.usage)) for result in self.results),
+            len(self.results),
+            round(sum(result.seconds for result in self.results), 1),
+            self._sum(lambda result: result.offered),
             ours.detections_hz / self.detections_hz if self.detections_hz else float("inf"),
         ]
+
+    @property
+    def marked(self) -> bool:
+        """Whether something in it went wrong; a refusal counts."""
+        return any(result.fault is not None or result.errors for result in self.results)
 
     @property
     def faults(self) -> list[str]:
@@ -127,11 +141,24 @@ class Contest:
     failed: dict[str, str] = field(default_factory=dict)  # contenders that did not run, and why
 
     def table(self) -> Table:
-        """All lines, by number of clients; without a `vs.` where this server has no figures."""
+        """All lines, by number of clients, for people: with a mark at the server and the `vs.` that call for one."""
         table = Table(COLUMNS)
-        for (title, clients), tally in sorted(self.tallies.items(), key=lambda item: item[0][1]):
-            table.add(*tally.row(title, clients, self.tallies.get((OURS, clients), Tally())))
+        for figures in self.figures():
+            mark = figures.pop("marked")
+            unlike = figures.pop("vs. marked")
+            figures["server"] += f" {MARK}" if mark else ""
+            figures["vs."] = f"{figures['vs.']:.3g}" + (f" {MARK}" if unlike else "")
+            table.add(*figures.values())
         return table
+
+    def figures(self) -> list[dict[str, Any]]:
+        """The same for machines: COLUMNS, and whether something went wrong in a row or in what its `vs.` compares."""
+        rows = []
+        for (title, clients), tally in sorted(self.tallies.items(), key=lambda item: item[0][1]):
+            ours = self.tallies.get((OURS, clients), Tally())
+            row = dict(zip(COLUMNS, tally.row(title, clients, ours), strict=True))
+            rows.append(row | {"marked": tally.marked, "vs. marked": tally.marked or ours.marked})
+        return rows
 
     @property
     def wrong_alone(self) -> list[str]:
@@ -157,32 +184,30 @@ def contest(
     warmup_s: float,
     tell: Callable[[str], None],
 ) -> Contest:
-    """All of them in turns. The first one is asked every question alone before, and all are compared with that."""
+    """All of them in turns. The first is asked every question alone before, and all are compared with what it says."""
     found = Contest()
     judge = Judge(questions)
-    for round_ in range(rounds):
-        turn = round_ % len(contenders)
-        for contender in [*contenders[turn:], *contenders[:turn]]:
-            if contender.title in found.failed:
-                continue
-            tell(f"round {round_ + 1} of {rounds}: {contender.title}")
-            try:
-                with contender.start() as target:
-                    for count in clients:
-                        run = asyncio.run(
-                            closed_loop(
-                                target,
-                                questions,
-                                clients=count,
-                                seconds=seconds,
-                                warmup_s=warmup_s,
-                                timeout_s=ANSWER_LIMIT_S,
-                                judge=judge,
-                            )
+    for round_, contender in in_turns(contenders, rounds):
+        if contender.title in found.failed:
+            continue
+        tell(f"round {round_ + 1} of {rounds}: {contender.title}")
+        try:
+            with contender.start() as target:
+                for count in clients:
+                    run = asyncio.run(
+                        closed_loop(
+                            target,
+                            questions,
+                            clients=count,
+                            seconds=seconds,
+                            warmup_s=warmup_s,
+                            timeout_s=ANSWER_LIMIT_S,
+                            judge=judge,
                         )
-                        found.tallies.setdefault((contender.title, count), Tally()).add(run)
-            except (PeerFailed, ServerTrouble, CannotBegin) as error:
-                found.failed[contender.title] = str(error)
+                    )
+                    found.tallies.setdefault((contender.title, count), Tally()).add(run)
+        except (PeerFailed, ServerTrouble, CannotBegin) as error:
+            found.failed[contender.title] = str(error)
     return found
 
 
@@ -212,18 +237,6 @@ def prepare_data(load: Load, settings: Mapping[str, str], data: Path, tell: Call
         register(target, load, tell)
 
 
-def network_weights(given: str | None, folder: Path) -> Path:
-    """The weights to measure with: those that were named, or generated ones, with which no pose is found."""
-    if given is not None:
-        return Path(given).resolve()
-    from benchmarks import generated_weights  # imports torch
-
-    if not generated_weights.available():
-        raise SystemExit("there are no generated weights here; name a file of weights with --weights")
-    generated_weights.write(folder / "generated.safetensors")
-    return folder / "generated.safetensors"
-
-
 def main() -> int:
     """Measure, print, judge."""
     options = _options()
@@ -238,9 +251,11 @@ def main() -> int:
         settings = {"device": options.device, "engine": options.engine}
         given: dict[str, Any] = {"data": str(data), "engine": options.engine, "device": device}
         if options.engine == "sam6d":
-            weights = str(network_weights(options.weights, folder))
-            settings |= {"sam6d.weights": weights, "sam6d.views": str(options.views)}
-            given |= {"weights": weights, "views": options.views}
+            if options.weights is not None:
+                settings |= {"sam6d.weights": str(Path(options.weights).resolve()), "sam6d.views": str(options.views)}
+            else:
+                settings |= engine_settings(options.engine, folder, options.views)
+            given |= {"weights": settings["sam6d.weights"], "views": options.views}
         _tell("rendering the questions")
         load = prepare(Mix(masks=(options.masks,), objects=options.objects, deadline_ms=DEADLINE_MS))
         prepare_data(load, settings, data, _tell)
@@ -255,11 +270,16 @@ def main() -> int:
             warmup_s=options.warmup,
             tell=_tell,
         )
-    table = found.table()
-    table.print()
+    found.table().print()
     print(
-        f"\n{options.masks} masks a request, engine {options.engine}, {device}, {cores} cores, {options.rounds} rounds"
+        f"\n{options.masks} masks a request, engine {options.engine}, {device}, {options.rounds} round(s) of "
+        f"{options.seconds:g} s with {options.warmup:g} s of load before"
     )
+    if any(row["vs. marked"] for row in found.figures()):
+        print(
+            f"{MARK} requests failed or answers were wrong, see below: such a row's figures compare what is not alike"
+        )
+    print(machine_line())
     for contender in contenders:
         print(f"- {contender.title}: {contender.words}")
     if found.wrong_alone:
@@ -267,7 +287,7 @@ def main() -> int:
     for words in found.faults:
         print(f"NOT RIGHT: {words}")
     settings_in_words = {contender.title: contender.words for contender in contenders}
-    write_json(options.json, {"throughput": table.as_dicts(), "settings": settings_in_words, "faults": found.faults})
+    write_json(options.json, {"throughput": found.figures(), "settings": settings_in_words, "faults": found.faults})
     return 1 if found.faults else 0
 
 

@@ -4,8 +4,11 @@
     python -m benchmarks.tuning --engine sam6d      the network, with generated weights
     python -m benchmarks.tuning --try pose.workers=1,pose.threads=2 --try decode.workers=1
 
-Each is a server of its own, in turns, `--rounds` times: 16 clients with 3 masks a request, then one client alone. `vs.`
-is a setting's poses a second over the defaults'. Every answer is compared with the known pose.
+Each is a server of its own, in turns, `--rounds` times, and each round begins with the next of them: 16 clients with 3
+masks a request, then one client alone. `vs.` is a setting's detections a second over the defaults' (with generated
+weights there are no poses to count). Rates and percentiles are medians of the rounds, `lowest` and `highest` the rates
+of single rounds: where those of two settings overlap, `vs.` says nothing. `requests` is how many the figures rest on,
+under load and alone, all rounds together. Every answer is compared with the known pose.
 """
 
 from __future__ import annotations
@@ -15,17 +18,23 @@ import asyncio
 import statistics
 import sys
 import tempfile
-from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from benchmarks import generated_weights
+from benchmarks import trials
 from benchmarks.load.drive import closed_loop
+from benchmarks.load.judge import Judge
 from benchmarks.load.mix import Load, Mix, prepare
-from benchmarks.load.report import Table, write_json
+from benchmarks.load.report import Table, machine_line, write_json
 from benchmarks.load.result import Result, summarise
 from benchmarks.load.server import own_server, register
 
-DEFAULTS = "defaults"
+COLUMNS = [
+    "settings", "detections/s", "lowest", "highest", "vs.", "p50 ms", "p99 ms", "alone p50 ms", "CPU ms each",
+    "MB in all", "requests", "alone",
+]  # fmt: skip
 TRIED = (
     "pose.workers=1,pose.threads=1",
     "pose.workers=1,pose.threads=2",
@@ -43,76 +52,118 @@ TRIED = (
 )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 where anything failed or was answered wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["geometric", "sam6d"], default="geometric")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--masks", type=int, default=3, help="detections in a request (default 3)")
+    parser.add_argument("--objects", type=int, help="different ones; fewer are onboarded sooner (all)")
     parser.add_argument("--seconds", type=float, default=12.0, help="measured under load, each time (default 12)")
+    parser.add_argument("--warmup", type=float, default=3.0, help="seconds of load before (default 3)")
+    parser.add_argument("--alone-seconds", type=float, help="measured with one client (a third of --seconds)")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--try", dest="tried", action="append", metavar="NAME=VALUE,...", help="instead of the usual")
+    trials.add_set(parser)
+    trials.add_try(parser, TRIED)
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; - for standard output")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
-    load = prepare(Mix(masks=(options.masks,), engine=options.engine, deadline_ms=300_000))
-    tried = [DEFAULTS, *(options.tried or TRIED)]
-    loaded: dict[str, list[Result]] = defaultdict(list)
-    alone: dict[str, list[Result]] = defaultdict(list)
+    load = prepare(Mix(masks=(options.masks,), objects=options.objects, engine=options.engine, deadline_ms=300_000))
+    tried: dict[str, Tried] = {name: Tried() for name in trials.compared(options)}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(options.rounds):
-            for name in tried:
-                print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
-                settings = _settings(name, options.engine, Path(folder))
-                under, single = _measure(settings, load, options.clients, options.seconds, Path(folder) / "data")
-                loaded[name].append(under)
-                alone[name].append(single)
+        usual = trials.engine_settings(options.engine, Path(folder)) | trials.given(options)
+        for number, name in trials.in_turns(list(tried), options.rounds):
+            print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
+            under, single = _measure(usual | trials.settings_of(name), load, options, Path(folder) / "data")
+            tried[name].loaded.append(under)
+            tried[name].alone.append(single)
 
-    table = Table(["settings", "poses/s", "vs.", "p50 ms", "p99 ms", "alone p50 ms", "CPU ms a pose", "MB in all"])
-    best = {name: statistics.median(result.poses_hz for result in found) for name, found in loaded.items()}
-    for name in tried:
-        found = loaded[name]
-        table.add(
-            name,
-            best[name],
-            best[name] / best[DEFAULTS],
-            statistics.median(result.latency_ms["p50"] for result in found),
-            statistics.median(result.latency_ms["p99"] for result in found),
-            statistics.median(result.latency_ms["p50"] for result in alone[name]),
-            statistics.median(1e3 * _cpu_s(result) / (result.poses_hz * result.seconds) for result in found),
-            statistics.median(sum(usage.rss_peak_mb for usage in result.usage) for result in found),
-        )
+    table = table_of(tried)
     table.print()
-    everything = [result for results in (*loaded.values(), *alone.values()) for result in results]
-    faults = sorted({result.fault for result in everything if result.fault is not None})
+    faults = [f"{name}: {fault}" for name, found in tried.items() for fault in found.faults]
     print("; ".join(faults) or "every answer right, no errors")
-    write_json(options.json, {"tuning": {"engine": options.engine, "rows": table.as_dicts()}})
+    print(
+        f"{options.rounds} round(s) of {options.seconds:g} s with {options.clients} clients, engine {options.engine}"
+        + (f", all with {', '.join(options.set)}" if options.set else "")
+    )
+    print(machine_line())
+    figures = {"engine": options.engine, "set": trials.given(options), "rows": table.as_dicts(), "faults": faults}
+    write_json(options.json, {"tuning": figures})
     return 1 if faults else 0
 
 
-def _settings(name: str, engine: str, folder: Path) -> dict[str, str]:
-    settings = {} if name == DEFAULTS else dict(pair.split("=", 1) for pair in name.split(","))
-    settings["engine"] = engine
-    if engine == "sam6d":
-        weights = folder / "generated.safetensors"
-        if not weights.exists():
-            generated_weights.write(weights)
-        settings |= {"sam6d.weights": str(weights), "sam6d.views": "8"}
-    return settings
+@dataclass(kw_only=True)
+class Tried:
+    """What one server did, one result for each round."""
+
+    loaded: list[Result] = field(default_factory=list)
+    alone: list[Result] = field(default_factory=list)
+
+    @property
+    def detections_hz(self) -> float:
+        """Rows answered a second under load."""
+        return statistics.median(result.detections_hz for result in self.loaded)
+
+    @property
+    def faults(self) -> list[str]:
+        """Why a round was no success, in words, each once."""
+        return sorted({result.fault for result in (*self.loaded, *self.alone) if result.fault is not None})
+
+    def row(self, defaults_hz: float) -> list[Any]:
+        """Its line of the table, in the order of COLUMNS after the first."""
+        rates = [result.detections_hz for result in self.loaded]
+        return [
+            self.detections_hz,
+            min(rates),
+            max(rates),
+            self.detections_hz / defaults_hz if defaults_hz else float("nan"),
+            *(_median(result.latency_ms.get(name) for result in self.loaded) for name in ("p50", "p99")),
+            _median(result.latency_ms.get("p50") for result in self.alone),
+            _median(_cpu_ms(result) for result in self.loaded),
+            _median(sum(usage.rss_peak_mb for usage in result.usage) for result in self.loaded),
+            sum(result.answered for result in self.loaded),
+            sum(result.answered for result in self.alone),
+        ]
 
 
-def _measure(settings: dict[str, str], load: Load, clients: int, seconds: float, data: Path) -> tuple[Result, Result]:
+def table_of(tried: Mapping[str, Tried]) -> Table:
+    """A line for each; the defaults must be among them."""
+    table = Table(COLUMNS)
+    for name, found in tried.items():
+        table.add(name, *found.row(tried[trials.DEFAULTS].detections_hz))
+    return table
+
+
+def _measure(settings: dict[str, str], load: Load, options: argparse.Namespace, data: Path) -> tuple[Result, Result]:
+    """Under load, and one client alone."""
+    judge = Judge(load.questions)
+    alone_s = options.alone_seconds or options.seconds / 3
     with own_server(settings, data) as target:
         register(target, load)
-        under = closed_loop(target, load.questions, clients=clients, seconds=seconds, warmup_s=3.0)
+        under = closed_loop(
+            target,
+            load.questions,
+            clients=options.clients,
+            seconds=options.seconds,
+            warmup_s=options.warmup,
+            judge=judge,
+        )
         results = [summarise(asyncio.run(under))]
-        single = closed_loop(target, load.questions, clients=1, seconds=seconds / 3, warmup_s=0.5)
+        single = closed_loop(target, load.questions, clients=1, seconds=alone_s, warmup_s=0.5, judge=judge)
         results.append(summarise(asyncio.run(single)))
     return results[0], results[1]
 
 
-def _cpu_s(result: Result) -> float:
-    return sum(usage.cpu_s for usage in result.usage)
+def _cpu_ms(result: Result) -> float | None:
+    """Of all processes, for a detection; None where none was answered."""
+    detections = result.detections_hz * result.seconds
+    return 1e3 * sum(usage.cpu_s for usage in result.usage) / detections if detections else None
+
+
+def _median(values: Iterable[float | None]) -> float:
+    """Of those that there are."""
+    found = [value for value in values if value is not None]
+    return statistics.median(found) if found else float("nan")
 
 
 if __name__ == "__main__":

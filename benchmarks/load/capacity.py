@@ -18,8 +18,8 @@ from benchmarks.load import drive
 from benchmarks.load.judge import Judge
 from benchmarks.load.mix import Load
 from benchmarks.load.report import Table
-from benchmarks.load.result import summarise
-from benchmarks.load.sample import STAGES, Run, Target, Usage
+from benchmarks.load.result import Result, stage_times, summarise
+from benchmarks.load.sample import Run, Target, Usage
 from benchmarks.load.sweep import SHARES, percentiles
 
 _REQUESTS = 100  # at least, of a trial: with fewer p99 is the slowest one
@@ -69,8 +69,13 @@ class Slo:
 
     def broken(self, latency_ms: dict[str, float]) -> str:
         """Which limit these latencies (by percentile) are over, in words; empty where all hold."""
-        over = [name for name, limit_ms in self.limits_ms.items() if latency_ms[name] > limit_ms]
+        over = self.over(latency_ms)
         return ", ".join(f"{name} is {latency_ms[name]:.0f} ms, over {self.limits_ms[name]:g} ms" for name in over)
+
+    def over(self, latency_ms: dict[str, float]) -> list[str]:
+        """The percentiles that are over their limits, the one that is furthest over (as a ratio) first."""
+        ratios = {name: latency_ms[name] / limit_ms for name, limit_ms in self.limits_ms.items() if name in latency_ms}
+        return sorted((name for name, ratio in ratios.items() if ratio > 1), key=lambda name: -ratios[name])
 
     def __str__(self) -> str:
         return " and ".join(f"{name} under {limit_ms:g} ms" for name, limit_ms in self.limits_ms.items())
@@ -86,8 +91,9 @@ class Trial:
     requests: int
     latency_ms: dict[str, float]  # p50, p90, p99 and what the promise names; empty: none was answered
     why_not: str  # empty: the promise held
-    stage_ms: dict[str, float] = field(default_factory=dict)  # median of each of STAGES
+    stage_ms: dict[str, dict[str, float]] = field(default_factory=dict)  # STAGES, OUTSIDE -> percentiles as latency_ms
     busy: dict[str, float] = field(default_factory=dict)  # stage -> cores that its processes kept busy
+    wrongs: list[str] = field(default_factory=list)  # what is not right in the answers that came
 
     @property
     def held(self) -> bool:
@@ -105,21 +111,31 @@ class Capacity:
     slo: Slo
     limited_by: str  # what ends it: in words
     trials: list[Trial]  # in the order they were made; the last one that held with `robots` robots is the proof
+    alone: Result | None = None  # of one client alone, where the search begins; None: nothing was answered even once
 
     @property
     def detections_hz(self) -> float:
         """Detections a second at this number of robots."""
         return self.robots * self.robots_hz * self.masks
 
+    @property
+    def faults(self) -> list[str]:
+        """Why this is no success, in words: nobody is served, or an answer was wrong under whatever load.
+
+        A request that fails where there are too many robots is what the search looks for, and no fault.
+        """
+        found = [] if self.robots else ["not even one robot can be served"]
+        if self.alone is not None and self.alone.fault:
+            found.append(f"one client alone: {self.alone.fault}")
+        return found + [f"{_robots(trial.robots)}: {words}" for trial in self.trials for words in trial.wrongs]
+
     def __str__(self) -> str:
         masks = f"{self.masks:.3g} mask{'' if self.masks == 1 else 's'}"
         each = f"each {self.robots_hz:g} requests a second with {masks}"
         if not self.robots:
             return f"this machine carries 0 robots ({each}) with {self.slo}: {self.limited_by}"
-        robots = f"{self.robots} robot{'' if self.robots == 1 else 's'}"
-        carries = (
-            f"this machine carries {robots} ({each}: {self.detections_hz:.3g} detections a second) with {self.slo}"
-        )
+        each += f": {self.detections_hz:.3g} detections a second"
+        carries = f"this machine carries {_robots(self.robots)} ({each}) with {self.slo}"
         return f"{carries}; {self.limited_by}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -142,6 +158,7 @@ class Capacity:
                     "why_not": trial.why_not,
                     "stage_ms": trial.stage_ms,
                     "busy_cores": trial.busy,
+                    "wrongs": trial.wrongs,
                 }
                 for trial in self.trials
             ],
@@ -166,7 +183,9 @@ def find(
     tell: Callable[[str], None],
     seconds: float = 20.0,
     warmup_s: float = 3.0,
+    timeout_s: float = drive.TIMEOUT_S,
     judge: Judge | None = None,
+    on_progress: Callable[[str, drive.Progress], None] | None = None,
 ) -> Capacity:
     """The largest whole number of robots, each asking `robots_hz` times a second, that the target carries.
 
@@ -177,14 +196,26 @@ def find(
 
     A trial measures for `seconds`; longer where that is needed for 100 requests or for ten times the longest latency
     allowed (a queue that grows by a tenth would not break the promise sooner), but never for more than three times as
-    long. With fewer requests p99 is the slowest of them. `warmup_s` and `judge` are those of the loops.
+    long. With fewer requests p99 is the slowest of them. `tell` gets a line after each trial, `on_progress` what runs
+    now and how far it is; `warmup_s`, `timeout_s` and `judge` are those of the loops.
 
     0 robots: not even one can be served, and `limited_by` says why, also where the server answers nothing at all.
     Raises ValueError for a rate that is not positive.
     """
     if robots_hz <= 0:
         raise ValueError(f"robots_hz must be positive, got {robots_hz:g}")
-    search = _Search(target, load, slo, robots_hz, tell, seconds, warmup_s, judge or Judge(load.questions))
+    search = _Search(
+        target=target,
+        load=load,
+        slo=slo,
+        robots_hz=robots_hz,
+        tell=tell,
+        seconds=seconds,
+        warmup_s=warmup_s,
+        timeout_s=timeout_s,
+        judge=judge or Judge(load.questions),
+        on_progress=on_progress,
+    )
     try:
         robots = search.confirmed(search.largest())
         limited_by = search.limited_by(robots)
@@ -197,31 +228,25 @@ def find(
         slo=slo,
         limited_by=limited_by,
         trials=search.trials,
+        alone=search.alone,
     )
 
 
+@dataclass(kw_only=True)
 class _Search:
-    def __init__(
-        self,
-        target: Target,
-        load: Load,
-        slo: Slo,
-        robots_hz: float,
-        tell: Callable[[str], None],
-        seconds: float,
-        warmup_s: float,
-        judge: Judge,
-    ) -> None:
-        self._target = target
-        self._judge = judge
-        self._load = load
-        self._slo = slo
-        self._robots_hz = robots_hz
-        self._tell = tell
-        self._seconds = seconds
-        self._warmup_s = warmup_s
-        self.trials: list[Trial] = []
-        self._alone_ms: dict[str, float] = {}  # stage -> median of one client alone
+    target: Target
+    load: Load
+    slo: Slo
+    robots_hz: float
+    tell: Callable[[str], None]
+    seconds: float
+    warmup_s: float
+    timeout_s: float
+    judge: Judge
+    on_progress: Callable[[str, drive.Progress], None] | None
+    trials: list[Trial] = field(default_factory=list)
+    alone: Result | None = None
+    _alone_ms: dict[str, dict[str, float]] = field(default_factory=dict)  # as Trial.stage_ms
 
     def largest(self) -> int:
         """By trials of the usual length."""
@@ -255,69 +280,87 @@ class _Search:
         if not robots:
             return failed.why_not
         told = f"{failed.robots} are too many: {failed.why_not}"
-        grew = {stage: ms - self._alone_ms.get(stage, 0.0) for stage, ms in failed.stage_ms.items()}
-        if grew:
-            stage = max(grew, key=lambda name: grew[name])
-            told += f"; what grew most is {stage} (by {grew[stage]:.0f} ms at the median)"
+        name = next(iter(self.slo.over(failed.latency_ms)), max(self.slo.limits_ms, key=lambda name: float(name[1:])))
+        grew = {stage: ms[name] - self._alone_ms.get(stage, {}).get(name, 0.0) for stage, ms in failed.stage_ms.items()}
+        stage = max(grew, key=lambda stage: grew[stage], default="")
+        if stage and grew[stage] > 0:
+            told += f"; what grew most is {stage} (by {grew[stage]:.0f} ms at {name})"
         if "pose" in failed.busy:
             told += f"; the pose stage kept {failed.busy['pose']:.2f} cores busy"
         return told
 
     def _start(self) -> int:
         """Half of what one client alone gets through."""
-        seconds = min(self._seconds, _ALONE_S)
         run = asyncio.run(
             drive.closed_loop(
-                self._target,
-                self._load.questions,
+                self.target,
+                self.load.questions,
                 clients=1,
-                seconds=seconds,
-                warmup_s=self._warmup_s,
-                judge=self._judge,
+                seconds=min(self.seconds, _ALONE_S),
+                warmup_s=self.warmup_s,
+                timeout_s=self.timeout_s,
+                judge=self.judge,
+                on_progress=self._watched("one client alone"),
             )
         )
-        answered_hz = summarise(run).requests_hz
-        self._alone_ms = _stage_ms(run)
-        self._tell(f"one client alone: {answered_hz:.3g} requests/s")
-        return max(1, round(answered_hz / 2 / self._robots_hz))
+        self.alone = summarise(run)
+        self._alone_ms = _stage_ms(run, self._shares)
+        answered_hz = self.alone.requests_hz
+        self.tell(f"one client alone: {answered_hz:.3g} requests/s")
+        return max(1, round(answered_hz / 2 / self.robots_hz))
+
+    @property
+    def _shares(self) -> dict[str, float]:
+        return SHARES | self.slo.shares
+
+    def _watched(self, what: str) -> Callable[[drive.Progress], None] | None:
+        on_progress = self.on_progress
+        return None if on_progress is None else lambda now: on_progress(what, now)
 
     def _holds(self, robots: int, times: float = 1.0) -> bool:
         trial = self._try(robots, times)
         self.trials.append(trial)
-        self._tell(f"{robots} robots ({trial.rate_hz:.3g} requests/s): {trial.why_not or 'holds'}")
+        self.tell(f"{_robots(robots)} ({trial.rate_hz:.3g} requests/s): {trial.why_not or 'holds'}")
         return trial.held
 
     def _try(self, robots: int, times: float) -> Trial:
-        rate_hz = robots * self._robots_hz
-        needed_s = max(_REQUESTS / rate_hz, _LIMITS * max(self._slo.limits_ms.values()) / 1e3)
-        seconds = times * min(max(self._seconds, needed_s), _LONGEST * self._seconds)
-        seed = len(self.trials)
+        rate_hz = robots * self.robots_hz
+        needed_s = max(_REQUESTS / rate_hz, _LIMITS * max(self.slo.limits_ms.values()) / 1e3)
+        seconds = times * min(max(self.seconds, needed_s), _LONGEST * self.seconds)
         run = asyncio.run(
             drive.open_loop(
-                self._target,
-                self._load.questions,
+                self.target,
+                self.load.questions,
                 rate_hz=rate_hz,
                 seconds=seconds,
-                warmup_s=self._warmup_s,
-                seed=seed,
-                judge=self._judge,
+                warmup_s=self.warmup_s,
+                seed=len(self.trials),
+                timeout_s=self.timeout_s,
+                judge=self.judge,
+                on_progress=self._watched(_robots(robots)),
             )
         )
         latencies_ms = [sample.latency_s * 1e3 for sample in run.samples if sample.ok]
-        latency_ms = percentiles(latencies_ms, SHARES | self._slo.shares) if latencies_ms else {}
+        latency_ms = percentiles(latencies_ms, self._shares) if latencies_ms else {}
+        result = summarise(run)
         return Trial(
             robots=robots,
             rate_hz=rate_hz,
             seconds=seconds,
             requests=len(run.samples),
             latency_ms=latency_ms,
-            why_not=_failures(run) or self._slo.broken(latency_ms),
-            stage_ms=_stage_ms(run),
+            why_not=_failures(run, result) or self.slo.broken(latency_ms),
+            stage_ms=_stage_ms(run, self._shares),
             busy=_busy(run.usage, run.seconds),
+            wrongs=result.wrongs,
         )
 
 
-def _failures(run: Run) -> str:
+def _robots(count: int) -> str:
+    return f"{count} robot{'' if count == 1 else 's'}"
+
+
+def _failures(run: Run, result: Result) -> str:
     """What went wrong besides latency, in words; empty: every request was answered, and none wrongly."""
     if not run.samples:
         return "no request fell due: the trial was too short"
@@ -325,13 +368,13 @@ def _failures(run: Run) -> str:
     if failed:
         counts = ", ".join(f"{count} with {kind}" for kind, count in failed.most_common(3))
         return f"{failed.total()} of {len(run.samples)} requests were not answered: {counts}"
-    return summarise(run).fault or ""
+    return result.fault or ""
 
 
-def _stage_ms(run: Run) -> dict[str, float]:
-    """The median of each stage's time; empty where the answers do not tell it."""
-    found = summarise(run).stage_ms
-    return {stage: found[stage]["p50"] for stage in STAGES if stage in found}
+def _stage_ms(run: Run, shares: dict[str, float]) -> dict[str, dict[str, float]]:
+    """These percentiles of each stage's time, OUTSIDE among them; empty where the answers do not tell it."""
+    times = stage_times([sample for sample in run.samples if sample.ok])
+    return {stage: percentiles(values_ms, shares) for stage, values_ms in times.items()}
 
 
 def _busy(usage: list[Usage], seconds: float) -> dict[str, float]:

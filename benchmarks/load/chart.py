@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from benchmarks.load.sweep import SHARES, Point, Sweep
+from benchmarks.load.sweep import ENOUGH, SHARES, Point, Sweep
 
 WIDTH, HEIGHT = 800, 560
 LEFT, RIGHT = 76, 776  # of both panels
@@ -51,7 +51,8 @@ text { paint-order: stroke; stroke: #ffffff; stroke-width: 4px; }
 
 
 def draw(sweep: Sweep) -> str:
-    """The picture of a sweep, WIDTH x HEIGHT pixels. Steps without an answer have no latency and leave a gap there.
+    """The picture of a sweep, WIDTH x HEIGHT pixels. A latency that a step does not have is a gap in its line: all of
+    them without an answer, p99 with too few.
 
     Raises ValueError where not one step was answered: there is nothing to draw.
     """
@@ -157,7 +158,7 @@ def _knee(sweep: Sweep, load: _Scale) -> list[str]:
     if sweep.knee is None:
         return []
     x = load(sweep.knee.offered_hz)
-    label = f"knee: {sweep.knee.offered_hz:.3g} requests/s, p99 {sweep.knee.latency_ms['p99']:.3g} ms"
+    label = f"knee: {sweep.knee.offered_hz:.3g} requests/s, {_tail(sweep.knee)}"
     words = (
         _text("words strong", x - 8, LATENCY_TOP + 18, label, "end")
         if x - LEFT > _LABEL_PX
@@ -172,7 +173,12 @@ def _offered(load: _Scale, rate: _Scale) -> list[str]:
 
 
 def _latency_y(scale: _Scale, name: str) -> Callable[[Point], float | None]:
-    return lambda point: scale(point.latency_ms[name]) if point.latency_ms else None
+    return lambda point: scale(point.latency_ms[name]) if name in point.latency_ms else None
+
+
+def _tail(point: Point) -> str:
+    """Its highest percentile in words."""
+    return f"{point.tail} {point.latency_ms[point.tail]:.3g} ms"
 
 
 def _series(name: str, points: Sequence[Point], load: _Scale, y_of: Callable[[Point], float | None]) -> list[str]:
@@ -195,10 +201,13 @@ def _series(name: str, points: Sequence[Point], load: _Scale, y_of: Callable[[Po
 
 def _words(sweep: Sweep) -> list[str]:
     """Title and legend."""
-    told = f"Poisson arrivals, {_number(sweep.seconds)} s at each rate, latency from when a request is due"
+    seconds = sorted({round(point.seconds) for point in sweep.points})
+    lasted = f"{seconds[0]} to {seconds[-1]} s" if len(seconds) > 1 else f"{_number(sweep.points[0].seconds)} s"
+    told = f"Poisson arrivals, {lasted} at each rate, latency from when a request is due"
     parts = [
         _text("words title", LEFT, 32, "Latency against offered load"),
         _text("pale", LEFT, 54, told),
+        _text("pale", RIGHT - 6, LATENCY_TOP - 8, f"p99: of {ENOUGH} answers or more", "end"),
     ]
     x = RIGHT - 268.0
     for name, label, width in (("p50", "p50", 54), ("p90", "p90", 54), ("p99", "p99", 54), ("answered", "answered", 0)):
@@ -220,7 +229,7 @@ def _summary(sweep: Sweep) -> str:
     told = f"Latency against offered load from {least.offered_hz:.3g} to {most.offered_hz:.3g} requests/s"
     if sweep.knee is None:
         return f"{told}; the server keeps up with none of it"
-    return f"{told}; knee at {sweep.knee.offered_hz:.3g} requests/s with p99 {sweep.knee.latency_ms['p99']:.3g} ms"
+    return f"{told}; knee at {sweep.knee.offered_hz:.3g} requests/s with {_tail(sweep.knee)}"
 
 
 def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:

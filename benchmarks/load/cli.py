@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
+import math
 import signal
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,16 +14,18 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
 
 from benchmarks.load import drive, server
 from benchmarks.load.judge import Judge, Limits
 from benchmarks.load.mix import Load, Mix, prepare, read_request
+from benchmarks.load.report import in_words, machine
 from benchmarks.load.result import OUTSIDE, Result, summarise
 from benchmarks.load.sample import STAGES, Run, Target
 from benchmarks.load.wire import Address
-from serve import __version__
 from serve.child import ServerTrouble
 from serve.client import Client, PemError
 from serve.commands import common
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 CLIENTS: Final = (1, 8, 32)  # where nothing else is asked for
 _MOST_NAMED: Final = 5  # detections that are wrong without load, in the output for people
-_Tell = Callable[[str], None]
+_EVERY_S: Final = 10.0  # between lines of progress where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,13 @@ class Plan:
             raise ValueError("a closed loop needs at least one client")
         if any(rate_hz <= 0 for rate_hz in self.rates_hz) or self.robots_hz <= 0:
             raise ValueError("an open loop needs a rate above 0")
+        lengths = {"--duration": self.seconds, "--warmup": self.warmup_s, "--timeout": self.timeout_s}
+        rates = {"--rate": math.fsum(self.rates_hz), "--robots-hz": self.robots_hz}
+        for option, value in (lengths | rates).items():
+            if not math.isfinite(value):
+                raise ValueError(f"{option} must be a finite number, got {value:g}")
+        if not 0 <= self.most_wrong_alone <= 1:
+            raise ValueError(f"--most-wrong-alone is a share of the detections, 0 to 1, got {self.most_wrong_alone:g}")
 
 
 @dataclass(kw_only=True)
@@ -77,6 +86,8 @@ class _Report:
     """What there is to say in the end."""
 
     about: dict[str, Any]  # server, machine, mix
+    wrong_alone: list[str] = field(default_factory=list)  # the detections that are wrong without load, in words
+    wrong_alone_share: float = 0.0  # of the detections whose pose is known
     results: list[Result] = field(default_factory=list)
     sweep: Sweep | None = None
     capacity: Capacity | None = None
@@ -84,14 +95,10 @@ class _Report:
     def faults(self, most_wrong_alone: float) -> list[str]:
         """Why this is no success, in words; empty where it is one."""
         found = [f"{_label(result)}: {result.fault}" for result in self.results if result.fault]
-        share = max((result.wrong_alone_share for result in self.results), default=0.0)
-        if share > most_wrong_alone:
-            found.append(f"{share:.0%} of the detections get a wrong pose or none even without load")
-        for point in self.sweep.points if self.sweep is not None else ():
-            counts = {"requests failed": point.failed, "poses are wrong under load": point.wrong}
-            found += [f"{point.offered_hz:.3g} requests/s: {count} {what}" for what, count in counts.items() if count]
-        if self.capacity is not None and not self.capacity.robots:
-            found.append("not even one robot can be served")
+        if self.wrong_alone_share > most_wrong_alone:
+            found.append(f"{self.wrong_alone_share:.0%} of the detections get a wrong pose or none even without load")
+        for part in (self.sweep, self.capacity):
+            found += part.faults if part is not None else []
         return found
 
     def public(self, faults: list[str]) -> dict[str, Any]:
@@ -100,6 +107,8 @@ class _Report:
             "ok": not faults,
             "faults": faults,
             **self.about,
+            "wrong_alone": self.wrong_alone,
+            "wrong_alone_share": self.wrong_alone_share,
             "runs": [result.as_dict() for result in self.results],
             "sweep": None if self.sweep is None else self.sweep.as_dict(),
             "capacity": None if self.capacity is None else self.capacity.as_dict(),
@@ -116,9 +125,7 @@ def run(plan: Plan) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)  # so that the server is stopped on every way out
     try:
-        with _target(plan) as target:
-            with common.spinner("registering the objects") as tell:
-                server.register(target, load, tell)
+        with _target(plan) as target, _registered(target, load):
             report = _Report(about=_about(plan, target, load))
             _measure(plan, target, load, slo, report)
     except (ServerTrouble, drive.CannotBegin) as error:
@@ -137,6 +144,15 @@ def run(plan: Plan) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------- beforehand
+
+
+@contextmanager
+def _registered(target: Target, load: Load) -> Iterator[None]:
+    """The server knows the objects of the load for as long as the block runs."""
+    with ExitStack() as stack:
+        with common.spinner("registering the objects") as tell:
+            stack.enter_context(server.registered(target, load, tell))
+        yield
 
 
 def _slo(plan: Plan) -> Slo | None:
@@ -177,13 +193,7 @@ def _target(plan: Plan) -> Iterator[Target]:
 def _about(plan: Plan, target: Target, load: Load) -> dict[str, Any]:
     """What the figures are of: the machine that asks, the server, the questions."""
     return {
-        "version": __version__,
-        "machine": {
-            "cpus": len(os.sched_getaffinity(0)),
-            "machine": platform.machine(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-        },
+        "machine": machine(),
         "server": {"url": target.url, "own": plan.url is None, "settings": plan.settings, **_status(target)},
         "questions": [
             {"name": question.name, "bytes": len(question.body), "detections": len(question.truths)}
@@ -213,7 +223,8 @@ def _measure(plan: Plan, target: Target, load: Load, slo: Slo | None, report: _R
     judge = Judge(load.questions, plan.limits, compare_alone=plan.compare_alone)
     asked_for_more = plan.rates_hz or plan.picture is not None or slo is not None
     for clients in plan.clients or (() if asked_for_more else CLIENTS):
-        with _progress(f"{clients} client{'' if clients == 1 else 's'}") as tell:
+        what = f"{clients} client{'' if clients == 1 else 's'}"
+        with _watched(what) as watch:
             closed = drive.closed_loop(
                 target,
                 load.questions,
@@ -222,11 +233,12 @@ def _measure(plan: Plan, target: Target, load: Load, slo: Slo | None, report: _R
                 warmup_s=plan.warmup_s,
                 timeout_s=plan.timeout_s,
                 judge=judge,
-                on_progress=tell,
+                on_progress=watch.of(what),
             )
             report.results.append(_run(closed))
     for rate_hz in () if plan.picture is not None else plan.rates_hz:
-        with _progress(f"{rate_hz:g} requests a second") as tell:
+        what = f"{rate_hz:g} requests a second"
+        with _watched(what) as watch:
             open_ = drive.open_loop(
                 target,
                 load.questions,
@@ -236,54 +248,82 @@ def _measure(plan: Plan, target: Target, load: Load, slo: Slo | None, report: _R
                 seed=plan.mix.seed,
                 timeout_s=plan.timeout_s,
                 judge=judge,
-                on_progress=tell,
+                on_progress=watch.of(what),
             )
             report.results.append(_run(open_))
     if plan.picture is not None:
         from benchmarks.load import sweep
 
-        report.sweep = sweep.sweep(
-            target,
-            load,
-            rates=plan.rates_hz or None,
-            seconds=plan.seconds,
-            warmup_s=plan.warmup_s,
-            judge=judge,
-            tell=_line("offering more and more"),
-        )
+        with _watched("offering more and more") as watch:
+            report.sweep = sweep.sweep(
+                target,
+                load,
+                rates=plan.rates_hz or None,
+                seconds=plan.seconds,
+                warmup_s=plan.warmup_s,
+                timeout_s=plan.timeout_s,
+                judge=judge,
+                tell=lambda words: watch.line(f"offering more and more: {words}"),
+                on_progress=watch.now,
+            )
     if slo is not None:
         from benchmarks.load import capacity
 
-        report.capacity = capacity.find(
-            target,
-            load,
-            slo=slo,
-            robots_hz=plan.robots_hz,
-            seconds=plan.seconds,
-            warmup_s=plan.warmup_s,
-            judge=judge,
-            tell=_line("counting robots"),
-        )
+        with _watched("counting robots") as watch:
+            report.capacity = capacity.find(
+                target,
+                load,
+                slo=slo,
+                robots_hz=plan.robots_hz,
+                seconds=plan.seconds,
+                warmup_s=plan.warmup_s,
+                timeout_s=plan.timeout_s,
+                judge=judge,
+                tell=lambda words: watch.line(f"counting robots: {words}"),
+                on_progress=watch.now,
+            )
+    report.wrong_alone, report.wrong_alone_share = judge.wrong_alone, judge.wrong_alone_share
 
 
 def _run(load: Coroutine[Any, Any, Run]) -> Result:
     return summarise(asyncio.run(load))
 
 
+@dataclass(kw_only=True)
+class _Watch:
+    """What runs now, for whoever waits: a line that is rewritten on a terminal, elsewhere one every ten seconds."""
+
+    console: Console
+    status: Status | None  # None: no terminal
+    said_s: float = field(default_factory=time.monotonic)
+
+    def line(self, words: str) -> None:
+        """Words that stay."""
+        self.console.print(escape(words))
+        self.said_s = time.monotonic()
+
+    def now(self, what: str, now: drive.Progress) -> None:
+        """How far a run is."""
+        done = f"{now.requests} answers, {now.poses_hz:.1f} rows/s, {now.errors} errors"
+        words = f"{what} ({now.seconds_left:.0f} s left, {done})"
+        if self.status is not None:
+            self.status.update(escape(words))
+        elif time.monotonic() - self.said_s >= _EVERY_S:
+            self.line(words)
+
+    def of(self, what: str) -> Callable[[drive.Progress], None]:
+        """`now` of one run."""
+        return lambda now: self.now(what, now)
+
+
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[drive.Progress], None]]:
-    with common.spinner(what) as tell:
-        yield lambda now: tell(
-            f"{now.seconds_left:.0f} s left, {now.requests} answers, {now.poses_hz:.1f} rows/s, {now.errors} errors"
-        )
-
-
-def _line(what: str) -> _Tell:
-    """For runs that take minutes: each step's words stay on the screen, and nowhere else."""
+def _watched(what: str) -> Iterator[_Watch]:
     console = common.stderr()
     if not console.is_terminal:
-        return lambda words: None
-    return lambda words: console.print(f"{what}: {escape(words)}")
+        yield _Watch(console=console, status=None)
+        return
+    with console.status(escape(what)) as status:
+        yield _Watch(console=console, status=status)
 
 
 # -------------------------------------------------------------------------------------------------------------- output
@@ -299,6 +339,8 @@ def _show(plan: Plan, report: _Report) -> None:
             console.print(_processes(report.results))
         for words in _remarks(report.results):
             console.print(escape(words), soft_wrap=True)
+    for words in _wrong_alone(report):
+        console.print(escape(words), soft_wrap=True)
     if report.sweep is not None:
         report.sweep.table().print()
         console.print(escape(f"picture: {plan.picture}"), soft_wrap=True)
@@ -312,7 +354,7 @@ def _heading(about: dict[str, Any]) -> str:
     shown = "; ".join(kinds[:4]) + (f"; and {len(kinds) - 4} more" if len(kinds) > 4 else "")
     there = about["server"]
     engine = f"{there['release']} on {there['device']}" if "release" in there else there["url"]
-    return f"{engine}, asked from {about['machine']['cpus']} CPU cores: {shown}"
+    return f"{engine}: {shown}\nasked from {in_words(about['machine'])}"
 
 
 def _figures(results: list[Result]) -> Table:
@@ -324,7 +366,7 @@ def _figures(results: list[Result]) -> Table:
         latencies = [_ms(result.latency_ms.get(name)) for name in ("p50", "p90", "p99", "p999", "max")]
         passes = [_two(result.passes.get(name)) for name in ("detections", "requests")]
         refused = sum(count for kind, count in result.errors.items() if kind.startswith("429 "))
-        bad = result.wrong + result.changed
+        bad = result.wrong + result.changed + result.lost
         table.add_row(
             _label(result),
             f"{result.requests_hz:.1f}",
@@ -376,6 +418,8 @@ def _remarks(results: list[Result]) -> Iterator[str]:
             yield f"{_label(result)}: not answered: {kinds}"
         if result.changed:
             yield f"{_label(result)}: {result.changed} rows are others than when their question was asked alone"
+        if result.lost:
+            yield f"{_label(result)}: {result.lost} poses are lost that their question has when asked alone"
         if result.rejected:
             yield f"{_label(result)}: {result.rejected} rows without a pose"
         if not result.stable:
@@ -383,12 +427,15 @@ def _remarks(results: list[Result]) -> Iterator[str]:
         for gpu in result.gpus:
             busy = f"busy {gpu.busy:.0%} of the time, {gpu.memory_peak_mb:.0f} MB at most"
             yield f"{_label(result)}: GPU {gpu.name} {busy}"
-    named = list(dict.fromkeys(words for result in results for words in result.wrong_alone_named))
-    if named:
-        yield f"wrong without any load, and counted apart ({max(result.wrong_alone_share for result in results):.1%}):"
-        yield from (f"  {words}" for words in named[:_MOST_NAMED])
-        if len(named) > _MOST_NAMED:
-            yield f"  and {len(named) - _MOST_NAMED} more"
+
+
+def _wrong_alone(report: _Report) -> Iterator[str]:
+    """What the engine gets wrong without load; nothing where it gets all right."""
+    if report.wrong_alone:
+        yield f"wrong without any load, and counted apart ({report.wrong_alone_share:.1%}):"
+        yield from (f"  {words}" for words in report.wrong_alone[:_MOST_NAMED])
+        if len(report.wrong_alone) > _MOST_NAMED:
+            yield f"  and {len(report.wrong_alone) - _MOST_NAMED} more"
 
 
 def _label(result: Result) -> str:

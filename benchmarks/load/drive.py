@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from benchmarks.load.judge import Heard, Judge, UnreadableAnswer, Verdict, error_code
+from benchmarks.load.judge import Heard, Judge, UnreadableAnswer, Verdict, error_code, refusal_in_words
 from benchmarks.load.observe import Observed, Observer, key_headers
 from benchmarks.load.sample import Question, Run, Sample, Target
 from benchmarks.load.wire import Address, Answer, Connection, NoAnswer, Pool
@@ -28,6 +28,7 @@ _AFTER_ERROR_S: Final = 0.1  # so that a server that refuses everything is not a
 _TELL_S: Final = 0.5
 _ALONE_TRIES: Final = 5
 _MOST_OPEN: Final = 4096  # requests at a time; those due beyond that wait, and their latency says so
+_GRACE_S: Final = 1.0  # beyond one time-out that an open loop's last requests are waited for
 
 
 class CannotBegin(Exception):
@@ -58,9 +59,10 @@ async def closed_loop(
 ) -> Run:
     """`clients` that each send their next request `think_s` after the answer to the last.
 
-    The samples are of requests that were answered in the measured part. A client that is told to come back later (429)
-    does as it is told, but waits a second at most. `judge`: one made of the same questions that earlier runs have used,
-    so that they are not asked alone again. Raises CannotBegin.
+    The samples are of requests that were answered in the measured part, and of those that fail after its end: they
+    were asked in it. A client that is told to come back later (429) does as it is told, but waits a second at most.
+    `judge`: one made of the same questions that earlier runs have used, so that they are not asked alone again. Raises
+    CannotBegin.
     """
     if clients < 1 or seconds <= 0:
         raise ValueError("a closed loop needs at least one client and some time")
@@ -85,7 +87,11 @@ async def closed_loop(
         part = await work.measure(seconds, warmup_s, on_progress, running)
         stop.set()
         await asyncio.gather(*running)
-    samples = [sample for sample in work.samples() if part.begun <= sample.done < part.ended]
+    samples = [
+        sample
+        for sample in work.samples()
+        if part.begun <= sample.done < part.ended or (sample.done >= part.ended and sample.status not in (200, 429))
+    ]
     return work.run("closed", part, samples, clients=clients)
 
 
@@ -103,8 +109,10 @@ async def open_loop(
 ) -> Run:
     """Requests that come as a Poisson process does, `rate_hz` on average, any number open at a time.
 
-    The samples are of requests that were due in the measured part; what is still open at its end is waited for, at most
-    `timeout_s`. `seed`: of the moments and the order of the questions. Otherwise as `closed_loop`.
+    The samples are of all requests that were due in the measured part; what is still open at its end is waited for, as
+    long as one answer may take and a second. Of what waited for its turn behind 4096 others, `never_sent` is what had
+    none within `timeout_s`, and `cut_off` what had one so late that its answer was not waited for to the end. `seed`:
+    of the moments and the order of the questions. Otherwise as `closed_loop`.
     """
     if rate_hz <= 0 or seconds <= 0:
         raise ValueError("an open loop needs a rate above 0 and some time")
@@ -123,8 +131,15 @@ async def open_loop(
         except TimeoutError:
             work.keep(index, number, due, time.monotonic(), error="never_sent")
             return
+        except asyncio.CancelledError:
+            work.keep(index, number, due, time.monotonic(), error="never_sent")
+            raise
+        sent = time.monotonic()
         try:
             await work.ask(pool.ask, index, number, due)
+        except asyncio.CancelledError:
+            work.keep(index, number, due, sent, error="cut_off")
+            raise
         finally:
             room.release()
 
@@ -151,8 +166,11 @@ async def open_loop(
     async with _cancelled_at_the_end([coming], open_):
         part = await work.measure(seconds, warmup_s, on_progress, [coming])
         coming.cancel()
-        if open_:
-            await asyncio.wait(open_, timeout=timeout_s + 1.0)
+        given_up = time.monotonic() + timeout_s + _GRACE_S
+        while open_ and (left := given_up - time.monotonic()) > 0:
+            await asyncio.wait(open_, timeout=min(_TELL_S, left))
+            work.tell(on_progress, part.ended, part.begun)
+        # what is open even now notes its end when it is cancelled, which it is with this block
         if broken:
             raise broken[0]
     pool.close()
@@ -268,10 +286,9 @@ class _Work:
                 answer = await self._ask_until_answered(connection, index)
                 content_type = answer.headers.get("content-type", "")
                 if answer.status != 200:
-                    code = error_code(answer.body, content_type)
-                    words = answer.body[:500].decode("utf-8", "replace")
                     which = f"{question.name} (question {index + 1})"
-                    raise CannotBegin(f"asked alone, {which} was answered {answer.status} {code}: {words}")
+                    words = refusal_in_words(answer.body, content_type)
+                    raise CannotBegin(f"asked alone, {which} was answered {answer.status} {words}")
                 self.judge.learn(index, answer.body, content_type)
         except NoAnswer as error:
             raise CannotBegin(f"no answer from {self.target.url}: {error}") from None
@@ -377,17 +394,22 @@ class _Work:
             for task in running:
                 if task.done():
                     task.result()
-            if on_progress is not None:
-                now = time.monotonic()
-                measured = begun is not None and now > begun
-                on_progress(
-                    Progress(
-                        seconds_left=max(0.0, end - now),
-                        requests=self.done if measured else 0,
-                        poses_hz=self.rows / (now - begun) if begun is not None and measured else 0.0,
-                        errors=self.errors if measured else 0,
-                    )
-                )
+            self.tell(on_progress, end, begun)
+
+    def tell(self, on_progress: Callable[[Progress], None] | None, end: float, begun: float | None) -> None:
+        """How far the run is now; `end` and `begun` as of `_wait`."""
+        if on_progress is None:
+            return
+        now = time.monotonic()
+        measured = begun is not None and now > begun
+        on_progress(
+            Progress(
+                seconds_left=max(0.0, end - now),
+                requests=self.done if measured else 0,
+                poses_hz=self.rows / (now - begun) if begun is not None and measured else 0.0,
+                errors=self.errors if measured else 0,
+            )
+        )
 
     def samples(self) -> list[Sample]:
         """Everything that came back, judged."""
@@ -410,6 +432,7 @@ class _Work:
             wrong=verdict.wrong,
             wrong_alone=verdict.wrong_alone,
             changed=verdict.changed,
+            lost=verdict.lost,
             rejected=verdict.rejected,
             stage_ms=heard.stage_ms if heard is not None else {},
             batch_detections=heard.batch_detections if heard is not None else 0,

@@ -22,6 +22,7 @@ from posekit.engine import Symmetries
 Float64 = npt.NDArray[np.float64]
 T = TypeVar("T")
 _MOST_KEPT: Final = 2000  # different answers that wait for their verdict
+_MOST_QUOTED: Final = 500  # bytes of an answer that cannot be read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Verdict:
     wrong: int = 0  # poses that are not the known one, though alone they were
     wrong_alone: int = 0  # poses that are not the known one alone either: the engine's matter
     changed: int = 0  # rows that are others than alone
+    lost: int = 0  # rows without a pose that have one alone, and not a wrong one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +66,7 @@ class Judge:
     """Knows the right answers to a list of questions; give the same one to all runs with these questions.
 
     `compare_alone`: whether rows are compared with those that `learn` was told, too. Without truths that is all there
-    is to compare.
+    is to compare. A pose that load loses altogether is counted either way.
     """
 
     def __init__(
@@ -145,22 +147,29 @@ class Judge:
 
     def _judged(self, index: int, poses: list[Float64 | None]) -> Verdict:
         truths = self.questions[index].truths
-        alone = self._alone.get(index) if self.compare_alone else None
+        learnt = self._alone.get(index)
+        alone = learnt if self.compare_alone else None
+        wrong_before = self._wrong_alone.get(index, {})
         found = sum(pose is not None for pose in poses)
         counted = {"detections": len(poses), "poses": found, "rejected": len(poses) - found}
-        if truths and len(poses) != len(truths):  # rows are missing, and nobody knows whose
-            return Verdict(**counted, wrong=found, changed=0 if alone is None else len(truths))
-        wrong = wrong_alone = changed = 0
+        rows = len(truths) or len(learnt if learnt is not None else poses)
+        if len(poses) != rows:  # rows are missing, and nobody knows whose
+            good = sum(pose is not None and number not in wrong_before for number, pose in enumerate(learnt or ()))
+            changed = 0 if alone is None else rows
+            return Verdict(**counted, wrong=found, changed=changed, lost=max(0, good - found))
+        wrong = wrong_alone = changed = lost = 0
         for detection, pose in enumerate(poses):
             truth = truths[detection] if truths else None
             if alone is not None:
-                before = alone[detection] if detection < len(alone) else None
-                changed += not self._same(pose, before, truth.symmetries if truth else None)
-            if truth is not None and pose is not None and self._off(truth, pose) is not None:
-                known = detection in self._wrong_alone.get(index, {})
+                changed += not self._same(pose, alone[detection], truth.symmetries if truth else None)
+            if pose is None:
+                had = learnt is not None and learnt[detection] is not None
+                lost += had and detection not in wrong_before
+            elif truth is not None and self._off(truth, pose) is not None:
+                known = detection in wrong_before
                 wrong_alone += known
                 wrong += not known
-        return Verdict(**counted, wrong=wrong, wrong_alone=wrong_alone, changed=changed)
+        return Verdict(**counted, wrong=wrong, wrong_alone=wrong_alone, changed=changed, lost=lost)
 
     def _off(self, truth: Truth, pose: Float64 | None) -> str | None:
         """In words how far a pose is from the known one; None where it is right, or nothing is known."""
@@ -200,6 +209,18 @@ def error_code(body: bytes, content_type: str) -> str:
         return "unknown"
 
 
+def refusal_in_words(body: bytes, content_type: str) -> str:
+    """The code, the detail and the field of an answer that is a failure; of another server's, its text."""
+    try:
+        error = _decode(body, content_type, _Refusal).error
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        text = body[:_MOST_QUOTED].decode("utf-8", "replace")
+        printable = "".join(letter if letter.isprintable() else " " for letter in text if letter != "\ufffd")
+        return "unknown: " + (" ".join(printable.split()) or "the answer says no more")
+    detail = f"{error.code}: {error.detail}" if error.detail else error.code
+    return f"{detail} (field {error.field})" if error.field else detail
+
+
 class _Timing(msgspec.Struct):
     decode_ms: float = 0.0
     queue_ms: float = 0.0
@@ -225,6 +246,8 @@ class _Row(msgspec.Struct):
 
 class _Error(msgspec.Struct):
     code: str
+    detail: Any = None
+    field: Any = None
 
 
 class _Refusal(msgspec.Struct):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -62,7 +62,7 @@ class Load:
     """Questions ready to be sent, and the CAD that the server has to know for them."""
 
     questions: list[Question]
-    objects: dict[str, bytes]  # name -> PLY file, millimetres
+    objects: dict[str, bytes]  # name (bench-..., so that it is nobody else's) -> PLY file, millimetres
 
 
 def prepare(mix: Mix) -> Load:
@@ -72,7 +72,7 @@ def prepare(mix: Mix) -> Load:
     """
     from posekit.shapes import SHAPES, mesh_to_ply
 
-    shapes = [make() for make in SHAPES.values()]
+    shapes = [replace(shape, name=f"bench-{shape.name}") for shape in (make() for make in SHAPES.values())]
     if mix.objects is not None:
         chosen = np.random.default_rng(mix.seed).permutation(len(shapes))[: mix.objects]
         shapes = [shapes[index] for index in sorted(chosen)]

@@ -38,6 +38,7 @@ class Result:
     wrong: int  # poses that are not the known one, though they were when asked alone
     wrong_alone: int  # poses that are not the known one, with or without load
     changed: int  # rows that are others than when asked alone
+    lost: int  # rows without a pose that have one, and not a wrong one, when asked alone
     rejected: int  # rows without a pose
     answered: int  # requests with 200
     offered: int  # requests altogether
@@ -59,19 +60,30 @@ class Result:
     @property
     def fault(self) -> str | None:
         """In words why the run is no success; None where every answer came and was right."""
-        faults = {
-            "requests failed": self.failures,
-            "poses are wrong under load": self.wrong,
-            "rows are others than when asked alone": self.changed,
-        }
-        words = [f"{count} {what}" for what, count in faults.items() if count]
+        words = [f"{self.failures} requests failed"] if self.failures else []
+        words += self.wrongs
         if not self.answered:
             words.append("nothing was answered")
         return "; ".join(words) or None
 
+    @property
+    def wrongs(self) -> list[str]:
+        """What is not right in the answers that came, in words; empty where all were right."""
+        return wrongs_in_words(self.wrong, self.changed, self.lost)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON; the keys are the fields' names."""
         return asdict(self)
+
+
+def wrongs_in_words(wrong: int, changed: int, lost: int) -> list[str]:
+    """What load made wrong of answers that came; what was not is left out."""
+    counts = {
+        "poses are wrong under load": wrong,
+        "poses are lost under load": lost,
+        "rows are others than when asked alone": changed,
+    }
+    return [f"{count} {what}" for what, count in counts.items() if count]
 
 
 def summarise(run: Run) -> Result:
@@ -98,6 +110,7 @@ def summarise(run: Run) -> Result:
         wrong=sum(sample.wrong for sample in good),
         wrong_alone=sum(sample.wrong_alone for sample in good),
         changed=sum(sample.changed for sample in good),
+        lost=sum(sample.lost for sample in good),
         rejected=sum(sample.rejected for sample in good),
         answered=len(good),
         offered=len(run.samples),
@@ -142,7 +155,8 @@ def steadiness(run: Run, done: Sequence[Sample], tolerance: float = TOLERANCE) -
     return bool(even and level), why
 
 
-def _stages(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
+def stage_times(samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """Milliseconds that answered requests spent in each of STAGES and OUTSIDE; what nobody tells is left out."""
     timed = [sample for sample in samples if sample.stage_ms]
     by_stage = {stage: [sample.stage_ms[stage] for sample in timed if stage in sample.stage_ms] for stage in STAGES}
     by_stage[OUTSIDE] = [
@@ -150,8 +164,12 @@ def _stages(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
         for sample in timed
         if "gateway" in sample.stage_ms
     ]
+    return {stage: values for stage, values in by_stage.items() if values}
+
+
+def _stages(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     wanted = {name: _PERCENTILES[name] for name in ("p50", "p90", "p99")}
-    return {stage: _percentiles(values, wanted) for stage, values in by_stage.items() if values}
+    return {stage: _percentiles(values, wanted) for stage, values in stage_times(samples).items()}
 
 
 def _passes(metrics: dict[str, float]) -> dict[str, float]:

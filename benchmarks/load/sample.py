@@ -63,6 +63,7 @@ class Sample:
     wrong: int = 0  # poses that are not the known one, and were when the question was asked alone
     wrong_alone: int = 0  # poses that are not the known one, with or without load
     changed: int = 0  # rows that are others than when the question was asked alone
+    lost: int = 0  # rows without a pose that have one, and not a wrong one, when the question is asked alone
     rejected: int = 0  # rows without a pose
     stage_ms: dict[str, float] = field(default_factory=dict)  # by STAGES; empty where the answer does not say
     batch_detections: int = 0

@@ -53,6 +53,20 @@ def register(target: Target, load: Load, tell: Callable[[str], None] = lambda wo
 
 
 @contextmanager
+def registered(target: Target, load: Load, tell: Callable[[str], None] = lambda words: None) -> Iterator[None]:
+    """`register`, for somebody else's server: what it did not know before is removed again when the block ends."""
+    with Client(target.url, target.api_key or "", timeout_s=120.0) as client:
+        before = {known.object_id for known in client.objects.list()} if load.objects else set()
+        try:
+            register(target, load, tell)
+            yield
+        finally:
+            for known in client.objects.list() if load.objects else []:
+                if known.name in load.objects and known.object_id not in before:
+                    client.objects.remove(known.object_id)
+
+
+@contextmanager
 def _running(variables: dict[str, str], data: Path) -> Iterator[Target]:
     child = Child.start(data, variables=variables)
     try:

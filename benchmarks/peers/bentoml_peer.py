@@ -3,6 +3,10 @@
 `decoders` processes of the first answer HTTP (through a mounted FastAPI application, which takes the body as it is) and
 send each detection to the second, whose `engines` processes have a batchable method. BentoML decides by itself how long
 a batch is gathered; `batch` detections are the most. The two talk over a Unix socket, in BentoML's own format.
+
+The first service's client of the second is renewed after `runner_connection.max_requests` calls, 100 unless it is set;
+BentoML 1.4.39 then closes the old one under the calls that it still has open, and each of those ends in a 500. Here it
+is never renewed.
 """
 
 from __future__ import annotations
@@ -21,12 +25,13 @@ from workers.messages import Cut, Row
 
 _LONGEST_MS = 60_000  # BentoML refuses requests that it expects to last longer
 _OPEN = 256  # requests at a time
+_NEVER = {"max_requests": 1_000_000_000, "max_age": 1e9}  # is the connection between the services renewed
 
 setup = from_environment()
 http = FastAPI()
 
 
-@bentoml.service(workers=setup.engines, traffic={"timeout": 120, "max_concurrency": _OPEN})
+@bentoml.service(workers=setup.engines, traffic={"timeout": 120, "max_concurrency": _OPEN}, runner_connection=_NEVER)
 class Engine:
     """The engine; a batch holds detections of whichever requests are there."""
 

@@ -1,7 +1,12 @@
-"""FastAPI as most people would write it: an endpoint that decodes and then loops over the detections.
+"""FastAPI without batches: an endpoint that decodes and then loops over the detections.
 
-Uvicorn with uvloop and httptools. The endpoint is a plain function, so FastAPI runs it in its threads; `callers` says
-how many of them. With `engines` over 1 as many uvicorn workers run, each with an engine of its own.
+Uvicorn with uvloop and httptools. The endpoint is a plain function, which FastAPI runs in its threads; `callers` says
+in how many, and by that it stands for three ways to serve:
+
+- `fastapi-loop`, one: one request at a time on the one model, decoding included, as inference code that guards its
+  model with a lock, for a GPU or because the model is not safe to call twice. FastAPI does not do so by itself.
+- `fastapi-threads`, forty, FastAPI's own number: nothing is guarded, and whatever has come calls the model at once.
+- `fastapi-processes`, one in each of `engines` uvicorn workers: a model for each, and the kernel deals out connections.
 """
 
 from __future__ import annotations

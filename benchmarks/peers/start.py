@@ -46,20 +46,20 @@ PEERS: Final = {
         packages=("fastapi", "uvicorn"),
         choose=lambda ours: {"threads": _threads(ours), "callers": 1},
         words="one process, its engine with {threads} threads; an endpoint that loops over the detections of one "
-        "request at a time",
+        "request at a time, as code that guards its one model with a lock does",
     ),
     "fastapi-threads": Peer(
         module="fastapi_loop",
         packages=("fastapi", "uvicorn"),
         choose=lambda ours: {"threads": _threads(ours), "callers": _FASTAPI_CALLERS},
-        words="the same, the one engine called from as many as {callers} threads at a time, as FastAPI does with plain "
-        "functions",
+        words="the same without a guard: the one engine is called from as many as {callers} threads at a time, which "
+        "is what FastAPI does with a plain function",
     ),
     "fastapi-processes": Peer(
         module="fastapi_loop",
         packages=("fastapi", "uvicorn"),
         choose=lambda ours: {"engines": _copies(ours), "callers": 1},
-        words="the same loop in {engines} processes, each with an engine of its own with {threads} thread(s)",
+        words="the guarded loop in {engines} processes, each with an engine of its own with {threads} thread(s)",
     ),
     "fastapi-batcher": Peer(
         module="fastapi_batcher",
@@ -80,7 +80,8 @@ PEERS: Final = {
         packages=("bentoml", "uvicorn"),
         choose=lambda ours: _engines(ours) | {"decoders": ours.decode.workers, "batch": 8 if on_gpu(ours) else 4},
         words="{decoders} processes answer HTTP and decode; a service of {engines} process(es), the engine with "
-        "{threads} thread(s), gets adaptive batches of at most {batch} detections",
+        "{threads} thread(s), gets adaptive batches of at most {batch} detections; the connection between the two is "
+        "not renewed (after 100 calls by default, which fails those that are open)",
     ),
 }
 

@@ -12,18 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from posekit.geometric.kernels import WRONG_BRIGHTNESS, WRONG_COLOUR, colour_cost, spread
 from posekit.geometric.model import Shelf
 from posekit.geometric.observe import Observations
 from posekit.geometric.picture import Grid, draw
 from posekit.geometric.poses import Poses
 from posekit.geometric.score import tolerance_m
 
-COLOUR_SPREAD = 0.08  # of full brightness: what the hue of a surface may look different by
-BRIGHTNESS_SPREAD = 0.3  # of the logarithm: what light that is not understood changes
 EVEN_SPREAD = 1.9  # of margins between two poses that explain a picture equally: readings err together
 CLEAR = 10.0  # a margin beyond which nothing is left to doubt
 
-# What a cell costs, in nats: the worst that a single cell can say.
+# What a cell costs, in nats: the worst that a single cell can say. Colours: posekit/geometric/kernels.py.
 WRONG_DEPTH = 4.0
 UNEXPLAINED = 3.0  # under the mask, but the pose leaves it empty
 UNEXPLAINED_UNREAD = 1.8  # the same, without a reading
@@ -31,8 +30,6 @@ SEEN_THROUGH = 4.0  # the pose stands where the camera saw something behind
 OUTSIDE = 1.5  # at the right depth, but outside the mask
 UNREAD = 0.8  # outside the mask, without a reading
 HIDDEN = 0.05  # behind something
-WRONG_COLOUR = 3.0
-WRONG_BRIGHTNESS = 0.8
 AT_EDGE = 0.3  # of the cost, where one cell to the side would mend it
 
 
@@ -60,7 +57,6 @@ class _Drawn:
 
     expected_m: Tensor  # depth, inf where the pose is not
     sample: Tensor  # of the shelf's dense ones
-    normal: Tensor  # (..., 3), camera frame, towards the camera
     spread_m: Tensor  # how far a reading may be off
 
     @property
@@ -72,7 +68,7 @@ def compare(shelf: Shelf, observations: Observations, poses: Poses) -> Compariso
     """Judge poses (B, H)."""
     grid = Grid(shelf, observations)
     tolerance = tolerance_m(shelf, observations)
-    drawn = _drawn(shelf, observations, grid, poses, tolerance)
+    drawn = _drawn(shelf, observations, grid, poses, tolerance / 2.5)
     there, there_near = drawn.there, _grown(drawn.there)
     seen_m, mask = grid.depth_m[:, None], grid.mask[:, None]
     mask_near, read = _grown(mask), seen_m > 0
@@ -94,8 +90,8 @@ def compare(shelf: Shelf, observations: Observations, poses: Poses) -> Compariso
     cost = cost + _at_edge(outside & agree, mask_near) * OUTSIDE
     cost = cost + _at_edge(outside & ~read & grid.known[:, None], mask_near) * UNREAD
     cost = cost + (outside & hidden) * HIDDEN
-    colour_cost, colour = _colour(shelf, observations, grid, drawn, agree & mask)
-    cost = cost + colour_cost
+    painted, colour = _colour(shelf, observations, grid, poses, drawn, agree & mask)
+    cost = cost + painted
 
     readable, right = mask & read, agree & mask
     within = readable & there_near
@@ -157,26 +153,20 @@ def decided(margin: float) -> float:
     return 1 - 0.5 * even
 
 
-def _drawn(shelf: Shelf, observations: Observations, grid: Grid, poses: Poses, tolerance_m: Tensor) -> _Drawn:
+def _drawn(shelf: Shelf, observations: Observations, grid: Grid, poses: Poses, noise_m: Tensor) -> _Drawn:
     expected_m, sample = draw(shelf, observations, grid, poses)
-    normal = shelf.dense.index_select(0, sample.reshape(-1))[:, 3:].reshape(*sample.shape, 3) @ poses.R.mT[:, :, None]
-    facing = -(normal * grid.rays[:, None]).sum(dim=-1)
-    normal = torch.where(facing[..., None] < 0, -normal, normal)  # not every mesh tells outside from inside
-    facing = facing.abs().clamp(min=0.15)
-    slant = (1 - facing.square()).clamp(min=0).sqrt() / facing
-    noise_m = (tolerance_m / 2.5)[:, None, None, None]
-    spread_m = (noise_m.square() + (0.6 * grid.cell_m[:, None, None, None] * slant).square()).sqrt()
-    return _Drawn(expected_m, sample, normal, spread_m)
+    spread_m = spread(shelf, poses, expected_m, sample, grid.rays, noise_m=noise_m, cell_m=grid.cell_m)
+    return _Drawn(expected_m, sample, spread_m)
 
 
-def _colour(shelf: Shelf, observations: Observations, grid: Grid, drawn: _Drawn, use: Tensor) -> tuple[Tensor, Tensor]:
+def _colour(
+    shelf: Shelf, observations: Observations, grid: Grid, poses: Poses, drawn: _Drawn, use: Tensor
+) -> tuple[Tensor, Tensor]:
     """Cost of the colours of each cell in `use` (B, H, rows, columns), and its mean, of the worst (B, H)."""
     if shelf.dense_colours is None:
         return torch.zeros_like(drawn.expected_m), torch.zeros_like(drawn.expected_m[..., 0, 0])
-    albedo = shelf.dense_colours.index_select(0, drawn.sample.reshape(-1)).float() / 255.0
-    albedo = observations.as_pictured(albedo.reshape(*drawn.sample.shape, 3))
     use = use & shelf.coloured[:, None, None, None]
-    cost = _colour_cost(grid.colours, albedo, drawn.normal, use)
+    cost = colour_cost(shelf, observations, poses, drawn.sample, grid.colours, grid.rays, use)
     return cost, cost.sum(dim=(2, 3)) / (WRONG_COLOUR + WRONG_BRIGHTNESS) / _count(use)
 
 
@@ -227,34 +217,3 @@ def _largest_around(values: Tensor) -> Tensor:
             torch.maximum(inner, after, out=inner)
         values = largest
     return values
-
-
-def _colour_cost(seen: Tensor, albedo: Tensor, normal: Tensor, use: Tensor) -> Tensor:
-    """Cost of colours (B, H, rows, columns), 0 outside `use`.
-
-    seen: (B, rows, columns, 3); albedo, normal: (B, H, rows, columns, 3). Light changes how bright a surface is, far
-    less its hue: what is left of a colour beside its albedo counts by COLOUR_SPREAD, and how bright it is, against the
-    light that explains the whole best (`albedo (a + b . normal)`), only roughly: shadows fall.
-    """
-    basis = torch.cat((torch.ones_like(normal[..., :1]), normal), dim=-1).flatten(2, 3)  # (B, H, P, 4)
-    albedo, seen = albedo.flatten(2, 3), seen.flatten(1, 2)[:, None]
-    counted = use.flatten(2)
-    strength = albedo.square().sum(dim=-1).clamp(min=1e-3)
-    gain = (albedo * seen).sum(dim=-1) / strength  # how bright each cell is, of its albedo
-    hue = (seen - gain[..., None] * albedo).square().sum(dim=-1) / (
-        COLOUR_SPREAD**2 * (0.4 + seen.square().sum(dim=-1))
-    )
-    weight = counted * strength
-    ridge = torch.diag(torch.tensor([1e-3, 0.05, 0.05, 0.05], device=seen.device))
-    for _ in range(2):
-        weighted = basis * weight[..., None]
-        scale = weight.sum(dim=-1).clamp(min=1e-3)[..., None, None]
-        light, _ = torch.linalg.solve_ex(weighted.mT @ basis / scale + ridge, weighted.mT @ gain[..., None] / scale)
-        shade = (basis @ light)[..., 0].clamp(min=0.05)
-        ratio = (gain.clamp(min=0.02) / shade).log()
-        off = (ratio / BRIGHTNESS_SPREAD).square()
-        weight = counted * strength * (off < 9)
-    # Dark surfaces say little about either.
-    cost = (hue / 2).clamp(max=WRONG_COLOUR) + (off / 2).clamp(max=WRONG_BRIGHTNESS) * (strength * 4).clamp(max=1)
-    counted_cost: Tensor = cost * counted
-    return counted_cost.reshape(use.shape)

@@ -29,12 +29,13 @@ from posekit.engine import (
 )
 from posekit.geometric import VERSION, onboard
 from posekit.geometric.compare import Comparison, compare, decided, likelihood, margins
+from posekit.geometric.kernels import distinct
 from posekit.geometric.model import Prepared, Shelf, prepare
 from posekit.geometric.observe import FARTHEST_M, SEED_POINTS, Cleaned, Observations, clean, together
 from posekit.geometric.poses import Poses
 from posekit.geometric.refine import polish, refine
 from posekit.geometric.score import score, tolerance_m
-from posekit.geometric.search import distinct, search
+from posekit.geometric.search import search
 from posekit.geometric.symmetry import pose_difference
 from posekit.geometry import nearest_rotation
 

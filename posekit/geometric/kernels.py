@@ -8,6 +8,7 @@ company. All tensors are float32 unless said otherwise.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import cast
 
@@ -17,10 +18,16 @@ from torch import Tensor
 from posekit.compiled import Kernel, load_kernels
 from posekit.geometric.model import Shelf
 from posekit.geometric.observe import Observations
-from posekit.geometric.poses import Poses
-from posekit.geometry import project
+from posekit.geometric.poses import Poses, picked
+from posekit.geometry import project, rotation_from_vector
 
-OPS = ("depth_pull", "explain", "front", "normal_equations", "outline_pull")
+OPS = (
+    "colour_cost", "depth_pull", "distinct", "explain", "front", "moved", "normal_equations", "outline_pull", "spread",
+)  # fmt: skip
+COLOUR_SPREAD = 0.08  # of full brightness: what the hue of a surface may look different by
+BRIGHTNESS_SPREAD = 0.3  # of the logarithm: what light that is not understood changes
+WRONG_COLOUR = 3.0  # nats: the most that a cell's hue can cost
+WRONG_BRIGHTNESS = 0.8  # and its brightness
 _INDEX_BITS = 20  # of a key in a depth buffer: below the depth, the sample
 _FAR = 1 << 62
 _STEP_M = 1e-5  # of its depths
@@ -114,6 +121,79 @@ def depth_pull(
         reach_m, shelf.diameter_m / 2,
     )  # fmt: skip
     return cast(tuple[Tensor, Tensor], equations)
+
+
+def moved(
+    poses: Poses,
+    hessian: Tensor,
+    gradient: Tensor,
+    *,
+    radius_m: Tensor,
+    most_turn: float,
+    most_shift: float,
+    in_camera: bool,
+) -> Poses:
+    """Poses after the damped Gauss-Newton step of normal equations; those without one stay where they are.
+
+    poses: (B, H); hessian: (B, H, 6, 6); gradient: (B, H, 6, 1); radius_m: (B,), what turns were measured at. A step
+    turns by at most `most_turn` radians about each axis and shifts by at most `most_shift` radii along it. `in_camera`:
+    the equations are in the camera frame and move the pose, as those of `depth_pull`; else they are in the frame of the
+    object and move what was observed, so that the pose moves the other way.
+    """
+    if kernel_for(hessian.device) == "reference":
+        return moved_reference(
+            poses, hessian, gradient, radius_m=radius_m, most_turn=most_turn, most_shift=most_shift, in_camera=in_camera
+        )
+    R, t = torch.ops.posekit.moved(hessian, gradient, poses.R, poses.t, radius_m, most_turn, most_shift, in_camera)
+    return Poses(R, t)
+
+
+def distinct(poses: Poses, total: Tensor, count: int, angle_deg: float, distance_m: Tensor) -> Tensor:
+    """Indices (B, count) of the best poses by `total` (B, H), none near a better one both in rotation and in place.
+
+    Near is within `angle_deg`, and within `distance_m` (B,) along each axis. Where there are fewer, the best is
+    repeated.
+    """
+    if kernel_for(total.device) == "reference":
+        return distinct_reference(poses, total, count, angle_deg, distance_m)
+    order = torch.argsort(total, dim=-1, descending=True, stable=True)
+    kept = torch.ops.posekit.distinct(poses.R, poses.t, order, count, _trace(angle_deg), distance_m)
+    return cast(Tensor, kept)
+
+
+def spread(
+    shelf: Shelf, poses: Poses, depth_m: Tensor, sample: Tensor, rays: Tensor, *, noise_m: Tensor, cell_m: Tensor
+) -> Tensor:
+    """How far a reading may be off from the depth that poses show, in metres: (B, H, rows, columns).
+
+    depth_m, sample: (B, H, rows, columns), as `front` draws them; rays: (B, rows, columns, 3), to the middles of the
+    cells, camera frame, unit; noise_m: (B,), what readings are off by; cell_m: (B,), the side of a cell on the object.
+    A slanted surface may be off by more. Where nothing is drawn, it is `noise_m`.
+    """
+    if kernel_for(depth_m.device) == "reference":
+        return spread_reference(shelf, poses, depth_m, sample, rays, noise_m=noise_m, cell_m=cell_m)
+    spread_m = torch.ops.posekit.spread(shelf.dense, poses.R, depth_m, sample, rays, noise_m, cell_m)
+    return cast(Tensor, spread_m)
+
+
+def colour_cost(
+    shelf: Shelf, observations: Observations, poses: Poses, sample: Tensor, seen: Tensor, rays: Tensor, use: Tensor
+) -> Tensor:
+    """Cost of the colours of drawn poses in nats: (B, H, rows, columns), 0 outside `use`.
+
+    sample, use: (B, H, rows, columns), which dense sample each cell shows, and whether its colour counts; seen: (B,
+    rows, columns, 3), the picture in 0..1; rays: (B, rows, columns, 3), to the middles of the cells, camera frame. The
+    objects must have colours. Light changes how bright a surface is, far less its hue: what is left of a colour beside
+    its albedo counts by COLOUR_SPREAD, and how bright it is, against the light that explains the whole best
+    (`albedo (a + b . normal)`), only roughly: shadows fall.
+    """
+    if kernel_for(sample.device) == "reference":
+        return colour_cost_reference(shelf, observations, poses, sample, seen, rays, use)
+    cost = torch.ops.posekit.colour_cost(
+        shelf.dense, shelf.dense_colours, observations.grey, poses.R, sample, seen, rays, use,
+        COLOUR_SPREAD, BRIGHTNESS_SPREAD, WRONG_COLOUR, WRONG_BRIGHTNESS,
+    )  # fmt: skip
+    return cast(Tensor, cost)
 
 
 def kernel_for(device: str | torch.device) -> Kernel:
@@ -232,6 +312,101 @@ def depth_pull_reference(
     jacobian = torch.cat((torch.linalg.cross(arm, normal) / radius, normal), dim=-1)
     weighted = jacobian * weight[..., None]
     return weighted.mT @ jacobian, weighted.mT @ off[..., None]
+
+
+def moved_reference(
+    poses: Poses,
+    hessian: Tensor,
+    gradient: Tensor,
+    *,
+    radius_m: Tensor,
+    most_turn: float,
+    most_shift: float,
+    in_camera: bool,
+) -> Poses:
+    """`moved` in plain torch."""
+    damping = 1e-3 * hessian.diagonal(dim1=-2, dim2=-1).mean(dim=-1) + 1e-6
+    damped = hessian + damping[..., None, None] * torch.eye(6, device=hessian.device)
+    step, _ = torch.linalg.solve_ex(damped, gradient)
+    step = torch.nan_to_num(step[..., 0], nan=0.0, posinf=0.0, neginf=0.0)
+    radius = radius_m[:, None, None]
+    turn = (step[..., :3] / radius).clamp(-most_turn, most_turn)
+    shift = torch.maximum(torch.minimum(step[..., 3:], most_shift * radius), -most_shift * radius)
+    turned = rotation_from_vector(turn)
+    if in_camera:
+        return Poses(turned @ poses.R, poses.t + shift)
+    R = poses.R @ turned
+    return Poses(R, poses.t + (R @ shift[..., None])[..., 0])
+
+
+def distinct_reference(poses: Poses, total: Tensor, count: int, angle_deg: float, distance_m: Tensor) -> Tensor:
+    """`distinct` in plain torch."""
+    order = torch.argsort(total, dim=-1, descending=True, stable=True)
+    R = picked(poses.R, order).flatten(2)
+    t = picked(poses.t, order)
+    rows = torch.arange(len(order), device=order.device)
+    free = torch.ones_like(order, dtype=torch.bool)
+    kept = torch.zeros(len(order), count, dtype=torch.int64, device=order.device)
+    for slot in range(count):
+        first = free.to(torch.uint8).argmax(dim=1)  # 0, the best, where none is left
+        kept[:, slot] = first
+        alike = (R @ R[rows, first][:, :, None])[..., 0] > _trace(angle_deg)
+        free &= ~(alike & ((t - t[rows, first][:, None]).abs().amax(dim=-1) < distance_m[:, None]))
+        free[rows, first] = False
+    return picked(order, kept)
+
+
+def spread_reference(
+    shelf: Shelf, poses: Poses, depth_m: Tensor, sample: Tensor, rays: Tensor, *, noise_m: Tensor, cell_m: Tensor
+) -> Tensor:
+    """`spread` in plain torch."""
+    facing = (_normals(shelf, poses, sample) * rays[:, None]).sum(dim=-1).abs().clamp(min=0.15)
+    slant = (1 - facing.square()).clamp(min=0).sqrt() / facing
+    noise_m, cell_m = noise_m[:, None, None, None], cell_m[:, None, None, None]
+    spread_m = (noise_m.square() + (0.6 * cell_m * slant).square()).sqrt()
+    return torch.where(torch.isfinite(depth_m), spread_m, noise_m)
+
+
+def colour_cost_reference(
+    shelf: Shelf, observations: Observations, poses: Poses, sample: Tensor, seen: Tensor, rays: Tensor, use: Tensor
+) -> Tensor:
+    """`colour_cost` in plain torch."""
+    assert shelf.dense_colours is not None
+    albedo = shelf.dense_colours.index_select(0, sample.reshape(-1)).float() / 255.0
+    albedo = observations.as_pictured(albedo.reshape(*sample.shape, 3)).flatten(2, 3)  # (B, H, P, 3)
+    normal = _normals(shelf, poses, sample)
+    away = (normal * rays[:, None]).sum(dim=-1, keepdim=True) > 0
+    normal = torch.where(away, -normal, normal)  # not every mesh tells outside from inside
+    basis = torch.cat((torch.ones_like(normal[..., :1]), normal), dim=-1).flatten(2, 3)  # (B, H, P, 4)
+    seen, counted = seen.flatten(1, 2)[:, None], use.flatten(2)
+    strength = albedo.square().sum(dim=-1).clamp(min=1e-3)
+    gain = (albedo * seen).sum(dim=-1) / strength  # how bright each cell is, of its albedo
+    hue = (seen - gain[..., None] * albedo).square().sum(dim=-1) / (
+        COLOUR_SPREAD**2 * (0.4 + seen.square().sum(dim=-1))
+    )
+    weight = counted * strength
+    ridge = torch.diag(torch.tensor([1e-3, 0.05, 0.05, 0.05], device=seen.device))
+    for _ in range(2):
+        weighted = basis * weight[..., None]
+        scale = weight.sum(dim=-1).clamp(min=1e-3)[..., None, None]
+        light, _ = torch.linalg.solve_ex(weighted.mT @ basis / scale + ridge, weighted.mT @ gain[..., None] / scale)
+        shade = (basis @ light)[..., 0].clamp(min=0.05)
+        ratio = (gain.clamp(min=0.02) / shade).log()
+        off = (ratio / BRIGHTNESS_SPREAD).square()
+        weight = counted * strength * (off < 9)
+    # Dark surfaces say little about either.
+    cost = (hue / 2).clamp(max=WRONG_COLOUR) + (off / 2).clamp(max=WRONG_BRIGHTNESS) * (strength * 4).clamp(max=1)
+    return torch.where(counted, cost, 0.0).reshape(use.shape)
+
+
+def _normals(shelf: Shelf, poses: Poses, sample: Tensor) -> Tensor:
+    """Normals of dense samples (B, H, rows, columns) in the camera frame: (B, H, rows, columns, 3)."""
+    return shelf.dense.index_select(0, sample.reshape(-1))[:, 3:].reshape(*sample.shape, 3) @ poses.R.mT[:, :, None]
+
+
+def _trace(angle_deg: float) -> float:
+    """The trace of a rotation by an angle."""
+    return 1 + 2 * math.cos(math.radians(angle_deg))
 
 
 def _slack_m(shelf: Shelf) -> Tensor:

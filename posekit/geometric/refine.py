@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from posekit.geometric.kernels import depth_pull, normal_equations, outline_pull
+from posekit.geometric.kernels import depth_pull, moved, normal_equations, outline_pull
 from posekit.geometric.model import Shelf
 from posekit.geometric.observe import Observations
 from posekit.geometric.picture import Grid, draw, visible_surface
 from posekit.geometric.poses import Poses
 from posekit.geometric.score import tolerance_m
-from posekit.geometry import rotation_from_vector
 
 POLISHED = 1024  # cells that a pose is polished on
 
@@ -38,7 +37,6 @@ def refine(
     seen = observations.points[:, :points]
     normals_seen = observations.normals[:, :points]
     trust = None if trust is None else trust[..., :points]
-    radius = (shelf.diameter_m / 2)[:, None, None]
     for reach in reach_m:
         hessian, gradient = normal_equations(shelf, poses, seen, normals_seen, reach_m=reach, trust=trust)
         if visible:
@@ -48,12 +46,9 @@ def refine(
             )
             hessian = hessian + pull_hessian * (points / visible)
             gradient = gradient + pull_gradient * (points / visible)
-        step = -_solved(hessian, gradient)
-        turn = (step[..., :3] / radius).clamp(-0.4, 0.4)
-        shift = torch.maximum(torch.minimum(step[..., 3:], radius), -radius)
-        # The step moves the observation in the object's frame; the pose moves the other way.
-        R = poses.R @ rotation_from_vector(turn).mT
-        poses = Poses(R, poses.t - (R @ shift[..., None])[..., 0])
+        poses = moved(
+            poses, hessian, gradient, radius_m=shelf.diameter_m / 2, most_turn=0.4, most_shift=1.0, in_camera=False
+        )
     return poses
 
 
@@ -70,23 +65,13 @@ def polish(shelf: Shelf, observations: Observations, poses: Poses, steps: int = 
     sample = sample.flatten(2).gather(2, chosen)
     surface = shelf.dense.index_select(0, sample.reshape(-1)).reshape(*sample.shape, 6)
     tolerance = tolerance_m(shelf, observations)
-    radius = (shelf.diameter_m / 2)[:, None, None]
     for index in range(steps):
         reach = tolerance * (3.0 if index < steps // 2 else 1.5)
         hessian, gradient = depth_pull(shelf, observations, poses, surface, visible, reach_m=reach)
-        step = _solved(hessian, gradient)
-        turn = (step[..., :3] / radius).clamp(-0.1, 0.1)
-        move = torch.maximum(torch.minimum(step[..., 3:], 0.1 * radius), -0.1 * radius)
-        poses = Poses(rotation_from_vector(turn) @ poses.R, poses.t + move)
+        poses = moved(
+            poses, hessian, gradient, radius_m=shelf.diameter_m / 2, most_turn=0.1, most_shift=0.1, in_camera=True
+        )
     return poses
-
-
-def _solved(hessian: Tensor, gradient: Tensor) -> Tensor:
-    """The damped Gauss-Newton step (B, H, 6) of normal equations (B, H, 6, 6), (B, H, 6, 1); 0 where there is none."""
-    damping = 1e-3 * hessian.diagonal(dim1=-2, dim2=-1).mean(dim=-1) + 1e-6
-    damped = hessian + damping[..., None, None] * torch.eye(6, device=hessian.device)
-    step, _ = torch.linalg.solve_ex(damped, gradient)
-    return torch.nan_to_num(step[..., 0], nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _scattered(grid: Grid) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from posekit.geometric.kernels import explain
+from posekit.geometric.kernels import distinct, explain
 from posekit.geometric.model import Shelf
 from posekit.geometric.observe import Observations
 from posekit.geometric.poses import Poses, picked
@@ -77,24 +77,3 @@ def with_twins(shelf: Shelf, poses: Poses, part: Tensor, first: int = 2) -> tupl
     R, t = poses.R[:, :first, None], poses.t[:, :first, None]
     turned = Poses((R @ twins[..., :3, :3]).flatten(1, 2), ((R @ twins[..., :3, 3:])[..., 0] + t).flatten(1, 2))
     return poses.join(turned), torch.cat((part, part[:, :first].repeat_interleave(twins.shape[2], dim=1)), dim=1)
-
-
-def distinct(poses: Poses, total: Tensor, count: int, angle_deg: float, distance_m: Tensor) -> Tensor:
-    """Indices (B, count) of the best poses by `total` (B, H), none near a better one both in rotation and in place.
-
-    Where there are fewer, the best is repeated.
-    """
-    order = torch.argsort(total, dim=-1, descending=True, stable=True)
-    R = picked(poses.R, order).flatten(2)
-    t = picked(poses.t, order)
-    rows = torch.arange(len(order), device=order.device)
-    trace_near = 1 + 2 * math.cos(math.radians(angle_deg))
-    free = torch.ones_like(order, dtype=torch.bool)
-    kept = torch.zeros(len(order), count, dtype=torch.int64, device=order.device)
-    for slot in range(count):
-        first = free.to(torch.uint8).argmax(dim=1)  # 0, the best, where none is left
-        kept[:, slot] = first
-        alike = (R @ R[rows, first][:, :, None])[..., 0] > trace_near
-        free &= ~(alike & ((t - t[rows, first][:, None]).abs().amax(dim=-1) < distance_m[:, None]))
-        free[rows, first] = False
-    return picked(order, kept)

@@ -48,6 +48,8 @@ class PoseFake:
             def do_GET(self) -> None:
                 if self.path == "/metrics" and page is not None:
                     return self._send(200, {}, page().encode(), "text/plain")
+                if self.path == "/api/v1/objects":
+                    return self._answer(200, {}, {"objects": []})
                 self._answer(404, {}, {"error": {"code": "not_found", "detail": "no such route"}})
 
             def _answer(self, status: int, headers: dict[str, str], tree: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -74,6 +76,9 @@ class Simulated:
         self.served_s = served_s
         self.wrong_at_hz = float("inf")  # from here on one pose is wrong
         self.refused_at_hz = float("inf")  # from here on one request is refused
+        self.halting_at_hz = float(
+            "inf"
+        )  # from here on two requests in a hundred are in the pose stage for half a second
         self.slow_from_s = float("inf")  # trials at least so long take a quarter longer for each
         monkeypatch.setattr(drive, "closed_loop", self.closed_loop)
         monkeypatch.setattr(drive, "open_loop", self.open_loop)
@@ -92,6 +97,7 @@ class Simulated:
     def _run(self, due: list[float], seconds: float, rate_hz: float | None, served_s: float) -> Run:
         samples, free = [], 0.0
         for number, moment in enumerate(due):
+            halted_s = 0.5 if number % 50 == 9 and (rate_hz or 0.0) >= self.halting_at_hz else 0.0
             free = max(free, moment) + served_s
             waited_ms = 1e3 * (free - moment - served_s)
             refused = number == 0 and (rate_hz or 0.0) >= self.refused_at_hz
@@ -101,13 +107,13 @@ class Simulated:
                     client=0,
                     due=moment,
                     sent=moment,
-                    done=free,
+                    done=free + halted_s,
                     status=429 if refused else 200,
                     error="over_capacity" if refused else "",
                     detections=2,
                     poses=2,
                     wrong=int(number == 0 and (rate_hz or 0.0) >= self.wrong_at_hz),
-                    stage_ms={"queue": waited_ms, "pose": 1e3 * served_s},
+                    stage_ms={"queue": waited_ms, "pose": 1e3 * (served_s + halted_s)},
                 )
             )
         busy_s = min(seconds, served_s * len(due))
@@ -149,7 +155,7 @@ def test_the_robots_found_are_those_that_the_theory_of_queues_allows(
     assert last.held
     assert last.robots == answer.robots
     assert last.seconds == 360.0, "confirmed for longer"
-    assert "what grew most is queue" in answer.limited_by
+    assert re.search(r"what grew most is queue \(by \d+ ms at p99\)", answer.limited_by)
     assert len(answer.trials) == len(HEARD) - 1
     assert str(answer).startswith(
         f"this machine carries {answer.robots} robots (each {robots_hz:g} requests a second with 2 masks: "
@@ -181,6 +187,8 @@ def test_one_wrong_pose_is_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = found(robots_hz=1.0)
     assert answer.robots == 9
     assert answer.limited_by.startswith("10 are too many: 1 poses are wrong under load")
+    assert answer.faults
+    assert set(answer.faults) <= {f"{robots} robots: 1 poses are wrong under load" for robots in range(10, 100)}
 
 
 def test_one_refused_request_is_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +196,15 @@ def test_one_refused_request_is_too_many(monkeypatch: pytest.MonkeyPatch) -> Non
     answer = found(robots_hz=1.0)
     assert answer.robots == 9
     assert "requests were not answered: 1 with 429 over_capacity" in answer.limited_by
+    assert answer.faults == [], "that is what the search looks for"
+
+
+def test_the_stage_that_broke_the_promise_is_sought_at_the_promised_percentile(monkeypatch: pytest.MonkeyPatch) -> None:
+    Simulated(monkeypatch, served_s=0.02).halting_at_hz = 10.0
+    answer = found(slo="p50=90ms,p99=400ms", robots_hz=1.0)
+    assert answer.robots == 9
+    assert re.search(r"10 are too many: p99 is 5\d\d ms, over 400 ms", answer.limited_by)
+    assert "; what grew most is pose (by 500 ms at p99)" in answer.limited_by, "at the median the queue has grown more"
 
 
 def test_a_trial_has_a_hundred_requests_where_three_times_its_length_allows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,12 +234,28 @@ def test_the_table_shows_each_trial_with_its_verdict(monkeypatch: pytest.MonkeyP
 
 def test_a_really_running_queue_carries_about_what_the_theory_allows() -> None:
     slo = Slo.parse("p90=60ms")
-    with queue_server(0.015) as target:
-        answer = find(target, LOAD, slo=slo, robots_hz=10.0, tell=HEARD.append, seconds=1.0, warmup_s=0.2)
     allowed = theory_hz(0.015, 0.06, 0.9) / 10.0
-    assert 0.4 * allowed <= answer.robots <= 1.3 * allowed, answer.as_dict()
+    told: list[str] = []
+    for _ in range(5):  # a machine that stalls may spoil a try: it makes the answer smaller, never larger
+        with queue_server(0.015) as target:
+            answer = find(
+                target,
+                LOAD,
+                slo=slo,
+                robots_hz=10.0,
+                tell=HEARD.append,
+                seconds=1.0,
+                warmup_s=0.2,
+                on_progress=lambda what, now: told.append(what),
+            )
+        assert answer.robots <= 1.3 * allowed, answer.as_dict()
+        if answer.robots >= 0.4 * allowed:
+            break
+    else:
+        pytest.fail(f"in five tries it never carried what it can: {answer.as_dict()}")
     assert answer.trials[-1].held
-    assert answer.trials[-1].stage_ms["pose"] == pytest.approx(15.0)
+    assert answer.trials[-1].stage_ms["pose"]["p50"] == pytest.approx(15.0)
+    assert {"one client alone", f"{answer.robots} robots"} <= set(told)
 
 
 def test_a_server_that_answers_nothing_carries_no_robot_and_its_words_say_why() -> None:

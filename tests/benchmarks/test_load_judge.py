@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.load import judge as judging
-from benchmarks.load.judge import Judge, Limits, UnreadableAnswer, Verdict, error_code
+from benchmarks.load.judge import Judge, Limits, UnreadableAnswer, Verdict, error_code, refusal_in_words
 from benchmarks.load.sample import Question
 from posekit.engine import Symmetries
 from tests.benchmarks.pose_fake import answer, pose, question
@@ -68,9 +68,24 @@ def test_a_pose_that_is_right_but_another_than_alone_has_changed():
     assert verdict(question(pose()), answer(pose(1)), answer(pose(1.1)), compare_alone=False).changed == 0
 
 
-def test_a_pose_that_load_loses_has_changed():
+def test_a_pose_that_load_loses_is_lost_and_has_changed():
     found = verdict(question(pose(), pose(50)), answer(pose(), pose(50)), answer(pose(), None))
-    assert found == Verdict(detections=2, poses=1, rejected=1, changed=1)
+    assert found == Verdict(detections=2, poses=1, rejected=1, changed=1, lost=1)
+
+
+@pytest.mark.parametrize("truth", [pose(50), None])
+def test_a_pose_that_load_loses_is_counted_also_where_rows_may_differ_from_those_alone(truth):
+    asked = question(pose(), truth)
+    found = verdict(asked, answer(pose(), pose(50)), answer(pose(), None), compare_alone=False)
+    assert found == Verdict(detections=2, poses=1, rejected=1, lost=1)
+    short = verdict(asked, answer(pose(), pose(50)), answer(), compare_alone=False)
+    assert (short.detections, short.lost) == (0, 2)
+
+
+def test_what_has_no_right_pose_alone_cannot_be_lost():
+    asked = question(pose(), pose(50))
+    alone = answer(pose(20), None)
+    assert verdict(asked, alone, answer(None, None), compare_alone=False).lost == 0
 
 
 def test_what_is_wrong_alone_is_counted_apart_and_named():
@@ -89,6 +104,12 @@ def test_what_is_wrong_alone_is_counted_apart_and_named():
 def test_missing_rows_make_every_pose_wrong():
     found = verdict(question(pose(), pose(50)), answer(pose(), pose(50)), answer(pose()))
     assert (found.detections, found.wrong, found.changed) == (1, 1, 2)
+
+
+def test_rows_that_are_missing_are_noticed_also_where_no_pose_is_known():
+    asked = Question(name="ready", body=b"{}", content_type=JSON, truths=())
+    found = verdict(asked, answer(pose(), pose(50)), answer(pose()))
+    assert (found.detections, found.changed, found.lost) == (1, 2, 1)
 
 
 def test_a_pose_that_is_no_number_is_wrong():
@@ -167,3 +188,21 @@ def test_errors_are_known_by_their_codes():
     assert error_code(encoded(failed), JSON) == "over_capacity"
     assert error_code(msgspec.msgpack.encode(failed), MSGPACK) == "over_capacity"
     assert error_code(b"<html>502</html>", "text/html") == "unknown"
+
+
+def test_a_refusal_is_told_in_words_whatever_its_format():
+    refused = {
+        "error": {"code": "invalid_request", "detail": "engine must be geometric, sam6d or auto", "field": "engine"}
+    }
+    told = "invalid_request: engine must be geometric, sam6d or auto (field engine)"
+    assert refusal_in_words(encoded(refused), JSON) == told
+    assert refusal_in_words(msgspec.msgpack.encode(refused), MSGPACK) == told
+    assert refusal_in_words(encoded({"error": {"code": "internal"}}), JSON) == "internal"
+
+
+@pytest.mark.parametrize(
+    "body, told",
+    [(b"<h1>Bad\ngateway</h1>", "<h1>Bad gateway</h1>"), (b"\x81\xff\x00\xa3", "the answer says no more")],
+)
+def test_a_refusal_of_another_server_is_told_as_text_without_what_no_terminal_shows(body, told):
+    assert refusal_in_words(body, "text/html") == f"unknown: {told}"

@@ -61,6 +61,13 @@ def test_poses_that_load_makes_wrong_are_no_throughput():
     assert result.fault == "30 poses are wrong under load"
 
 
+def test_poses_that_load_loses_are_no_success():
+    result = summarise(run([sample(100 + step, 0.1, poses=2, lost=1, rejected=1) for step in range(30)]))
+    assert result.lost == 30
+    assert result.fault == "30 poses are lost under load"
+    assert result.wrongs == ["30 poses are lost under load"]
+
+
 def test_latency_counts_from_when_a_request_was_due():
     waited = [sample(100 + step / 10, 2.0, sent=100 + step / 10 + 1.9) for step in range(200)]
     assert summarise(run(waited, mode="open")).latency_ms["p50"] == pytest.approx(2000)

@@ -138,7 +138,28 @@ def test_a_server_that_does_not_recover_fails() -> None:
     lost = dataclasses.replace(one, lone=[Lone(sent=60.1, done=60.2, status=0), *one.lone[2:]])
     assert failures(lost) == ["first lone request after the load, s"]
     never = dataclasses.replace(one, lone=one.lone[:2])
-    assert failures(never) == ["usual again after the load's last answer, s"]
+    assert failures(never) == [
+        "usual again after the load's last answer, s",
+        "usual again after the load's last request, s",
+    ]
+
+
+def test_with_a_short_deadline_the_server_must_be_itself_two_seconds_after_the_last_request() -> None:
+    what = "usual again after the load's last request, s"
+
+    def judged_at(usual_at: float, deadline_ms: int) -> bool:
+        lone = [Lone(sent=60.1, done=60.6, status=200), Lone(sent=usual_at - 0.1, done=usual_at, status=200)]
+        seen = dataclasses.replace(good(), lone=lone)
+        [check] = [one for one in judged(seen, times=3.0, deadline_ms=deadline_ms) if one.what == what]
+        assert check.found == pytest.approx(usual_at - 60.0)
+        return check.holds
+
+    assert judged_at(61.9, deadline_ms=2000)
+    assert not judged_at(62.1, deadline_ms=2000)
+    assert not judged_at(62.1, deadline_ms=1000)  # never less than two seconds, and no more
+    assert judged_at(61.9, deadline_ms=1000)
+    assert judged_at(64.9, deadline_ms=5000)
+    assert not judged_at(65.1, deadline_ms=5000)
 
 
 def test_a_running_server_is_measured_in_all_respects(server: RunningServer, question: Question) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks.load import drive
+from benchmarks.load import sweep as sweeping
 from benchmarks.load.mix import Load
 from benchmarks.load.sample import Question, Run, Sample, Target
-from benchmarks.load.sweep import STEPS, Point, Sweep, answered_hz, knee, measured, percentiles, sweep
+from benchmarks.load.sweep import STEPS, Point, Sweep, answered_hz, knee, measured, percentiles, step_seconds, sweep
 from tests.benchmarks.queue_server import queue_server
 
 SERVICE_HZ = 40.0
@@ -27,6 +28,7 @@ def point(offered_hz: float, p99_ms: float | None = 100.0, answered_hz: float | 
         offered_hz=offered_hz,
         answered_hz=offered_hz if answered_hz is None else answered_hz,
         latency_ms={} if p99_ms is None else dict.fromkeys(("p50", "p90", "p99"), p99_ms),
+        seconds=20.0,
         requests=500,
         refused=0,
         failed=0,
@@ -81,6 +83,15 @@ def test_a_server_that_keeps_up_with_nothing_has_no_knee() -> None:
     assert knee([]) is None
 
 
+def test_steps_without_a_p99_are_compared_by_p90() -> None:
+    few = dataclasses.replace(point(5.0), latency_ms={"p50": 20.0, "p90": 30.0})
+    slow = dataclasses.replace(point(10.0), latency_ms={"p50": 20.0, "p90": 90.0, "p99": 100.0})
+    found = knee([few, slow])
+    assert found is few, "5 a second at 30 ms is more than 10 at 90 ms"
+    assert found.tail == "p90"
+    assert knee([dataclasses.replace(few, latency_ms={**few.latency_ms, "p99": 80.0}), slow]) is slow
+
+
 def run_of(served_s: float, rate_hz: float, seconds: float, most_waiting: int = 10**9) -> Run:
     """What requests at even distances see of a worker that takes so long for each; more than wait may, are refused."""
     samples, free = [], 0.0
@@ -124,9 +135,46 @@ def test_what_was_not_answered_has_no_latency_and_does_not_break_the_table() -> 
     lost = Sample(question="", client=0, due=0.0, sent=0.0, done=60.0, status=0, error="timeout")
     run = Run(mode="open", clients=1, rate_hz=1.0, begun=0.0, ended=1.0, samples=[lost])
     found = measured(run)
-    assert (found.answered_hz, found.latency_ms, found.failed, found.power) == (0.0, {}, 1, 0.0)
-    row = Sweep(points=[found], knee=None, seconds=1.0).as_dict()["points"][0]
+    assert (found.answered_hz, found.latency_ms, found.failed, found.power("p90")) == (0.0, {}, 1, 0.0)
+    swept = Sweep(points=[found], knee=None)
+    row = swept.table().as_dicts()[0]
     assert (row["failed"], row["p99 ms"], row["knee"]) == (1, None, "")
+    assert (swept.as_dict()["points"][0]["latency_ms"], swept.as_dict()["knee_hz"]) == ({}, None)
+    swept.table().print()
+
+
+@pytest.mark.parametrize("requests, known", [(99, False), (100, True)])
+def test_fewer_than_a_hundred_answers_have_no_99th_percentile(requests: int, known: bool) -> None:
+    found = measured(run_of(served_s=0.01, rate_hz=10.0, seconds=requests / 10))
+    assert found.requests == requests
+    assert set(found.latency_ms) == ({"p50", "p90", "p99"} if known else {"p50", "p90"})
+    assert found.tail == ("p99" if known else "p90")
+
+
+def test_a_step_lasts_until_it_can_have_a_hundred_answers_or_forty_seconds() -> None:
+    assert step_seconds(100.0, 12.0) == 12.0
+    assert step_seconds(6.5, 12.0) == 20.0, "130 requests: a hundred come nearly for sure"
+    assert step_seconds(0.5, 12.0) == 40.0
+    assert step_seconds(0.5, 60.0) == 60.0
+
+
+@pytest.mark.parametrize("what, words", [("wrong", "wrong under load"), ("changed", "others"), ("lost", "lost")])
+def test_rows_that_load_makes_others_are_a_fault_of_their_step(what: str, words: str) -> None:
+    run = run_of(served_s=0.01, rate_hz=10.0, seconds=20.0)
+    bad = dataclasses.replace(run.samples[7], **{what: 1})
+    found = measured(dataclasses.replace(run, samples=[bad, *run.samples[:7], *run.samples[8:]]))
+    (fault,) = Sweep(points=[found], knee=None).faults
+    assert fault.startswith("10 requests/s: 1 ")
+    assert words in fault
+    assert Sweep(points=[measured(run)], knee=None).faults == []
+
+
+def test_a_step_tells_all_that_a_single_run_does() -> None:
+    point = Sweep(points=[measured(run_of(served_s=0.01, rate_hz=10.0, seconds=20.0))], knee=None).as_dict()["points"][
+        0
+    ]
+    assert set(point["run"]["latency_ms"]) >= {"p50", "p99", "p999"}
+    assert {"stage_ms", "usage", "passes", "errors", "load_generator_cpu_s"} <= set(point["run"])
 
 
 def test_percentiles_are_values_that_were_measured() -> None:
@@ -137,18 +185,19 @@ def test_percentiles_are_values_that_were_measured() -> None:
 
 
 def test_without_rates_parts_of_the_closed_loops_throughput_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def closed_loop(*_: Any, clients: int, seconds: float, **__: Any) -> Run:
-        assert clients == 8
+    async def closed_loop(*_: Any, clients: int, seconds: float, timeout_s: float, **__: Any) -> Run:
+        assert (clients, timeout_s) == (8, 7.0)
         samples = [Sample(question="", client=0, due=0.0, sent=0.0, done=1.0, status=200)] * round(20 * seconds)
         return Run(mode="closed", clients=8, rate_hz=None, begun=0.0, ended=seconds, samples=samples)
 
-    async def open_loop(*_: Any, rate_hz: float, seconds: float, **__: Any) -> Run:
+    async def open_loop(*_: Any, rate_hz: float, seconds: float, timeout_s: float, **__: Any) -> Run:
+        assert timeout_s == 7.0
         return run_of(served_s=0.05, rate_hz=rate_hz, seconds=seconds)
 
     monkeypatch.setattr(drive, "closed_loop", closed_loop)
     monkeypatch.setattr(drive, "open_loop", open_loop)
     heard: list[str] = []
-    found = sweep(Target(url="http://127.0.0.1:1"), LOAD, rates=None, seconds=60.0, tell=heard.append)
+    found = sweep(Target(url="http://127.0.0.1:1"), LOAD, rates=None, seconds=60.0, timeout_s=7.0, tell=heard.append)
     assert found.closed_loop_hz == 20.0
     assert [point.offered_hz for point in found.points] == pytest.approx([20 * step for step in STEPS], rel=0.01)
     assert found.knee is not None
@@ -163,11 +212,29 @@ def test_rates_that_are_not_positive_are_refused(rates: list[float]) -> None:
         sweep(Target(url="http://127.0.0.1:1"), LOAD, rates=rates, seconds=1.0, tell=print)
 
 
-def test_a_really_running_queue_keeps_up_below_its_rate_and_not_above() -> None:
-    with queue_server(0.02) as target:
-        found = sweep(target, LOAD, rates=[75.0, 8.0, 25.0], seconds=2.0, warmup_s=0.2, tell=lambda words: None)
-    assert [point.keeps_up for point in found.points] == [True, True, False], found.as_dict()
+def test_a_really_running_queue_keeps_up_below_its_rate_and_not_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "LONGEST_S", 2.0)
+    told: list[str] = []
+    for _ in range(5):  # a machine that stalls may spoil a try: the queue keeps up, its host does not
+        with queue_server(0.02) as target:
+            found = sweep(
+                target,
+                LOAD,
+                rates=[75.0, 8.0, 25.0],
+                seconds=2.0,
+                warmup_s=0.2,
+                tell=lambda words: None,
+                on_progress=lambda what, now: told.append(what),
+            )
+        offered = [point.offered_hz for point in found.points]
+        assert offered == sorted(offered)
+        assert not found.points[2].keeps_up
+        assert found.points[2].answered_hz < 1.15 * 50.0
+        assert found.points[0].latency_ms["p50"] >= 20.0
+        assert found.faults == []
+        if [point.keeps_up for point in found.points] == [True, True, False] and found.points[2].answered_hz > 40.0:
+            break
+    else:
+        pytest.fail(f"in five tries it never kept up with what it can do: {found.as_dict()}")
     assert found.knee in found.points[:2]
-    assert found.points[2].answered_hz == pytest.approx(50.0, rel=0.15)
-    assert found.points[0].latency_ms["p50"] >= 20.0
-    assert all(point.failed == point.wrong == point.refused == 0 for point in found.points)
+    assert set(told) == {"8 requests/s", "25 requests/s", "75 requests/s"}

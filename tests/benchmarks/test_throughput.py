@@ -182,13 +182,16 @@ def test_rounds_are_added_up_and_set_against_this_server() -> None:
     found.tallies[OURS, 8].add(made_up([0.1] * 20))
     found.tallies[OURS, 8].add(made_up([0.3] * 10))
     found.tallies["peer", 8].add(made_up([0.5] * 10))
-    mine, theirs = found.table().as_dicts()
+    mine, theirs = found.figures()
     assert (mine["server"], mine["detections/s"], mine["lowest"], mine["highest"]) == (OURS, 4.5, 3.0, 6.0)
     assert (mine["vs."], theirs["vs."]) == (1.0, 1.5)
     assert (mine["p50 ms"], mine["p99 ms"]) == (pytest.approx(100.0), pytest.approx(300.0))
     assert theirs["CPU s each"] == pytest.approx(0.2)  # 6 s for 30 detections
     assert theirs["memory MB"] == 200
+    assert (mine["rounds"], mine["seconds"], mine["requests"]) == (2, 20.0, 30)
+    assert (theirs["rounds"], theirs["seconds"], theirs["requests"]) == (1, 10.0, 10)
     assert found.faults == []
+    assert [row["vs."] for row in found.table().as_dicts()] == ["1", "1.5"]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +205,33 @@ def test_whatever_is_not_right_is_a_fault(facts: dict[str, Any], column: str) ->
     assert row[column] > 0
     [words] = found.faults
     assert words.startswith("peer, 1 clients: ")
+
+
+@pytest.mark.parametrize("facts", [{"status": 500}, {"status": 429}, {"wrong": 1}, {"changed": 1}])
+def test_a_row_in_which_something_went_wrong_is_marked_and_so_is_its_ratio(facts: dict[str, Any]) -> None:
+    found = Contest()
+    for title, made in ((OURS, {}), ("good", {}), ("bad", facts)):
+        tally = found.tallies[title, 8] = Tally()
+        tally.add(made_up([0.1] * 10))
+        tally.add(made_up([0.1], **made))
+    rows = found.table().as_dicts()
+    assert [row["server"] for row in rows] == [OURS, "good", "bad *"]
+    assert [row["vs."].endswith(" *") for row in rows] == [False, False, True]
+    assert [(row["marked"], row["vs. marked"]) for row in found.figures()] == [
+        (False, False),
+        (False, False),
+        (True, True),
+    ]
+
+
+def test_where_this_server_fails_every_ratio_to_it_is_marked() -> None:
+    found = Contest()
+    for title, clients, status in ((OURS, 1, 500), ("peer", 1, 200), (OURS, 8, 200), ("peer", 8, 200)):
+        tally = found.tallies[title, clients] = Tally()
+        tally.add(made_up([0.1], status=status))
+    rows = found.table().as_dicts()
+    assert [row["server"] for row in rows] == [f"{OURS} *", "peer", OURS, "peer"]
+    assert [row["vs."].endswith(" *") for row in rows] == [True, True, False, False]
 
 
 def test_contenders_take_turns_and_one_that_fails_keeps_no_other_from_it(
@@ -228,7 +258,7 @@ def test_contenders_take_turns_and_one_that_fails_keeps_no_other_from_it(
         Contender(title="same", start=the_server, words=""),
     ]
     told: list[str] = []
-    found = contest(three, [asked], clients=[2], rounds=2, seconds=1.0, warmup_s=0.2, tell=told.append)
+    found = contest(three, [asked], clients=[2], rounds=2, seconds=5.0, warmup_s=0.2, tell=told.append)
     assert [words.partition(": ")[2] for words in told] == [OURS, "broken", "same", "same", OURS]
     assert found.faults == ["broken did not run: it has no legs"]
     assert [row["server"] for row in found.table().as_dicts()] == [OURS, "same"]

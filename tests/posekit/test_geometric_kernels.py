@@ -19,7 +19,7 @@ from posekit.geometric.engine import GeometricEngine
 from posekit.geometric.model import Prepared, Shelf, prepare
 from posekit.geometric.observe import Observations
 from posekit.geometric.poses import Poses
-from posekit.geometry import rotation_from_vector
+from posekit.geometry import rotation_angle_deg, rotation_from_vector
 from posekit.shapes import SHAPES
 
 POSES = 40
@@ -358,6 +358,193 @@ def test_maps_that_end_before_their_crop_are_refused():
         depth(on, observed(on)[0], seen=replace(seen, height=seen.height + 1))
 
 
+# ---- moved
+
+
+def equations(B: int) -> tuple[Tensor, Tensor]:
+    """Normal equations of a few dozen points, with steps of a few degrees and of tenths of the radius."""
+    jacobian, residual = random(B, POSES, 30, 6, seed=10), 0.03 * random(B, POSES, 30, 1, seed=11)
+    return jacobian.mT @ jacobian, jacobian.mT @ residual
+
+
+def move(on: Shelf, in_camera: bool, run=kernels.moved, equal=None, most=0.4) -> Poses:
+    hessian, gradient = equal or equations(len(on.diameter_m))
+    limits = {"radius_m": on.diameter_m / 2, "most_turn": most, "most_shift": most}
+    return run(observed(on)[0], hessian, gradient, **limits, in_camera=in_camera)
+
+
+@pytest.mark.parametrize("names", [("mug",), ("housing", "mug", "carton")])
+@pytest.mark.parametrize("in_camera", [False, True])
+@pytest.mark.parametrize("most", [0.01, 10.0])
+def test_moved_matches_its_reference(names, in_camera, most):
+    on = shelf(*names)
+    ours, theirs = (move(on, in_camera, run, most=most) for run in (kernels.moved, kernels.moved_reference))
+    assert (ours.R.shape, ours.t.shape) == ((len(names), POSES, 3, 3), (len(names), POSES, 3))
+    assert (ours.R - theirs.R).abs().max() < 1e-5  # the reference solves in float32
+    near = theirs.t.norm(dim=-1) < 10
+    assert (ours.t - theirs.t)[near].abs().max() < 1e-6
+    assert (ours.R - observed(on)[0].R).abs().amax(dim=(2, 3)).min() > 1e-3
+
+
+@pytest.mark.parametrize("in_camera", [False, True])
+def test_a_pose_without_a_step_stays_where_it_is(in_camera):
+    on = shelf("mug")
+    poses, (hessian, gradient) = observed(on)[0], equations(1)
+    hessian[:, ::2], gradient[:, ::2] = 0, 0
+    hessian[:, 2], gradient[:, 4] = torch.nan, torch.nan
+    moved = move(on, in_camera, equal=(hessian, gradient))
+    assert torch.equal(moved.R[:, ::2], poses.R[:, ::2])
+    assert torch.equal(moved.t[:, ::2], poses.t[:, ::2])
+    assert not torch.equal(moved.t[:, 1::2], poses.t[:, 1::2])
+
+
+def test_a_step_moves_the_pose_in_the_camera_and_the_observation_in_the_object():
+    on = shelf("mug")
+    before = observed(on)[0].pick(torch.zeros(1, 1, dtype=torch.int64))
+    radius_m = on.diameter_m / 2
+    turn, shift_m = torch.tensor([0.1, -0.2, 0.05]), torch.tensor([0.01, 0.0, -0.02])
+    gradient = 1e6 * torch.cat((turn * radius_m, shift_m)).reshape(1, 1, 6, 1)
+    run = partial(kernels.moved, before, 1e6 * torch.eye(6).expand(1, 1, 6, 6), gradient, radius_m=radius_m)
+    there = run(most_turn=1.0, most_shift=1.0, in_camera=True)
+    assert torch.allclose(there.R, rotation_from_vector(turn) @ before.R, atol=1e-3)  # a thousandth of it is damped
+    assert torch.allclose(there.t, before.t + shift_m, atol=1e-4)
+    point = torch.tensor([0.03, -0.05, 0.6])
+    seen = run(most_turn=1.0, most_shift=1.0, in_camera=False)
+    in_object = before.to_object(point.reshape(1, 1, 3))[0, 0, 0]
+    again = seen.to_object(point.reshape(1, 1, 3))[0, 0, 0]
+    assert torch.allclose(again, rotation_from_vector(-turn) @ in_object - shift_m, atol=1e-3)
+
+
+def test_no_step_is_larger_than_allowed():
+    on = shelf("mug")
+    hessian, gradient = equations(1)
+    before, moved = observed(on)[0], move(on, True, equal=(hessian, 1e6 * gradient), most=0.1)
+    angle_deg = rotation_angle_deg(moved.R, before.R)
+    assert angle_deg.max() < torch.rad2deg(torch.tensor(0.1 * 3**0.5)) + 0.01
+    assert angle_deg.min() > torch.rad2deg(torch.tensor(0.09))
+    shift_m = (moved.t - before.t)[:, :-1].abs()  # the last is so far away that float32 has no room for a step
+    assert shift_m.max() < 0.1 * on.diameter_m.item() / 2 + 1e-6
+
+
+# ---- distinct
+
+
+def crowd(B: int) -> tuple[Poses, Tensor]:
+    """Poses in a few dozen heaps, the first ones the loosest, and what they are ranked by; some are no numbers."""
+    heap = torch.arange(300) % 40
+    turn = random(B, 40, 3, seed=20)[:, heap] + 0.05 * random(B, 300, 3, seed=21)
+    t = 0.1 * random(B, 40, 3, seed=22)[:, heap] + 0.005 * random(B, 300, 3, seed=23)
+    t[:, 7] = torch.nan
+    return Poses(rotation_from_vector(turn), t), random(B, 300, seed=24)
+
+
+@pytest.mark.parametrize("count", [1, 12, 250])
+def test_distinct_gives_the_indices_of_its_reference(count):
+    for angle_deg in (3.0, 10.0):
+        chosen = [
+            run(*crowd(3), count, angle_deg, torch.tensor([0.01, 0.02, 0.03]))
+            for run in (kernels.distinct, kernels.distinct_reference)
+        ]
+        assert torch.equal(*chosen)
+        assert chosen[0].shape == (3, count)
+
+
+# ---- spread
+
+
+def spread_of(on: Shelf, run=kernels.spread) -> Tensor:
+    depth_m, sample = picture(on)
+    B = len(on.diameter_m)
+    rays = torch.nn.functional.normalize(random(B, *depth_m.shape[2:], 3, seed=30), dim=-1)
+    noise_m, cell_m = torch.linspace(0.001, 0.003, B), torch.linspace(0.004, 0.006, B)
+    return run(on, observed(on)[0], depth_m, sample, rays, noise_m=noise_m, cell_m=cell_m)
+
+
+@pytest.mark.parametrize("names", [("mug",), ("housing", "mug", "carton")])
+def test_spread_matches_its_reference(names):
+    on = shelf(*names)
+    ours, theirs = spread_of(on), spread_of(on, kernels.spread_reference)
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)  # a root of a difference: near 1 digits are lost
+    there = torch.isfinite(picture(on)[0])
+    assert torch.equal(ours[0][~there[0]].unique(), torch.tensor([0.001]))
+    assert ours[there].unique().numel() > 1000
+
+
+def test_a_slanted_surface_is_read_less_well_than_one_that_faces_the_camera():
+    dense = torch.tensor([[0, 0, 0, 0, 0, -1.0], [0, 0, 0, 0, 3**0.5 / 2, 0.5], [0, 0, 0, 1, 0, 0]])
+    on = replace(shelf(), dense=dense)
+    poses = Poses(torch.eye(3)[None, None], torch.zeros(1, 1, 3))
+    rays = torch.tensor([0, 0, 1.0]).expand(1, 1, 3, 3)
+    sample = torch.arange(3).reshape(1, 1, 1, 3)
+    size = {"noise_m": torch.tensor([0.003]), "cell_m": torch.tensor([0.004 / 0.6])}
+    spread_m = kernels.spread(on, poses, torch.ones(1, 1, 1, 3), sample, rays, **size)[0, 0, 0]
+    slant = (1 - 0.15**2) ** 0.5 / 0.15  # no surface counts as more slanted than that
+    expected = [0.003, (0.003**2 + 3 * 0.004**2) ** 0.5, (0.003**2 + (0.004 * slant) ** 2) ** 0.5]
+    assert spread_m.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+# ---- colour cost
+
+
+def painted(*names: str) -> Shelf:
+    """Objects in colours that change from place to place, some of them black."""
+    on = shelf(*names)
+    bright = (128 + 90 * torch.sin(80 * on.dense[:, :3])).round()
+    bright[::17] = 0
+    return replace(on, dense_colours=bright.to(torch.uint8))
+
+
+def colours_of(on: Shelf, run=kernels.colour_cost, grey=False, use=None, seen=None) -> Tensor:
+    B = len(on.diameter_m)
+    depth_m, sample = picture(on)
+    rows, columns = depth_m.shape[2:]
+    rays = torch.nn.functional.normalize(torch.tensor([0, 0, 1.0]) + 0.1 * random(B, rows, columns, 3, seed=40), dim=-1)
+    if seen is None:  # the first pose, in a light of its own
+        albedo = on.dense_colours[sample[:, 0]] / 255.0
+        shade = 0.7 + 0.2 * torch.linspace(-1, 1, columns)
+        seen = (albedo * shade[:, None] + 0.02 * random(B, rows, columns, 3, seed=41)).clamp(0, 1)
+        seen = seen.mean(dim=-1, keepdim=True).expand_as(seen) if grey else seen
+    observations = replace(crops(on), grey=torch.full((B,), grey))
+    use = torch.isfinite(depth_m) if use is None else use
+    return run(on, observations, observed(on)[0], sample, seen, rays, use)
+
+
+@pytest.mark.parametrize("names", [("mug",), ("housing", "mug", "carton")])
+@pytest.mark.parametrize("grey", [False, True])
+def test_colour_cost_matches_its_reference(names, grey):
+    on = painted(*names)
+    ours, theirs = (colours_of(on, run, grey) for run in (kernels.colour_cost, kernels.colour_cost_reference))
+    assert ours.shape == theirs.shape
+    almost_all_close(ours, theirs, 1.0)
+    drawn = torch.isfinite(picture(on)[0])
+    assert not ours[~drawn].any()
+    assert ours[drawn].max() <= kernels.WRONG_COLOUR + kernels.WRONG_BRIGHTNESS
+    assert ours[:, 0].sum() < 0.3 * ours[:, 1:-4].sum(dim=(2, 3)).mean(dim=1).sum()  # the first pose is the right one
+
+
+def test_light_costs_nothing_and_another_hue_the_most():
+    on = replace(shelf(), dense_colours=torch.tensor([[200, 40, 40]], dtype=torch.uint8).repeat(len(shelf().dense), 1))
+    drawn = torch.isfinite(picture(on)[0])[:, 0]
+    red = torch.tensor([200, 40, 40]) / 255.0
+    for light in (1.0, 0.4):
+        cost = colours_of(on, seen=(light * red).expand(*drawn.shape, 3))[:, 0][drawn]
+        assert cost.max() < 0.01
+    blue = colours_of(on, seen=torch.tensor([0.1, 0.2, 0.9]).expand(*drawn.shape, 3))[:, 0][drawn]
+    assert blue.min() >= kernels.WRONG_COLOUR
+
+
+def test_cells_that_do_not_count_cost_nothing_and_change_nothing():
+    on = painted("mug")
+    drawn = torch.isfinite(picture(on)[0])
+    half = drawn & (torch.arange(drawn.shape[-1]) % 2 == 0)
+    seen = torch.rand(1, *drawn.shape[2:], 3, generator=torch.Generator().manual_seed(42))
+    cost = colours_of(on, use=half, seen=seen)
+    spoilt = torch.where(half.any(dim=1)[..., None], seen, 1 - seen)
+    assert torch.equal(cost, colours_of(on, use=half, seen=spoilt))
+    assert not cost[~half].any()
+    assert not colours_of(on, use=torch.zeros_like(half)).any()
+
+
 # ---- all of them
 
 
@@ -375,17 +562,45 @@ def test_an_instance_has_the_same_bits_alone_and_in_company():
     size = {"cell_px": torch.tensor([4.0, 3.0, 5.0]), "cell_m": torch.tensor([0.004, 0.003, 0.005])}
     depth_m, sample = kernels.front(on, poses, intrinsics(on), **size, rows=SIDE, columns=SIDE)
     near = kernels.explain(on, poses, points, normals, tolerance_m=0.02 * on.diameter_m)
-    equations = kernels.normal_equations(on, poses, points, normals, reach_m=0.1 * on.diameter_m)
+    equations_there = kernels.normal_equations(on, poses, points, normals, reach_m=0.1 * on.diameter_m)
+    steps = equations(3)
+    moved = kernels.moved(poses, *steps, radius_m=on.diameter_m / 2, most_turn=0.4, most_shift=1.0, in_camera=False)
     for index in range(3):
         one, pose, seen, facing = alone(on, index, names)
         own = {name: value[index : index + 1] for name, value in size.items()}
         depth_alone_m, sample_alone = kernels.front(one, pose, K[None], **own, rows=SIDE, columns=SIDE)
         assert torch.equal(depth_m[index], depth_alone_m[0])
         assert torch.equal(sample[index] - on.first_dense[index], sample_alone[0])
+        equal = tuple(part[index : index + 1] for part in steps)
+        limits = {"most_turn": 0.4, "most_shift": 1.0, "in_camera": False}
+        moved_alone = kernels.moved(pose, *equal, radius_m=one.diameter_m / 2, **limits)
+        assert torch.equal(moved.R[index], moved_alone.R[0])
+        assert torch.equal(moved.t[index], moved_alone.t[0])
         near_alone = kernels.explain(one, pose, seen, facing, tolerance_m=0.02 * one.diameter_m)
         equations_alone = kernels.normal_equations(one, pose, seen, facing, reach_m=0.1 * one.diameter_m)
-        for together, single in zip((near, *equations), (near_alone, *equations_alone), strict=True):
+        for together, single in zip((near, *equations_there), (near_alone, *equations_alone), strict=True):
             assert torch.equal(together[index], single[0])
+
+
+@compiled
+def test_a_picture_has_the_same_bits_alone_and_in_company():
+    names = ("housing", "mug", "carton")
+    on = painted(*names)
+    poses = observed(on)[0]
+    depth_m, sample = picture(on)
+    rays = torch.tensor([0, 0, 1.0]).expand(3, *depth_m.shape[2:], 3)
+    seen, use = random(3, *depth_m.shape[2:], 3, seed=43).abs(), torch.isfinite(depth_m)
+    crop, size = replace(crops(on), grey=torch.zeros(3, dtype=torch.bool)), {"noise_m": on.cell_m, "cell_m": on.cell_m}
+    spread_m = kernels.spread(on, poses, depth_m, sample, rays, **size)
+    cost = kernels.colour_cost(on, crop, poses, sample, seen, rays, use)
+    for index in range(3):
+        row = slice(index, index + 1)
+        pose, shown = Poses(poses.R[row], poses.t[row]), (sample[row], seen[row], rays[row], use[row])
+        own = {name: value[row] for name, value in size.items()}
+        spread_alone_m = kernels.spread(on, pose, depth_m[row], sample[row], rays[row], **own)
+        assert torch.equal(spread_m[row], spread_alone_m)
+        cost_alone = kernels.colour_cost(on, replace(crop, grey=crop.grey[row]), pose, *shown)
+        assert torch.equal(cost[row], cost_alone)
 
 
 @compiled
@@ -425,6 +640,16 @@ def test_the_ops_keep_what_their_schemas_promise():
     calls["depth_pull"] = (
         *(surface, visible, poses.R, poses.t, seen.K, seen.depth_m, seen.mask, *size, on.cell_m, on.cell_m),
     )
+    hessian, gradient = equations(1)
+    calls["moved"] = (hessian, gradient, poses.R, poses.t, on.cell_m, 0.4, 1.0, True)
+    calls["distinct"] = (poses.R, poses.t, torch.arange(POSES)[None], 5, 2.9, on.cell_m)
+    depth_m, sample = picture(on)
+    rays = random(1, *depth_m.shape[2:], 3, seed=44)
+    calls["spread"] = (on.dense, poses.R, depth_m, sample, rays, on.cell_m, on.cell_m)
+    dense_colours, grey = painted("mug").dense_colours, torch.zeros(1, dtype=torch.bool)
+    calls["colour_cost"] = (
+        *(on.dense, dense_colours, grey, poses.R, sample, rays, rays, torch.isfinite(depth_m), 0.1, 0.3, 3.0, 0.8),
+    )
     assert calls.keys() == set(kernels.OPS)
     for op, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.posekit, op).default, arguments, test_utils="test_schema")
@@ -458,6 +683,19 @@ def test_tables_that_end_too_early_are_refused():
         picture(replace(on, dense=on.dense[1:]))
 
 
+@compiled
+def test_samples_that_do_not_exist_are_refused():
+    on = painted("mug")
+    short = replace(on, dense=on.dense[:100], dense_colours=on.dense_colours[:100])
+    drawn_m, sample = picture(on)
+    rays = torch.ones(1, *drawn_m.shape[2:], 3)
+    poses, crop = observed(on)[0], replace(crops(on), grey=torch.zeros(1, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="sample must lie within the dense ones"):
+        kernels.spread(short, poses, drawn_m, sample, rays, noise_m=on.cell_m, cell_m=on.cell_m)
+    with pytest.raises(RuntimeError, match="sample must lie within the dense ones"):
+        kernels.colour_cost(short, crop, poses, sample, rays, rays, torch.isfinite(drawn_m))
+
+
 # ---- without them
 
 
@@ -466,6 +704,7 @@ def test_without_a_library_the_references_answer(monkeypatch):
     monkeypatch.setattr(kernels, "_compiled", False)
     assert kernels.kernels("cpu") == dict.fromkeys(kernels.OPS, "reference")
     seen, limits = observed(on), {"tolerance_m": 0.02 * on.diameter_m}
+    paint, few = painted("mug"), (*crowd(1), 5, 3.0, torch.tensor([0.01]))
     pairs = [
         (picture(on), picture(on, kernels.front_reference)),
         ([kernels.explain(on, *seen, **limits)], [kernels.explain_reference(on, *seen, **limits)]),
@@ -474,6 +713,13 @@ def test_without_a_library_the_references_answer(monkeypatch):
             kernels.normal_equations_reference(on, *seen, reach_m=on.diameter_m),
         ),
         *((pull(on, seen[0]), pull(on, seen[0], reference)) for pull, reference in PULLS),
+        *(
+            ([part.R, part.t], [other.R, other.t])
+            for part, other in [(move(on, True), move(on, True, kernels.moved_reference))]
+        ),
+        ([kernels.distinct(*few)], [kernels.distinct_reference(*few)]),
+        ([spread_of(on)], [spread_of(on, kernels.spread_reference)]),
+        ([colours_of(paint)], [colours_of(paint, kernels.colour_cost_reference)]),
     ]
     for ours, theirs in pairs:
         for mine, other in zip(ours, theirs, strict=True):

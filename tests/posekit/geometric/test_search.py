@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from posekit.geometric.kernels import distinct
 from posekit.geometric.poses import Poses
 from posekit.geometric.score import score, tolerance_m
-from posekit.geometric.search import FINALISTS, distinct, search, with_twins
+from posekit.geometric.search import FINALISTS, search, with_twins
 from posekit.geometric.symmetry import pose_difference
 from posekit.scenes import demo_scene
 from posekit.shapes import SHAPES, rotation
