@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,8 @@ from posekit import images, rle, scenes, shapes
 from workers.state import WorkerState, read_states
 
 ROOT = Path(__file__).parents[1]
-START_LIMIT_S = 120.0
+START_LIMIT_S = 240.0
+ANSWER_S = 30.0  # what a busy machine may take for an answer that costs nothing
 
 
 def free_port() -> int:
@@ -94,7 +96,7 @@ class RunningServer:
             time.sleep(0.05)
         raise AssertionError(f"not ready after {seconds} s:\n{self.log()[-4000:]}")
 
-    def stop(self, seconds: float = 40.0) -> int:
+    def stop(self, seconds: float = 60.0) -> int:
         """SIGTERM, then wait; returns the exit code."""
         assert self.process is not None
         if self.process.poll() is None:
@@ -109,11 +111,41 @@ class RunningServer:
         """SIGKILL to the gateway alone."""
         assert self.process is not None
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(ANSWER_S)
 
     def log(self) -> str:
         """Everything it wrote on standard error."""
         return (self.data / "stderr.log").read_text(errors="replace")
+
+    def lines(self, words: str) -> list[str]:
+        """The lines with `words` that were written to their end."""
+        whole = self.log().rpartition("\n")[0]
+        return [line for line in whole.splitlines() if words in line]
+
+    def logged(self, words: str) -> list[str]:
+        """The same, once there is one: a line is written a moment after the answer."""
+        wait_until(lambda: self.lines(words), ANSWER_S, f"{words} in the log")
+        return self.lines(words)
+
+    def status(self, **headers: str) -> dict[str, Any]:
+        """GET /api/v1/status"""
+        answer = httpx.get(f"{self.url}/api/v1/status", headers=_named(headers), timeout=ANSWER_S)
+        assert answer.status_code == 200, answer.text
+        tree: dict[str, Any] = answer.json()
+        return tree
+
+    def says(self, readiness: int) -> bool:
+        """Whether /readyz answers with this status."""
+        return httpx.get(f"{self.url}/readyz", timeout=ANSWER_S).status_code == readiness
+
+    def wait_for_queue(self, *, requests: int, **headers: str) -> None:
+        """Until so many pose requests wait or are worked on."""
+        wait_until(lambda: self.status(**headers)["queue"]["requests"] == requests, ANSWER_S, f"{requests} requests")
+
+    def wait_idle(self, seconds: float = 120.0) -> None:
+        """Until no pose request waits, and none of their detections is worked on."""
+        idle = {"requests": 0, "detections": 0}
+        wait_until(lambda: self.status()["queue"] == idle, seconds, "the queue to be empty")
 
     @property
     def run_dir(self) -> Path:
@@ -127,6 +159,16 @@ class RunningServer:
     def workers(self, stage: str | None = None) -> list[WorkerState]:
         """The living, ready workers."""
         return [s for s in read_states(self.run_dir) if s.alive and s.ready and stage in (None, s.stage)]
+
+    def paused(self, stage: str) -> contextlib.AbstractContextManager[None]:
+        """All workers of a stage stand still while it lasts: what waits for them waits, however fast the machine is."""
+        pids = [worker.pid for worker in self.workers(stage)]
+        assert pids, f"no {stage} worker"
+        return paused(pids)
+
+    def nobody_replaced(self) -> contextlib.AbstractContextManager[None]:
+        """While it lasts no worker that died is replaced: the process that would do so stands still."""
+        return paused(self.children())
 
     def descendants(self) -> list[int]:
         """Every process below the gateway, keepers and all."""
@@ -161,6 +203,22 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def paused(pids: Iterable[int]) -> Iterator[None]:
+    """Processes that stand still while it lasts, as deaf as inside a long native call; some may end meanwhile."""
+    stopped: list[int] = []
+    try:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                stopped.append(pid)
+        yield
+    finally:
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def wait_until(condition: Any, seconds: float, what: str) -> None:
@@ -215,13 +273,13 @@ def register(url: str, shape: shapes.Shape, **headers: str) -> dict[str, Any]:
     """Upload one shape's CAD and wait until it is onboarded."""
     answer = httpx.post(
         f"{url}/api/v1/objects",
-        params={"wait": "60"},
+        params={"wait": "300"},
         files={
             "file": (f"{shape.name}.ply", shapes.mesh_to_ply(shape.mesh)),
             "request": (None, msgspec.json.encode({"name": shape.name})),
         },
         headers=_named(headers),
-        timeout=90,
+        timeout=330,
     )
     assert answer.status_code in (200, 201), answer.text
     tree: dict[str, Any] = answer.json()
@@ -235,7 +293,7 @@ def post(
     *,
     route: str = "/api/v1/pose_estimation",
     as_json: bool = False,
-    timeout: float = 60,
+    timeout: float = 120,
     **headers: str,
 ) -> httpx.Response:
     """POST a request tree as MessagePack (answer in JSON), or as JSON."""

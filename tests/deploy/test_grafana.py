@@ -112,6 +112,8 @@ def test_choosing_one_object_leaves_the_others_out(busy: Watched) -> None:
 
 
 def test_every_panel_is_drawn_with_data(busy: Watched) -> None:
+    every_kind_of_request(busy)  # as lately as the picture shows
+    busy.prometheus.wait_for_scrape()
     end = time.time()
     span = dashboard_picture.Span(start=end - 30, end=end, step_s=1, interval_s=1)
     html = dashboard_picture.page(busy.prometheus, span, "a test")

@@ -86,7 +86,9 @@ def test_an_alert_says_what_is_wrong_and_where_the_page_says_what_to_do(rule: di
 
 def test_the_target_for_the_time_is_a_bucket_so_that_no_percentile_is_guessed_past_it() -> None:
     groups = yaml.safe_load((RULES / "recording.yml").read_text())["groups"]
-    [target] = [rule for group in groups for rule in group["rules"] if rule["record"].startswith("pem:request_duration")]
+    [target] = [
+        rule for group in groups for rule in group["rules"] if rule["record"].startswith("pem:request_duration")
+    ]
     [seconds] = re.findall(r"vector\((.+?)\)", target["expr"])
     bounds = re.findall(rb'pose_request_duration_seconds_bucket\{.*?le="(.+?)"', Metrics().expose())
     assert float(seconds) in {float(bound) for bound in bounds}

@@ -11,6 +11,8 @@ from tests.running import RunningServer, register
 from tests.serve.ism_server import IsmServer
 from tests.serve.tiny import Asker, tiny_scene
 
+BODY_IDLE_S = 3.0  # of the special server: short to wait for, long beside what a busy machine makes of a pause
+
 
 @pytest.fixture(scope="session")
 def ask(server: RunningServer) -> Iterator[Asker]:
@@ -32,7 +34,7 @@ class Special:
 def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Special]:
     """One such server for all tests that want another one than the shared; the tiny scene's objects are registered."""
     settings = {
-        "limits_body_idle_s": 0.7,
+        "limits_body_idle_s": BODY_IDLE_S,
         "limits_in_flight_requests": 6,
         "limits_in_flight_mb": 60,
         "pose_pass_detections": 2,

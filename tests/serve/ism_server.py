@@ -39,7 +39,7 @@ MODES: Final = (
     "wrong_types",  # status 200, JSON of another shape
     "unequal",  # columns of different lengths
 )
-HANG_S: Final = 5.0
+HANG_S: Final = 60.0
 
 
 class IsmServer:

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from serve.backend import Backend
-from tests.running import RunningServer, post, register, running, wait_until
+from tests.running import ANSWER_S, RunningServer, post, register, running, wait_until
 from tests.serve.tiny import NAMES, ascii_ply, one, tetrahedron, tiny_scene, uploading
 from workers.settings import Stages
 from workers.state import WorkerState
@@ -48,32 +48,28 @@ def ask_in_background(server: RunningServer, count: int) -> tuple[list[threading
 def all_answered(threads: list[threading.Thread], answers: list[httpx.Response]) -> None:
     """Wait for them; each must be right."""
     for thread in threads:
-        thread.join(60)
+        thread.join(90)
     assert [answer.status_code for answer in answers] == [200] * len(threads), [answer.text for answer in answers]
     assert {answer.json()["poses"][0]["object_id"] for answer in answers} == {NAMES[1]}
 
 
-def readyz(server: RunningServer) -> int:
-    """Whether it says that it takes requests."""
-    return httpx.get(f"{server.url}/readyz").status_code
-
-
 def test_without_any_pose_worker_it_is_not_ready_and_what_is_sent_meanwhile_is_answered(target: RunningServer) -> None:
-    restarts = httpx.get(f"{target.url}/api/v1/status").json()["tracks"]["production"]["restarts"]
+    restarts = target.status()["tracks"]["production"]["restarts"]
     victims = [worker.pid for worker in target.workers("pose")]
     assert victims
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: readyz(target) == 503, 2, "readyz to say 503")
-    status = httpx.get(f"{target.url}/api/v1/status").json()
-    assert status["model_loaded"] is False
-    assert status["tracks"]["production"]["workers"]["pose"] == 0
-    threads, answers = ask_in_background(target, 4)
-    wait_until(lambda: httpx.get(f"{target.url}/api/v1/status").json()["queue"]["requests"] == 4, 2, "they wait")
-    assert target.wait_ready(30) < 30
+    with target.nobody_replaced():
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: target.says(503), ANSWER_S, "readyz to say 503")
+        status = target.status()
+        assert status["model_loaded"] is False
+        assert status["tracks"]["production"]["workers"]["pose"] == 0
+        threads, answers = ask_in_background(target, 4)
+        target.wait_for_queue(requests=4)
+    target.wait_ready()
     assert target.workers("pose")
     all_answered(threads, answers)
-    status = httpx.get(f"{target.url}/api/v1/status").json()
+    status = target.status()
     assert status["model_loaded"] is True
     assert status["tracks"]["production"]["restarts"] == restarts + len(victims)
     assert status["queue"] == {"requests": 0, "detections": 0}
@@ -88,28 +84,29 @@ def test_a_server_that_ran_out_of_files_recovers_when_they_come_back(target: Run
     def take_all_files() -> bool:
         """Open idle connections as long as the server has files for them; says whether the watch has none."""
         while len(idle) < 2 * limit and len(os.listdir(f"/proc/{target.pid}/fd")) < limit:
-            idle.append(socket.create_connection(("127.0.0.1", target.port), timeout=5))
+            idle.append(socket.create_connection(("127.0.0.1", target.port), timeout=ANSWER_S))
             time.sleep(0.001)
         return target.log().count("worker_watch_failed") > failures
 
     failures = 0
     try:
-        wait_until(take_all_files, 10, "all files to be in use")
+        wait_until(take_all_files, 60, "all files to be in use")
         failures = target.log().count("worker_watch_failed")
         (victim,) = target.workers("pose")
         os.kill(victim.pid, signal.SIGKILL)
-        wait_until(take_all_files, 10, "the watch to fail again")
-        wait_until(lambda: target.workers("pose") and take_all_files(), 30, "a new worker, which nobody can watch")
+        wait_until(take_all_files, 60, "the watch to fail again")
+        wait_until(lambda: target.workers("pose") and take_all_files(), 120, "a new worker, which nobody can watch")
     finally:
         for connection in idle:
             connection.close()
     assert running(target.pid)
-    assert target.wait_ready(30) < 30
+    target.wait_ready()
     all_answered(*ask_in_background(target, 4))
     (again,) = target.workers("pose")
-    os.kill(again.pid, signal.SIGKILL)  # and this one is watched
-    wait_until(lambda: readyz(target) == 503, 2, "readyz to say 503")
-    target.wait_ready(30)
+    with target.nobody_replaced():
+        os.kill(again.pid, signal.SIGKILL)  # and this one is watched
+        wait_until(lambda: target.says(503), ANSWER_S, "readyz to say 503")
+    target.wait_ready()
     all_answered(*ask_in_background(target, 2))
     assert len(os.listdir(f"/proc/{target.pid}/fd")) < 100
 
@@ -122,7 +119,7 @@ def test_a_stop_does_not_wait_for_uploads_whose_clients_have_gone(target: Runnin
         connection.close()
     begun = time.monotonic()
     assert target.stop() == 0
-    assert time.monotonic() - begun < 5.0
+    assert time.monotonic() - begun < 15.0, "half of the drain limit"
     assert "request_failed" not in target.log()
 
 
@@ -151,7 +148,7 @@ def worker(run_dir: Path, stage: str, stack: ExitStack) -> subprocess.Popen[byte
 
 async def found(backend: Backend, count: int) -> None:
     """Until so many workers are watched."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(backend.workers) != count:
             await asyncio.sleep(0.01)
 

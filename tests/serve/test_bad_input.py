@@ -31,8 +31,8 @@ import pytest
 
 from posekit import images, rle
 from serve import keys
-from tests.running import Question, RunningServer, wait_until
-from tests.serve.conftest import Special
+from tests.running import ANSWER_S, Question, RunningServer, wait_until
+from tests.serve.conftest import BODY_IDLE_S, Special
 from tests.serve.tiny import (
     FULL,
     HEIGHT,
@@ -348,10 +348,12 @@ def test_an_unsupported_media_type_or_encoding_is_415(ask: Asker) -> None:
 # ------------------------------------------------------------------------------------------------------------ 408, 429
 
 
-def half_sent(server: RunningServer, length: int, body: bytes, path: str = POSE) -> socket.socket:
-    """A connection on which a body of `length` bytes was announced and `body` sent."""
+def half_sent(server: RunningServer, length: int, body: bytes, more: str = "") -> socket.socket:
+    """A connection on which a body of `length` bytes was announced and `body` sent; `more`: other lines of the head."""
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    head = (
+        f"POST {POSE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{more}Content-Length: {length}\r\n\r\n"
+    )
     connection.sendall(head.encode() + body)
     return connection
 
@@ -371,7 +373,7 @@ def test_a_body_that_stops_coming_is_408_and_the_connection_ends(special: Specia
     with half_sent(special.server, 5000, b'{"rgb_image": "') as connection:
         status, answer = answered(connection)
     assert (status, answer["error"]["code"]) == (408, "body_timeout")
-    assert 0.6 < time.monotonic() - begun < 5
+    assert BODY_IDLE_S - 0.1 < time.monotonic() - begun < 9, "the server's own limit, not the usual 10 s"
 
 
 def test_a_body_that_trickles_is_read_to_its_end(special: Special) -> None:
@@ -380,63 +382,47 @@ def test_a_body_that_trickles_is_read_to_its_end(special: Special) -> None:
     with half_sent(special.server, len(body), b"") as connection:
         for start, stop in itertools.pairwise(cuts):
             connection.sendall(body[start:stop])
-            time.sleep(0.3)  # together longer than the limit, each pause shorter
+            time.sleep(BODY_IDLE_S / 3.5)  # together longer than the limit, each pause shorter
         head = connection.recv(65536)
     assert head.startswith(b"HTTP/1.1 200")
 
 
 def test_a_client_that_hangs_up_in_the_middle_harms_nobody(special: Special) -> None:
+    before = len(special.server.lines("client_gone"))
     for length in (0, 20, 3000):
         half_sent(special.server, 5000, b'{"rgb_image": "' + b"A" * length).close()
-    wait_until(lambda: "client_gone" in special.server.log(), 5, "the log says that the client went away")
+    gone = "the log says that the clients went away"
+    wait_until(lambda: len(special.server.lines("client_gone")) >= before + 3, ANSWER_S, gone)
     assert special.ask.poses(one())[0]["status"] == "ok"
 
 
-def test_too_many_requests_in_flight_are_429_before_their_body_is_read(special: Special) -> None:
-    held = [half_sent(special.server, 5000, b"{") for _ in range(6)]  # the server's limit
-    try:
-        time.sleep(0.2)
-        with half_sent(special.server, 5000, b"") as seventh:  # nothing of its body is sent
-            seventh.settimeout(3)
-            status, answer = answered(seventh)
-        assert (status, answer["error"]["code"]) == (429, "over_capacity")
+def is_full_with(count: int, length: int, special: Special, more: str = "") -> bool:
+    """Whether `count` half-sent requests are so many that another is refused though nothing of its body is sent."""
+    with contextlib.ExitStack() as held:
+        for _ in range(count):
+            held.enter_context(half_sent(special.server, length, b"" if more else b"{", more))
+        another = held.enter_context(half_sent(special.server, length, b""))
         assert special.ask.send("GET", "/readyz").status_code == 200
-    finally:
-        for connection in held:
-            connection.close()
-    wait_until(lambda: special.ask.post(one()).status_code == 200, 5, "requests are taken again")
+        status, answer = answered(another)
+    code = answer["error"]["code"]
+    assert (status, code) in [(429, "over_capacity"), (408, "body_timeout")]  # this one where it came before the others
+    return status == 429
+
+
+def test_too_many_requests_in_flight_are_429_before_their_body_is_read(special: Special) -> None:
+    wait_until(lambda: is_full_with(6, 5000, special), 60, "the seventh is refused")
+    wait_until(lambda: special.ask.post(one()).status_code == 200, ANSWER_S, "requests are taken again")
 
 
 def test_too_many_bytes_in_flight_are_429_before_their_body_is_read(special: Special) -> None:
-    held = [half_sent(special.server, 18 * 2**20, b"{") for _ in range(3)]
-    try:
-        time.sleep(0.2)
-        with half_sent(special.server, 18 * 2**20, b"") as fourth:
-            fourth.settimeout(3)
-            status, answer = answered(fourth)
-        assert (status, answer["error"]["code"]) == (429, "over_capacity")
-    finally:
-        for connection in held:
-            connection.close()
-    wait_until(lambda: special.ask.post(one()).status_code == 200, 5, "requests are taken again")
+    wait_until(lambda: is_full_with(3, 18 * 2**20, special), 60, "the fourth is refused")
+    wait_until(lambda: special.ask.post(one()).status_code == 200, ANSWER_S, "requests are taken again")
 
 
 def test_a_compressed_body_counts_as_much_as_it_may_become(special: Special) -> None:
-    held = []
-    try:
-        for _ in range(3):
-            connection = socket.create_connection(("127.0.0.1", special.server.port), timeout=20)
-            connection.sendall(
-                f"POST {POSE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                "Content-Encoding: gzip\r\nContent-Length: 9000\r\n\r\n".encode()
-            )
-            held.append(connection)
-        time.sleep(0.2)
-        refusal(special.ask.post(one()), 429, "over_capacity")
-    finally:
-        for connection in held:
-            connection.close()
-    wait_until(lambda: special.ask.post(one()).status_code == 200, 5, "requests are taken again")
+    zipped = "Content-Encoding: gzip\r\n"
+    wait_until(lambda: is_full_with(3, 9000, special, zipped), 60, "the fourth is refused")
+    wait_until(lambda: special.ask.post(one()).status_code == 200, ANSWER_S, "requests are taken again")
 
 
 # ----------------------------------------------------------------------------------------------------- 413: too large
@@ -462,7 +448,7 @@ def test_a_png_bomb_is_413_before_it_is_decoded(ask: Asker, field: str, bits: in
     begun = time.monotonic()
     ask.refused(one(**{field: png(30_000, 30_000, b"\0" * 2**20, bits=bits, kind=kind)}), 413, "too_large", field)
     ask.refused(one(**{field: png(2_000_000, 2, b"\0" * 9, bits=bits, kind=kind)}), 413, "too_large", field)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 20
 
 
 def test_masks_that_decode_to_too_much_together_are_413(ask: Asker) -> None:
@@ -878,20 +864,22 @@ def test_a_deadline_that_even_an_idle_server_could_not_meet_is_422(ask: Asker, t
 
 
 def test_what_is_not_ready_by_its_deadline_is_504_and_who_would_wait_too_long_is_429(
-    ask: Asker, question: Question
+    server: RunningServer, ask: Asker, question: Question
 ) -> None:
-    count = 24
-    seconds = count / ask.send("GET", "/api/v1/status").json()["detections_per_second"]  # as the server believes
-    searches = question.body(indices=[0] * count)  # which take longer than what it has seen so far
-    with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(ask.post, searches | {"deadline_ms": math.ceil(600 * seconds)})
-        time.sleep(0.05 + 0.05 * seconds)
+    server.wait_idle()
+    with server.paused("pose"), ThreadPoolExecutor(1) as pool:
+        count = 200  # more than any number of workers have inside
+        seconds = count / server.status()["detections_per_second"]  # as the server believes
+        searches = question.body(indices=[0] * count)
+        slow = pool.submit(ask.post, searches | {"deadline_ms": math.ceil(600 * seconds) + 3000})
+        server.wait_for_queue(requests=1)
         with Asker(ask.url) as other:
-            begun = time.monotonic()
-            error = other.refused(one(deadline_ms=math.ceil(400 * seconds)), 429, "over_capacity")
-            assert time.monotonic() - begun < 1
+            many = one(detections=masks_of(*[tiny_question().masks[1]] * count), init_poses=[truth(1)] * count)
+            error = other.refused(many | {"deadline_ms": math.ceil(1500 * seconds)}, 429, "over_capacity")
             assert "ahead" in error["detail"]
+        assert not slow.done(), "refused at the door, not after waiting"
         refusal(slow.result(), 504, "deadline")
+    server.wait_idle()
 
 
 # ----------------------------------------------------------------------------------------------------- 502, 503: others
@@ -922,7 +910,8 @@ def test_the_full_pipeline_takes_no_detections_and_needs_its_templates(special: 
 
 def test_a_cad_that_takes_longer_than_the_deadline_is_503_and_the_work_goes_on(special: Special) -> None:
     fresh = one(objects=..., cad=ascii_ply(tetrahedron(61.0)), cad_format="ply", init_poses=...)
-    refusal(special.ask.post(fresh | {"deadline_ms": 400}), 503, "onboarding")
+    with special.server.paused("onboard"):
+        refusal(special.ask.post(fresh | {"deadline_ms": 2000}), 503, "onboarding")
     answer = special.ask.ok(fresh)
     assert answer["poses"][0]["cad_id"]
     again = special.ask.ok(fresh)

@@ -146,7 +146,7 @@ def test_a_connection_is_used_again_after_an_early_refusal(special: Special) -> 
 
 
 def test_who_waits_for_a_go_ahead_is_refused_without_sending(special: Special) -> None:
-    with socket.create_connection(("127.0.0.1", special.server.port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", special.server.port), timeout=30) as connection:
         head = "POST /api/v1/nowhere HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 6000000\r\n\r\n"
         connection.sendall(head.encode())
         assert connection.recv(65536).startswith(b"HTTP/1.1 404")

@@ -73,7 +73,7 @@ def refused_start(data: Path, **given: str) -> str:
     """What `pem serve` says where it does not start."""
     environment = {f"PEM_{name.upper()}": value for name, value in given.items()}
     command = [sys.executable, "-m", "serve.cli", "serve", "--port", "0", "--data-dir", str(data)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 1, ended.stderr
     return ended.stderr.rpartition("error: ")[2]
 

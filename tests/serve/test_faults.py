@@ -6,6 +6,7 @@ itself (for the gateway: after its restart), and no process is left behind.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -21,13 +22,14 @@ import pytest
 
 from tests.running import Question, RunningServer, post, register, running, wait_until
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0  # of a request; on a busy machine a backend takes most of a minute to start
 CLIENTS = 3
+LONGEST_S = 600.0  # of one test's load
 
 
 @dataclass
 class Load:
-    """Clients that ask the same small question in bounded loops until told to stop; every answer is judged."""
+    """Clients that ask the same small question for a bounded time until told to stop; every answer is judged."""
 
     url: str
     tree: dict[str, Any]
@@ -47,9 +49,8 @@ class Load:
         return self
 
     def _ask(self) -> None:
-        for _ in range(400):
-            if self.stop.is_set():
-                return
+        end = time.monotonic() + LONGEST_S
+        while not self.stop.is_set() and time.monotonic() < end:
             begun = time.monotonic()
             try:
                 answer = post(self.url, self.tree, timeout=DEADLINE_S + 10)
@@ -82,7 +83,7 @@ class Load:
             thread.join(DEADLINE_S + 15)
         assert not any(thread.is_alive() for thread in self.threads), "a client hangs"
         assert not self.problems, self.problems[:3]
-        assert self.longest_s < DEADLINE_S + 1
+        assert self.longest_s < DEADLINE_S + 5
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def load(target: RunningServer, question: Question) -> Iterator[Load]:
     one = Load(target.url, tree, answer.json()["poses"])
     assert one.truth[0]["status"] == "ok"
     one.start()
-    wait_until(lambda: one.good >= 2, 60, "the load to be answered")
+    wait_until(lambda: one.good >= 2, 120, "the load to be answered")
     try:
         yield one
     finally:
@@ -112,7 +113,7 @@ def load(target: RunningServer, question: Question) -> Iterator[Load]:
             thread.join(DEADLINE_S + 15)
 
 
-def answered_again(load: Load, seconds: float = 60.0, more: int = 3) -> None:
+def answered_again(load: Load, seconds: float = 240.0, more: int = 3) -> None:
     """Wait until new right answers come."""
     before = load.good
     wait_until(lambda: load.good >= before + more, seconds, "right answers after the fault")
@@ -120,8 +121,12 @@ def answered_again(load: Load, seconds: float = 60.0, more: int = 3) -> None:
 
 def semaphores(server: RunningServer) -> set[Path]:
     """The files in shared memory that the server's processes coordinate through."""
-    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in server.descendants())
-    return {Path(path) for path in re.findall(r"/dev/shm/sem\.\S+", maps)}
+    found: set[Path] = set()
+    for pid in server.descendants():
+        with contextlib.suppress(OSError):  # it has just ended
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            found |= {Path(path) for path in re.findall(r"/dev/shm/sem\.\S+", maps)}
+    return found
 
 
 @pytest.mark.parametrize("stage", ["pose", "decode", "respond"])
@@ -142,8 +147,8 @@ def test_a_killed_mosec_process_takes_nothing_with_it(target: RunningServer, loa
     assert shared
     (main,) = target.children()
     os.kill(main, signal.SIGKILL)
-    wait_until(lambda: not any(running(pid) for pid in before), 10, "the old backend's processes to be gone")
-    wait_until(lambda: not any(path.exists() for path in shared), 5, "what they shared to be gone from shared memory")
+    wait_until(lambda: not any(running(pid) for pid in before), 30, "the old backend's processes to be gone")
+    wait_until(lambda: not any(path.exists() for path in shared), 30, "what they shared to be gone from shared memory")
     answered_again(load)
     load.end()
     target.wait_ready()
@@ -154,7 +159,7 @@ def test_the_gateway_leaves_no_process_behind_and_a_new_one_takes_over(target: R
     assert len(orphans) > 5
     old_run_dir = target.run_dir
     target.kill()
-    wait_until(lambda: not any(running(pid) for pid in orphans), 5, "the gateway's processes to be gone")
+    wait_until(lambda: not any(running(pid) for pid in orphans), 30, "the gateway's processes to be gone")
     target.start()
     assert not old_run_dir.exists(), "the new gateway sweeps what the old one left in shared memory"
     answered_again(load)
@@ -164,27 +169,26 @@ def test_the_gateway_leaves_no_process_behind_and_a_new_one_takes_over(target: R
 def test_a_worker_stuck_in_native_code_does_not_hold_up_the_stop(
     start_server: Callable[..., RunningServer], question: Question
 ) -> None:
-    server = start_server(drain_s=4)
+    drain_s = 6.0
+    server = start_server(drain_s=drain_s)
     register(server.url, question.scene.instances[0].shape)
     for pose in server.workers("pose"):  # whichever of them gets the request
         os.kill(pose.pid, signal.SIGSTOP)  # as deaf as a process inside a long native call
     results: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: results.append(post(server.url, question.body(indices=[0]))), daemon=True)
     thread.start()
-    wait_until(
-        lambda: httpx.get(f"{server.url}/api/v1/status").json()["queue"]["requests"] == 1, 10, "the request to be in"
-    )
+    server.wait_for_queue(requests=1)
     everything, shared = server.descendants(), semaphores(server)
     begun = time.monotonic()
     server.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
-    wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503, 2, "readyz to say 503 first")
-    assert server.stop(10) == 0
-    assert time.monotonic() - begun < 5.0
-    thread.join(5)
+    wait_until(lambda: server.says(503), drain_s, "readyz to say 503 first")
+    assert server.stop() == 0
+    assert time.monotonic() - begun < drain_s + 10, "it is killed, not waited for"
+    thread.join(30)
     assert results, "the request in flight hangs"
     assert results[0].status_code == 503
     assert "retry-after" in results[0].headers
-    wait_until(lambda: not any(running(pid) for pid in everything), 2, "all processes to be gone")
+    wait_until(lambda: not any(running(pid) for pid in everything), 30, "all processes to be gone")
     assert not any(path.exists() for path in shared)
 
 
@@ -194,17 +198,16 @@ def test_a_stop_lets_requests_in_flight_finish(start_server: Callable[..., Runni
     tree = question.body(indices=[0] * 12)
     results: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: results.append(post(server.url, tree)), daemon=True)
-    thread.start()
-    wait_until(
-        lambda: httpx.get(f"{server.url}/api/v1/status").json()["queue"]["requests"] == 1, 10, "the request to be in"
-    )
-    server.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
-    wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503, 2, "readyz to say 503")
-    refused = post(server.url, question.body(indices=[0]))
+    with server.paused("pose"):  # or a fast machine would be done before the stop is asked for
+        thread.start()
+        server.wait_for_queue(requests=1)
+        server.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+        wait_until(lambda: server.says(503), 20, "readyz to say 503")
+        refused = post(server.url, question.body(indices=[0]))
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "draining"
     assert server.stop() == 0
-    thread.join(5)
+    thread.join(30)
     assert [answer.status_code for answer in results] == [200]
     assert len(results[0].json()["poses"]) == 12
 
@@ -212,7 +215,8 @@ def test_a_stop_lets_requests_in_flight_finish(start_server: Callable[..., Runni
 def test_a_request_that_kills_its_worker_every_time_is_given_up_and_others_are_not(
     start_server: Callable[..., RunningServer], question: Question
 ) -> None:
-    server = start_server()
+    count = 24  # in one part, so that the worker holds it for long enough to be seen
+    server = start_server(pose_workers=1, pose_threads=1, pose_pass_detections=count)
     register(server.url, question.scene.instances[0].shape)
     stop = threading.Event()
     victims: set[int] = set()
@@ -230,20 +234,19 @@ def test_a_request_that_kills_its_worker_every_time_is_given_up_and_others_are_n
     thread.start()
     answers: dict[str, httpx.Response] = {}
 
-    def ask(name: str) -> None:
-        answers[name] = post(
-            server.url, question.body(indices=[0] * 4, deadline_ms=60_000), X_Request_Id=name, timeout=90
-        )
+    def ask(name: str, detections: int) -> None:
+        tree = question.body(indices=[0] * detections, deadline_ms=240_000)
+        answers[name] = post(server.url, tree, X_Request_Id=name, timeout=250)
 
-    askers = [
-        threading.Thread(target=ask, args=(name,), daemon=True) for name in ("poison", "innocent-1", "innocent-2")
-    ]
+    asked = {"poison": count, "innocent-1": 4, "innocent-2": 4}
+    askers = [threading.Thread(target=ask, args=one, daemon=True) for one in asked.items()]
     for asker in askers:
         asker.start()
     for asker in askers:
-        asker.join(95)
+        asker.join(260)
     stop.set()
-    thread.join(5)
+    thread.join(30)
+    assert answers.keys() == asked.keys(), "a request hangs"
     assert answers["poison"].status_code == 503
     assert answers["poison"].json()["error"]["code"] == "worker_lost"
     assert [answers[f"innocent-{i}"].status_code for i in (1, 2)] == [200, 200]

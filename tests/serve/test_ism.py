@@ -147,16 +147,18 @@ def test_a_failure_is_never_an_empty_scene(ism: IsmServer, attempts: int, words:
 
 @mode("ism", ["hang"], indirect=True)
 def test_a_server_that_hangs_is_given_up_at_the_timeout(ism: IsmServer) -> None:
+    pictures()  # which take their time
     started = time.monotonic()
-    error = failure(ism.url, timeout_s=0.3)
-    assert time.monotonic() - started < 2
+    error = failure(ism.url, timeout_s=1.5)
+    assert time.monotonic() - started < 30, "before the answer would have come"
     assert (error.code, ism.attempts) == ("ism_failed", 1)
-    assert "within 0.3 s" in error.detail
+    assert "within 1.5 s" in error.detail
 
 
 @mode("ism", ["hang"], indirect=True)
 def test_a_deadline_that_comes_first_is_504(ism: IsmServer) -> None:
-    error = failure(ism.url, deadline_in_s=0.3)
+    pictures()
+    error = failure(ism.url, deadline_in_s=1.0)
     assert (error.code, error.status) == ("deadline", 504)
 
 

@@ -173,7 +173,7 @@ def mosec_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _wait_until_up(base: str, server: subprocess.Popen[bytes]) -> None:
-    for _ in range(150):
+    for _ in range(900):
         assert server.poll() is None
         try:
             urllib.request.urlopen(base + "/", timeout=1).close()

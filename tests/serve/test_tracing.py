@@ -256,7 +256,7 @@ def test_spans_that_find_the_queue_full_are_told_once_and_counted(
 
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
             Slow.begun.set()
-            assert Slow.may_end.wait(10)
+            assert Slow.may_end.wait(60)
             Slow.taken += len(spans)
             return SpanExportResult.SUCCESS
 
@@ -267,11 +267,11 @@ def test_spans_that_find_the_queue_full_are_told_once_and_counted(
     exporter = otlp.OtlpExporter()
     span = Span(name="pose", context=Context(TRACE, SPAN, 1), begun_unix=1e9, ended_unix=1e9 + 1, attributes={})
     exporter.export(span)
-    assert Slow.begun.wait(10)
+    assert Slow.begun.wait(60)
     for _ in range(7):  # two have room
         exporter.export(span)
     Slow.may_end.set()
-    wait_until(lambda: Slow.taken == 3, 10, "the collector takes what has waited")
+    wait_until(lambda: Slow.taken == 3, 60, "the collector takes what has waited")
     exporter.close()
     said = capsys.readouterr().out
     assert said.count("traces_lost") == said.count("the queue is full") == 1
@@ -409,7 +409,7 @@ class Collector:
         def roots() -> list[Seen]:
             return [span for span in self.spans if span.trace_id == trace_id and span.sent.kind == SERVER]
 
-        wait_until(roots, 10, f"the collector gets the trace {trace_id}")
+        wait_until(roots, 60, f"the collector gets the trace {trace_id}")
         (root,) = roots()  # it leaves after its children
         children = [span for span in self.spans if span.trace_id == trace_id and span is not root]
         return root, sorted(children, key=lambda span: span.begun)
@@ -420,7 +420,7 @@ class Collector:
         def found() -> list[Seen]:
             return [span for span in self.spans if span.trace_id + span.span_id in links]
 
-        wait_until(lambda: len(found()) == len(links), 10, "the collector gets the passes that are linked to")
+        wait_until(lambda: len(found()) == len(links), 60, "the collector gets the passes that are linked to")
         return found()
 
 
@@ -446,7 +446,7 @@ class Traced:
 
     def lines(self, event: str) -> list[dict[str, Any]]:
         """What the server's log says of an event."""
-        lines = [json.loads(line) for line in self.server.log().splitlines() if line.startswith("{")]
+        lines = [json.loads(line) for line in self.server.lines(event) if line.startswith("{")]
         return [line for line in lines if line["event"] == event]
 
 
@@ -521,11 +521,13 @@ def test_a_request_is_a_span_with_its_stages_and_a_link_to_its_pass(traced: Trac
 
 def test_two_requests_at_once_link_to_the_pass_they_shared(traced: Traced) -> None:
     slow = tiny_question().body(indices=[0, 0, 0, 0])  # a search for each: keeps the one worker busy
-    for _ in range(5):
+    for _ in range(10):
         with ThreadPoolExecutor(3) as pool:
-            first = pool.submit(post, traced.server.url, slow)
-            time.sleep(0.1)
-            both = [pool.submit(post, traced.server.url, one()) for _ in range(2)]
+            with traced.server.paused("pose"):
+                first = pool.submit(post, traced.server.url, slow)
+                traced.server.wait_for_queue(requests=1)
+                both = [pool.submit(post, traced.server.url, one()) for _ in range(2)]
+                traced.server.wait_for_queue(requests=3)
             answers = [future.result() for future in (first, *both)]
         assert [answer.status_code for answer in answers] == [200, 200, 200]
         if answers[1].json()["timing"]["batch_requests"] == 2:
@@ -636,7 +638,7 @@ def test_a_method_that_nobody_knows_makes_no_name(traced: Traced) -> None:
 def test_the_log_line_names_the_trace(traced: Traced) -> None:
     answer = traced.ask.post(one())
     request_id = answer.headers["X-Request-Id"]
-    wait_until(lambda: request_id in traced.server.log(), 5, "the request's line")
+    traced.server.logged(request_id)
     (line,) = [line for line in traced.lines("request") if line["id"] == request_id]
     assert answer.headers["traceparent"].split("-")[1] == line["trace_id"]
 
@@ -661,7 +663,7 @@ def test_a_collector_that_is_away_harms_nobody_and_is_told_once(traced: Traced) 
             assert traced.ask.post(one()).status_code == 200
             time.sleep(0.3)  # one batch each
         assert time.monotonic() - begun < 10
-        wait_until(lambda: traced.lines("traces_lost"), 20, "the log tells that spans are lost")
+        wait_until(lambda: traced.lines("traces_lost"), 60, "the log tells that spans are lost")
         time.sleep(1.5)
     finally:
         traced.collector.start()
@@ -673,7 +675,7 @@ def test_a_collector_that_is_away_harms_nobody_and_is_told_once(traced: Traced) 
         traced.ask.send("GET", "/api/v1/status")
         return bool(traced.lines("traces_taken_again"))
 
-    wait_until(taken_again, 20, "the log tells that they are taken again")
+    wait_until(taken_again, 60, "the log tells that they are taken again")
     assert not [line for line in traced.lines("urllib3") if line["level"] != "debug"]
     traced.request(traced.ask.send("GET", "/api/v1/status"))
 
@@ -681,16 +683,16 @@ def test_a_collector_that_is_away_harms_nobody_and_is_told_once(traced: Traced) 
 def test_a_collector_that_does_not_answer_holds_up_no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{deaf.getsockname()[1]}")
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "6")
         waiting = Tracing(otlp.OtlpExporter())
         trace = recorded(waiting)
         waiting.end(trace, 200, {})
         begun = time.monotonic()
         asyncio.run(waiting.close(0.2))
-        assert 0.2 <= time.monotonic() - begun < 1.5
+        assert 0.2 <= time.monotonic() - begun < 5
         for thread in threading.enumerate():  # they end by themselves, not in the middle of another test
             if thread.name in ("traces", "OtelBatchSpanRecordProcessor"):
-                thread.join(10)
+                thread.join(60)
                 assert not thread.is_alive()
 
 

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from serve import keys
-from tests.running import RunningServer, wait_until
+from tests.running import RunningServer
 from tests.serve.conftest import Special
 from tests.serve.tiny import POSE, one
 
@@ -41,8 +41,7 @@ def counted_for(server: RunningServer, **headers: str) -> str:
     """Whose turn a pose request took, as the log has it."""
     request_id = secrets.token_hex(8)
     assert plain(server, **{"X-Request-Id": request_id, **headers}) == (200, None)
-    wait_until(lambda: request_id in server.log(), 5, "the request's line in the log")
-    (line,) = [text for text in server.log().splitlines() if request_id in text]
+    (line,) = server.logged(request_id)
     client: str = json.loads(line)["client"]
     return client
 

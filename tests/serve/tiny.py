@@ -120,7 +120,7 @@ class Asker:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.http = httpx.Client(base_url=url, timeout=90)
+        self.http = httpx.Client(base_url=url, timeout=330)
 
     def __enter__(self) -> Asker:
         return self
@@ -170,7 +170,7 @@ class Asker:
         return refusal(self.post(tree, **how), status, code, field)
 
     def upload(
-        self, data: bytes, file_name: str = "part.ply", *, wait: float | None = 60, **request: Any
+        self, data: bytes, file_name: str = "part.ply", *, wait: float | None = 300, **request: Any
     ) -> httpx.Response:
         """POST /api/v1/objects"""
         files: dict[str, Any] = {"file": (file_name, data)}
