@@ -7,7 +7,6 @@ of its own, and is gone when the block ends.
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import yaml
+
+from serve.ports import free_port
 
 CONFIGURATION = Path(__file__).parents[1] / "deploy" / "prometheus" / "prometheus.yml"
 START_LIMIT_S = 30.0
@@ -87,7 +88,7 @@ def running_prometheus(target_url: str, folder: Path, *, interval_s: int = 1) ->
     """Prometheus reading the server at `target_url` every `interval_s`, its files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prometheus.yml").write_text(_configuration(target_url, interval_s))
-    port = _free_port()
+    port = free_port()
     command = [
         "prometheus",
         f"--config.file={folder / 'prometheus.yml'}",
@@ -124,9 +125,3 @@ def _configuration(target_url: str, interval_s: int) -> str:
     static["targets"] = [urlsplit(target_url).netloc]
     text: str = yaml.safe_dump(tree)
     return text
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

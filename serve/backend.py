@@ -13,7 +13,6 @@ import ctypes
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import aiohttp
 import structlog
 
 from serve import logs
+from serve.ports import free_port
 from serve.tasks import watched
 from workers.settings import Stages, to_environment
 from workers.state import WorkerState, read_states, remove_state
@@ -195,7 +195,7 @@ class Backend:
         return self._stopping  # a method, since it changes while `_supervise` waits
 
     async def _launch(self) -> None:
-        self._port = _free_port()
+        self._port = free_port()
         mosec_dir = self.run_dir / "mosec"
         shutil.rmtree(mosec_dir, ignore_errors=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MOSEC_")}
@@ -478,13 +478,6 @@ def _group(leader_pid: int) -> list[int]:
                 if int(fields[2]) == leader_pid:
                     pids.append(int(entry.name))
     return pids
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 _PR_SET_PDEATHSIG = 1

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Self
+from types import FrameType
+from typing import Final, NoReturn, Self
 
 from serve.client import Client
+from serve.ports import free_port
 
 _START_LIMIT_S: Final = 180.0
 _STOP_LIMIT_S: Final = 60.0
@@ -36,7 +39,7 @@ class Child:
 
         `variables` are added to this environment's, whose own settings are for the user's server and left out.
         """
-        port = _free_port()
+        port = free_port()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PEM_")}
         command = [sys.executable, "-m", "serve.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
         with (data / "server.log").open("wb") as log:
@@ -90,7 +93,23 @@ class Child:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While the block runs SIGTERM and SIGHUP end it as Ctrl-C does, with the exit code that shells expect.
+
+    So a server that it started, which leads a group of its own, is stopped on every way out. Does nothing outside the
+    main thread, which alone may say what signals do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

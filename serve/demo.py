@@ -8,15 +8,13 @@ server again.
 from __future__ import annotations
 
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -29,7 +27,7 @@ from posekit.rle import encode_rle
 from posekit.scenes import Scene, SceneInstance, demo_scene, pose_errors
 from posekit.shapes import mesh_to_ply
 from serve import imagefiles
-from serve.child import Child, ServerTrouble
+from serve.child import Child, ServerTrouble, ended_by_signals
 from serve.client import Client, PemError, Pose, PoseResult
 from serve.commands import common
 from serve.commands.estimate import receipt
@@ -94,13 +92,11 @@ class _Report:
 
 def run(out: Path, *, keep: bool, json: str | None) -> int:
     """Run the demo; its picture and inputs go to `out`. Returns 0 where the pose is right, else 1."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)  # so that the server, in a group of its own, is stopped on every way out
     people = common.stderr() if json == "-" else common.stdout()
     report = _Report()
     failure: str | None = None
     try:
-        with report.timed("total"):
+        with report.timed("total"), ended_by_signals():
             _demo(out, keep, people, report)
         main = report.found[0]
         if not main.right:
@@ -283,7 +279,3 @@ def _write_inputs(out: Path, scene: Scene) -> None:
     (out / "request.json").write_bytes(msgspec.json.encode(request) + b"\n")
     (out / "request.msgpack").write_bytes(msgspec.msgpack.encode(whole))
     (out / f"{main.shape.name}.ply").write_bytes(cad)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)

@@ -55,7 +55,7 @@ class Queue(Table, frozen=True):
     deadline_ms: Milliseconds = 30_000  # when the request names none
     deadline_max_ms: Milliseconds = 600_000  # the longest a request may name
     ceiling_detections: Count = 256  # waiting ones; a request that finds the queue empty is always let in
-    passes_in_flight: Count = 2  # passes' worth of detections inside Mosec: one computed, one gathered
+    passes_in_flight: Count = 2  # passes' worth inside Mosec: one computed, one gathered; 1: small requests wait less
     retries: Annotated[int, Meta(ge=0, le=10)] = 2  # of a part whose worker died
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,18 +19,12 @@ import msgspec
 import numpy as np
 
 from posekit import images, rle, scenes, shapes
+from serve.ports import free_port
 from workers.state import WorkerState, read_states
 
 ROOT = Path(__file__).parents[1]
 START_LIMIT_S = 240.0
 ANSWER_S = 30.0  # what a busy machine may take for an answer that costs nothing
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

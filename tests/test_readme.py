@@ -30,7 +30,8 @@ from posekit.units import Observation, judge
 from serve import demo
 from serve.errors import CODES
 from serve.metrics import Metrics
-from tests.running import RunningServer, free_port
+from serve.ports import free_port
+from tests.running import RunningServer
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

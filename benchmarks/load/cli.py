@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import signal
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -26,7 +24,7 @@ from benchmarks.load.report import in_words, machine
 from benchmarks.load.result import OUTSIDE, Result, summarise
 from benchmarks.load.sample import STAGES, Run, Target
 from benchmarks.load.wire import Address
-from serve.child import ServerTrouble
+from serve.child import ServerTrouble, ended_by_signals
 from serve.client import Client, PemError
 from serve.commands import common
 
@@ -122,10 +120,8 @@ def run(plan: Plan) -> int:
     """
     slo = _slo(plan)
     load = _load(plan)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)  # so that the server is stopped on every way out
     try:
-        with _target(plan) as target, _registered(target, load):
+        with ended_by_signals(), _target(plan) as target, _registered(target, load):
             report = _Report(about=_about(plan, target, load))
             _measure(plan, target, load, slo, report)
     except (ServerTrouble, drive.CannotBegin) as error:
@@ -462,7 +458,3 @@ def _two(value: float | None) -> str:
 
 def _alarm(count: int) -> str:
     return f"[red]{count}[/]" if count else "0"
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)

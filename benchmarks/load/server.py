@@ -11,7 +11,7 @@ from typing import Final
 
 from benchmarks.load.mix import Load
 from benchmarks.load.sample import Target
-from serve.child import Child
+from serve.child import Child, ended_by_signals
 from serve.client import Client
 from serve.settings import environment_names
 
@@ -68,10 +68,11 @@ def registered(target: Target, load: Load, tell: Callable[[str], None] = lambda 
 
 @contextmanager
 def _running(variables: dict[str, str], data: Path) -> Iterator[Target]:
-    child = Child.start(data, variables=variables)
-    try:
-        child.wait_ready()
-        yield Target(url=child.url, pid=child.pid)
-    finally:
-        child.stop()
+    with ended_by_signals():
+        child = Child.start(data, variables=variables)
+        try:
+            child.wait_ready()
+            yield Target(url=child.url, pid=child.pid)
+        finally:
+            child.stop()
     child.check()

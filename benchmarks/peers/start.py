@@ -21,7 +21,8 @@ from benchmarks.load.observe import tree
 from benchmarks.load.sample import Target
 from benchmarks.peers.environment import PYTHON, ROOT, PeerFailed, versions
 from benchmarks.peers.serving import READY, Setup, to_environment
-from tests.running import free_port
+from serve.child import ended_by_signals
+from serve.ports import free_port
 from tests.running import running as running_now
 from workers.settings import Stages, on_gpu
 
@@ -144,7 +145,7 @@ def running(entry: Entry, given: Mapping[str, Any], folder: Path, python: Path =
         raise PeerFailed(
             f"{entry.title} needs {', '.join(sorted(missing))}: `make peers-serving` sets the peers' environment up"
         )
-    with tempfile.TemporaryDirectory(prefix="peer-") as ready_dir:
+    with ended_by_signals(), tempfile.TemporaryDirectory(prefix="peer-") as ready_dir:
         setup = make_setup({**given, "port": free_port(), "ready_dir": ready_dir})
         log = folder / f"{entry.peer.module}.log"
         with log.open("wb") as output:

@@ -17,8 +17,9 @@ import httpx
 import pytest
 import yaml
 
+from serve.ports import free_port
 from serve.settings import Settings
-from tests.running import ROOT, Question, RunningServer, free_port, post, wait_until
+from tests.running import ROOT, Question, RunningServer, post, wait_until
 from tests.serve.tiny import tiny_question
 
 CONFIGURATION = (ROOT / "deploy/nginx.conf").read_text()
