@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNELS := $(wildcard pointnet2_ext/csrc/* posekit/*/csrc/*)
 PEERS := .venv-peers
-BENCHMARKS := accuracy bench_point_kernels bench_geometric_kernels gateway_overhead fairness overload
-PACKAGES := serve workers posekit pointnet2_ext
+BENCHMARKS := accuracy kernels.points kernels.geometric service.gateway_overhead service.fairness service.overload
+PACKAGES := client serve workers posekit pointnet2_ext
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -46,25 +46,25 @@ bench-accuracy: $(READY) $(PEERS)/.ready ## Measure the engine beside its peers:
 		--page build/accuracy --json build/accuracy.json $(ARGS)
 
 bench-network: $(READY) ## Compare the network with the original's numbers, then time it beside a plain one (three minutes)
-	@$(BIN)/python -m benchmarks.parity ../shared/sam6d/golden.npz
+	@$(BIN)/python -m benchmarks.network.parity ../shared/sam6d/golden.npz
 	@$(BIN)/python -m benchmarks.network $(ARGS)
 
 bench-throughput: $(READY) $(PEERS)/.serving ## Poses a second beside the same engine behind other servers (about ten minutes)
-	@$(BIN)/python -m benchmarks.throughput $(ARGS)
+	@$(BIN)/python -m benchmarks.service.throughput $(ARGS)
 
 peers: $(PEERS)/.ready ## Prepare .venv-peers, where the accuracy benchmark's peers run
 
 peers-serving: $(PEERS)/.serving ## The same with the throughput benchmark's: FastAPI, LitServe, BentoML
 
 clean: ## Remove .venv, build outputs and caches; data/ stays
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info client/build client/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache
 	rm -f pointnet2_ext/_kernels_*.so posekit/*/_kernels_*.so
 	find $(PACKAGES) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 system:
 	@sh scripts/system_packages.sh runtime "$(PYTHON)"
 
-$(READY): constraints.txt pyproject.toml setup.py scripts/setup.sh $(KERNELS) | system
+$(READY): constraints.txt pyproject.toml client/pyproject.toml setup.py scripts/setup.sh $(KERNELS) | system
 	@sh scripts/setup.sh "$(PYTHON)" "$(VENV)"
 	@touch $@
 

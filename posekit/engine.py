@@ -134,7 +134,7 @@ Progress = Callable[[float], None]  # 0..1
 
 
 class Engine(Protocol):
-    """What `workers/pose.py` and `workers/onboard.py` need of an engine."""
+    """What `workers/stages/pose.py` and `workers/stages/onboard.py` need of an engine."""
 
     name: str  # "geometric", "sam6d"
     version: str  # part of the stored model's file name: a new version onboards anew

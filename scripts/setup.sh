@@ -6,7 +6,7 @@ set -eu
 python=$1
 venv=$2
 log=$venv/setup.log
-extras=server,dev
+extras=dev
 
 fail() {
     echo "setup: $*" >&2
@@ -25,7 +25,7 @@ logged() {
 
 # What this environment is made from; the folder too, since an editable install holds its path.
 fingerprint() {
-    { pwd; cat constraints.txt pyproject.toml setup.py scripts/setup.sh; cat pointnet2_ext/csrc/* posekit/*/csrc/* 2>/dev/null; } | cksum
+    { pwd; cat constraints.txt pyproject.toml client/pyproject.toml setup.py scripts/setup.sh; cat pointnet2_ext/csrc/* posekit/*/csrc/* 2>/dev/null; } | cksum
 }
 
 if [ -x "$venv/bin/pem" ] && [ "$(cat "$venv/.fingerprint" 2>/dev/null)" = "$(fingerprint)" ]; then exit 0; fi
@@ -48,7 +48,7 @@ pip() { logged "$venv/bin/python" -m pip --disable-pip-version-check install --c
 echo "setup: installing torch and the build tools (the first time this takes minutes; to look on: tail -f $log)"
 pip setuptools wheel ninja torch
 echo "setup: installing everything else and building the kernels"
-pip --verbose --no-build-isolation --editable ".[$extras]"
+pip --verbose --no-build-isolation --editable ./client --editable ".[$extras]"
 
 kernels=$("$venv/bin/python" -c "
 import pointnet2_ext

@@ -23,12 +23,12 @@ from mosec.runtime import RsRuntimeManager
 from mosec.utils import get_mosec_path
 
 from workers import settings
-from workers.decode import DecodeStage
-from workers.inspect_cad import InspectStage
 from workers.lifecycle import die_with_parent, slot_environment, starts_dir
-from workers.onboard import OnboardSam6dStage, OnboardStage
-from workers.pose import PoseStage
-from workers.respond import RespondStage
+from workers.stages.decode import DecodeStage
+from workers.stages.inspect_cad import InspectStage
+from workers.stages.onboard import OnboardSam6dStage, OnboardStage
+from workers.stages.pose import PoseStage
+from workers.stages.respond import RespondStage
 
 PARENT = "PEM_PARENT_PID"
 SHORTEST_WAIT_MS = 1  # a batch is gathered in the gateway, which knows whether anyone else is there

@@ -26,15 +26,16 @@ import uvicorn
 import uvloop
 from starlette.middleware.cors import CORSMiddleware
 
-from serve import __version__, logs
-from serve.backend import Backend
-from serve.engines import HINT, CannotStart, Offer, choose
+from serve import __version__
+from serve.backend.mosec import Backend
+from serve.backend.run_dir import RunDir
+from serve.backend.watched import watched
+from serve.engine_choice import HINT, CannotStart, Offer, choose
 from serve.errors import ApiError
-from serve.gateway import Gateway
+from serve.gateway.app import Gateway
 from serve.settings import Settings, SettingsError, unknown_variables
-from serve.spool import RunDir
-from serve.tasks import watched
-from serve.tracing import Tracing
+from serve.telemetry import logs
+from serve.telemetry.tracing import Tracing
 from workers.engines import with_fixed_versions
 
 log = structlog.get_logger()

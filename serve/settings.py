@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from workers.machine import usable_cores, usable_memory_mb
+from pem.machine import usable_cores, usable_memory_mb
 from workers.settings import (
     Count,
     Decode,

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.running import Question, RunningServer
+from tests.running import Question, RunningServer, register
+from tests.serve.ism_server import IsmServer
+from tests.serve.special import BODY_IDLE_S, Special
+from tests.serve.tiny import Asker, tiny_scene
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, question: Question) -> Iter
 @pytest.fixture(scope="session")
 def generated_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A file of weights for the network: made-up numbers, with which it computes and finds nothing."""
-    generated = importlib.import_module("benchmarks.generated_weights")  # imports torch
+    generated = importlib.import_module("benchmarks.network.generated_weights")  # imports torch
     if not generated.available():
         pytest.skip("the folder shared/sam6d, from which the network's weights are made up, is not here")
     path = tmp_path_factory.mktemp("weights") / "generated.safetensors"
@@ -52,3 +55,34 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
     for one in started:
         if one.process is not None and one.process.poll() is None:
             one.kill()
+
+
+@pytest.fixture(scope="session")
+def ask(server: RunningServer) -> Iterator[Asker]:
+    """A client of the shared server."""
+    with Asker(server.url) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Special]:
+    """One such server for all tests that want another one than the shared; the tiny scene's objects are registered."""
+    settings = {
+        "limits_body_idle_s": BODY_IDLE_S,
+        "limits_in_flight_requests": 6,
+        "limits_in_flight_mb": 60,
+        "pose_pass_detections": 2,
+        "cors_origins": "https://lab.example",
+        "metrics_open": "false",
+    }
+    with IsmServer() as ism:
+        one = RunningServer(tmp_path_factory.mktemp("special") / "data", {**settings, "ism_url": ism.url}).start()
+        try:
+            for instance in tiny_scene().instances:
+                register(one.url, instance.shape)
+            with Asker(one.url) as client:
+                yield Special(one, client, ism)
+            assert one.stop() == 0
+        finally:
+            if one.process is not None and one.process.poll() is None:
+                one.kill()

@@ -18,8 +18,10 @@ import httpx
 import msgspec
 import numpy as np
 
-from posekit import images, rle, scenes, shapes
-from serve.ports import free_port
+from pem import rle
+from pem.ports import free_port
+from posekit.io import images
+from posekit.synthetic import scenes, shapes
 from workers.state import WorkerState, read_states
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +67,7 @@ class RunningServer:
         self.data.mkdir(parents=True, exist_ok=True)
         with (self.data / "stderr.log").open("ab") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "serve.cli", "serve", "--port", str(self.port), "--data-dir", str(self.data)],
+                [sys.executable, "-m", "pem", "serve", "--port", str(self.port), "--data-dir", str(self.data)],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,

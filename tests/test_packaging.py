@@ -22,8 +22,8 @@ import typer
 import yaml
 from packaging.requirements import Requirement
 
+from pem.commands import common
 from serve import settings
-from serve.commands import common
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -251,7 +251,7 @@ def test_the_base_install_brings_no_heavy_library(base_install):
 
 
 @pytest.mark.parametrize(
-    "module", ["serve", "workers", "posekit", "pointnet2_ext", "serve.client", "serve.cli", "benchmarks.load.cli"]
+    "module", ["serve", "workers", "posekit", "pointnet2_ext", "pem.client", "pem.cli", "pem.bench.cli"]
 )
 def test_the_base_install_imports(base_install, module, tmp_path):
     answer = python_with(base_install, "-c", f"import {module}", folder=tmp_path)
@@ -266,7 +266,7 @@ def test_the_command_line_of_the_base_install_explains_itself(base_install, argu
     assert "Usage: pem" in answer.stdout
 
 
-@pytest.mark.parametrize("module", [*LAYERS, "benchmarks.load"])
+@pytest.mark.parametrize("module", [*LAYERS, "pem.bench"])
 def test_a_package_of_ours_that_is_missing_asks_for_the_project_and_not_for_a_library(module, capsys):
     with pytest.raises(typer.Exit):
         common.need_server_extra(ModuleNotFoundError(name=module))

@@ -25,12 +25,12 @@ from typing import Any
 import httpx
 import pytest
 
-from posekit.scenes import demo_scene
+from pem.ports import free_port
+from posekit.synthetic.scenes import demo_scene
 from posekit.units import Observation, judge
-from serve import demo
+from serve.commands import demo
 from serve.errors import CODES
-from serve.metrics import Metrics
-from serve.ports import free_port
+from serve.telemetry.metrics import Metrics
 from tests.running import RunningServer
 
 ROOT = Path(__file__).parents[1]
@@ -358,7 +358,7 @@ def test_the_words_of_the_unit_check_are_quoted_truly() -> None:
     for one, diameter_mm in odd:
         said.update(judge([one], [diameter_mm], 612, 612).warnings)
     assert {text for text in quoted if "auto" not in text} == said
-    from posekit import meshes
+    from posekit.io import meshes
 
     assert len([text for text in quoted if "auto" in text]) == 1
     source = Path(meshes.__file__).read_text()

@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from posekit import images, masks, units
+from posekit import units
 from posekit.engine import Bool, Float32, Float64, UInt8
 from posekit.errors import InvalidInput, TooLarge, UnitsImplausible
+from posekit.io import images, masks
 from workers.jobs import read_job
 from workers.messages import Crop, Cut, Failure, Job, MaskSpec, ObjectRef, Part, pack
 

@@ -56,7 +56,7 @@ def _sam6d_version(stages: Stages) -> str:
 
 
 def _version_of_the_weights(stages: Stages) -> str:
-    from posekit.sam6d.version import version_of
+    from posekit.sam6d.checkpoint.version import version_of
 
     return version_of(Path(stages.sam6d.weights), stages.sam6d.views)
 

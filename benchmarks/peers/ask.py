@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.accuracy_cases import Ask, Bench, Case, Row
-from benchmarks.accuracy_tables import mean, percentile, share
-from benchmarks.load.report import Table
+from benchmarks.accuracy.cases import Ask, Bench, Case, Row
+from benchmarks.accuracy.tables import mean, percentile, share
 from benchmarks.peers.environment import PYTHON, ROOT, PeerFailed
 from benchmarks.peers.job import Answer, Job, read_answer, write_job
+from pem.bench.report import Table
 from posekit.engine import Float32, Float64, Rejection
 from posekit.render import depth_to_points
 

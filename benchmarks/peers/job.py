@@ -82,7 +82,7 @@ def read_answer(path: Path) -> Answer:
 def run(peer: Peer) -> None:
     """The whole life of a peer's process: read the job, prepare, solve, write the answer."""
     parser = argparse.ArgumentParser(description=(peer.__doc__ or "").splitlines()[0])
-    parser.add_argument("job", type=Path, help="file written by benchmarks.accuracy")
+    parser.add_argument("job", type=Path, help="file written by benchmarks.accuracy.run")
     parser.add_argument("answer", type=Path, help="file to write")
     options = parser.parse_args()
 

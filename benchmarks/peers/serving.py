@@ -23,10 +23,11 @@ from typing import Final, Literal
 import cv2
 import msgspec
 
+from pem import contract as schemas
 from posekit.engine import Outcome
 from posekit.store import ObjectStore
-from serve import parse, schemas
 from serve.settings import Limits
+from serve.tasks.pose import question as parse
 from workers.cropping import cut
 from workers.engines import load_engine, practise
 from workers.messages import Cut, Failure, Job, ObjectRef, Part, PassRecord, Row

@@ -17,12 +17,12 @@ from typing import Any, Final
 import httpx
 import msgspec
 
-from benchmarks.load.observe import tree
-from benchmarks.load.sample import Target
 from benchmarks.peers.environment import PYTHON, ROOT, PeerFailed, versions
 from benchmarks.peers.serving import READY, Setup, to_environment
-from serve.child import ended_by_signals
-from serve.ports import free_port
+from pem.bench.observe import tree
+from pem.bench.sample import Target
+from pem.child import ended_by_signals
+from pem.ports import free_port
 from tests.running import running as running_now
 from workers.settings import Stages, on_gpu
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from posekit import images
 from posekit.engine import Bool, Float32, Float64, Mesh, Progress, UInt8
 from posekit.errors import BadData, InvalidInput, PoseError
+from posekit.io import images
 from posekit.render import Caster, Rendered, pixel_rays
 
 VIEWS = 42  # corners of an icosahedron, and the middles of its edges

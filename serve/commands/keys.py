@@ -10,8 +10,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from serve import keys, settings
-from serve.commands import common
+from pem.commands import common
+from serve import settings
+from serve.commands.options import Config, DataDir
+from serve.gateway import keys
 
 app = typer.Typer(
     help="API keys of the server on this machine. With no keys, the service is open to all who reach it.",
@@ -27,9 +29,9 @@ Name = Annotated[str, typer.Argument(help="What to call the key: who or what use
 def add(
     name: Name,
     rate: Annotated[float | None, typer.Option(help="At most so many requests per second.")] = None,
-    data_dir: common.DataDir = None,
+    data_dir: DataDir = None,
     keys_file: KeysFile = None,
-    config: common.Config = None,
+    config: Config = None,
     json: common.Json = None,
 ) -> None:
     """Make a key and print it: the only time that it is shown. A running server accepts it at once.
@@ -50,9 +52,9 @@ def add(
 
 @app.command("list")
 def list_(
-    data_dir: common.DataDir = None,
+    data_dir: DataDir = None,
     keys_file: KeysFile = None,
-    config: common.Config = None,
+    config: Config = None,
     json: common.Json = None,
 ) -> None:
     """List the keys by name; the keys themselves are not stored."""
@@ -76,9 +78,9 @@ def list_(
 @app.command()
 def revoke(
     name: Name,
-    data_dir: common.DataDir = None,
+    data_dir: DataDir = None,
     keys_file: KeysFile = None,
-    config: common.Config = None,
+    config: Config = None,
     json: common.Json = None,
 ) -> None:
     """Forget a key; a running server refuses it from the next request on."""

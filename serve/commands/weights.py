@@ -11,12 +11,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from pem.commands import common
 from posekit.errors import PoseError
 from serve import settings
-from serve.commands import common
+from serve.commands.options import Config
 
 if TYPE_CHECKING:  # at run time torch comes with it, which the base install leaves out
-    from posekit.sam6d.weights import Verdict
+    from posekit.sam6d.checkpoint.weights import Verdict
 
 app = typer.Typer(
     help="Weights of learned engines, kept as safetensors. `pem weights import` brings them in.",
@@ -39,7 +40,7 @@ def import_(
         str | None, typer.Option(help="Terms of the weights, for the record.", show_default="unknown")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace other weights that are there.")] = False,
-    config: common.Config = None,
+    config: Config = None,
     json: common.Json = None,
 ) -> None:
     """Check a checkpoint of SAM-6D's pose estimation network and keep it as safetensors, for the engine sam6d.
@@ -54,7 +55,7 @@ def import_(
     """
     folder = _folder(checkpoints_dir, config)
     with _in_words(), common.spinner(f"importing {file.name}") as tell:
-        from posekit.sam6d import manifest, weights
+        from posekit.sam6d.checkpoint import manifest, weights
 
         there = (folder / manifest.FILE_NAME).exists()
         done = weights.import_checkpoint(file, folder, source=source, licence=licence, force=force, tell=tell)
@@ -81,7 +82,7 @@ def import_(
 def verify(
     file: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, help="Only this file.")] = None,
     checkpoints_dir: CheckpointsDir = None,
-    config: common.Config = None,
+    config: Config = None,
     json: common.Json = None,
 ) -> None:
     """Read the weights through: are they the bytes that were imported, the network's tensors, all numbers finite?
@@ -94,7 +95,7 @@ def verify(
     """
     folder = _folder(checkpoints_dir, config)
     with _in_words():
-        from posekit.sam6d import manifest, weights
+        from posekit.sam6d.checkpoint import manifest, weights
 
         verdicts = []
         for path in [file] if file else manifest.files(folder):
@@ -108,13 +109,13 @@ def verify(
 @app.command("list")
 def list_(
     checkpoints_dir: CheckpointsDir = None,
-    config: common.Config = None,
+    config: Config = None,
     json: common.Json = None,
 ) -> None:
     """List the weights with what is recorded of them; `pem weights verify` reads them through."""
     folder = _folder(checkpoints_dir, config)
     with _in_words():
-        from posekit.sam6d import manifest, weights
+        from posekit.sam6d.checkpoint import manifest, weights
 
         verdicts = [weights.describe(path) for path in manifest.files(folder)]
     _show(verdicts, folder, json)
@@ -122,11 +123,9 @@ def list_(
 
 @contextmanager
 def _in_words() -> Iterator[None]:
-    """Say what went wrong with the weights, or which part of the installation is missing."""
+    """Say what went wrong with the weights."""
     try:
         yield
-    except ImportError as error:
-        common.need_server_extra(error)
     except PoseError as error:
         common.fail(error.detail)
 

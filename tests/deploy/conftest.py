@@ -13,10 +13,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from benchmarks.prometheus import Prometheus, running_prometheus
-from posekit import rle
-from serve import keys
-from serve.metrics import route_label
+from benchmarks.service.prometheus import Prometheus, running_prometheus
+from pem import rle
+from serve.gateway import keys
+from serve.telemetry.metrics import route_label
 from tests.running import RunningServer, register
 from tests.serve.tiny import FULL, HEIGHT, NAMES, POSE, SEG, WIDTH, masks_of, one, tiny_question, tiny_scene
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import dashboard, dashboard_picture
+from benchmarks.service import dashboard, dashboard_picture
 from tests.deploy.conftest import Watched, every_kind_of_request
 from tests.deploy.documented import families
 from tests.deploy.test_prometheus import RULES

@@ -19,10 +19,10 @@ import pytest
 import yaml
 
 from serve import settings
-from serve.gateway import ROUTES
-from serve.keys import KeyRing
-from serve.keys import add as add_key
-from serve.metrics import Metrics
+from serve.gateway.app import ROUTES
+from serve.gateway.keys import KeyRing
+from serve.gateway.keys import add as add_key
+from serve.telemetry.metrics import Metrics
 from tests.running import ROOT
 from workers.settings import pose_workers
 

@@ -22,9 +22,9 @@ import pytest
 import yaml
 
 from posekit.engine import REJECT_CODES
-from serve import keys
-from serve.metrics import POSE_ROUTES, ROUTES, Metrics
-from serve.processes import STAGES
+from serve.gateway import keys
+from serve.telemetry.metrics import POSE_ROUTES, ROUTES, Metrics
+from serve.telemetry.processes import STAGES
 from tests.deploy.conftest import Watched, every_kind_of_request
 from tests.deploy.documented import PAGE, families, family_of
 from tests.running import ROOT, wait_until

@@ -10,7 +10,7 @@ import pytest
 
 from posekit.overlay import OverlayItem, draw_overlay, item_color
 from posekit.render import render
-from posekit.shapes import SHAPES, rotation
+from posekit.synthetic.shapes import SHAPES, rotation
 
 K = np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])
 GREY_IMAGE = np.full((480, 640, 3), 128, np.uint8)

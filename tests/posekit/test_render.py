@@ -7,7 +7,7 @@ import pytest
 
 from posekit.engine import Mesh
 from posekit.render import GREY, Caster, depth_to_points, render
-from posekit.shapes import SHAPES, rotation
+from posekit.synthetic.shapes import SHAPES, rotation
 
 K = np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])
 

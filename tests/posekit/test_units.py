@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posekit import images, masks, meshes
+from posekit.io import images, masks, meshes
 from posekit.units import Observation, Verdict, judge, observe
 
 REAL = Path(__file__).parents[2] / "../shared/real"

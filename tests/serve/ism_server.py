@@ -20,9 +20,9 @@ from typing import Any, Final, Self
 import cv2
 import numpy as np
 
-from posekit.masks import mask_box
-from posekit.rle import encode_rle
-from posekit.scenes import segment_by_depth
+from pem.rle import encode_rle
+from posekit.io.masks import mask_box
+from posekit.synthetic.scenes import segment_by_depth
 
 MODES: Final = (
     "good",  # what it finds: RLE masks, xyxy boxes, scores, object ids

@@ -15,8 +15,8 @@ import numpy as np
 
 from posekit.engine import Float64
 from posekit.render import Caster
-from posekit.scenes import Scene, SceneInstance
-from posekit.shapes import SHAPES, mesh_to_ply, rotation
+from posekit.synthetic.scenes import Scene, SceneInstance
+from posekit.synthetic.shapes import SHAPES, mesh_to_ply, rotation
 from tests.running import Question
 
 WIDTH, HEIGHT = 160, 120

@@ -8,18 +8,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from posekit.scenes import Scene, make_scene
-from posekit.shapes import SHAPES
 from posekit.store import ObjectStore, StoredObject
+from posekit.synthetic.scenes import Scene, make_scene
+from posekit.synthetic.shapes import SHAPES
 from tests.workers.support import SHAPE, Asker, Pipeline, register
 from workers import settings
-from workers.decode import DecodeStage
-from workers.inspect_cad import InspectStage
 from workers.messages import ObjectRef
-from workers.onboard import OnboardStage
-from workers.pose import PoseStage
-from workers.respond import RespondStage
 from workers.settings import Stages
+from workers.stages.decode import DecodeStage
+from workers.stages.inspect_cad import InspectStage
+from workers.stages.onboard import OnboardStage
+from workers.stages.pose import PoseStage
+from workers.stages.respond import RespondStage
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from posekit.images import encode_png
-from posekit.rle import encode_rle
-from posekit.scenes import Scene
-from posekit.shapes import SHAPES
+from pem.rle import encode_rle
+from posekit.io.images import encode_png
 from posekit.store import ObjectStore, StoredObject
+from posekit.synthetic.scenes import Scene
+from posekit.synthetic.shapes import SHAPES
 from workers import settings
 from workers.messages import (
     Answer,

@@ -117,7 +117,7 @@ def test_the_stages_import_cheaply_and_the_pose_stage_never_imports_open3d() -> 
     code = (
         "import sys, os; from workers.engines import load_engine, practise; from pathlib import Path; "
         "practise(load_engine('geometric', device='cpu', threads=1), 1, Path(sys.argv[1])); "
-        "import workers.pose; print('open3d' in sys.modules)"
+        "import workers.stages.pose; print('open3d' in sys.modules)"
     )
     folder = os.devnull  # nowhere to keep the model: it works all the same
     found = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True)

@@ -11,12 +11,12 @@ from posekit.errors import BrokenCheckpoint
 from posekit.store import StoredObject
 from tests.workers.support import Asker
 from workers import settings
-from workers.decode import DecodeStage
 from workers.lifecycle import Stage
 from workers.messages import Cut, Failure, OnboardTask, Solved
-from workers.onboard import OnboardSam6dStage
-from workers.pose import PoseStage
 from workers.settings import Sam6d, Stages
+from workers.stages.decode import DecodeStage
+from workers.stages.onboard import OnboardSam6dStage
+from workers.stages.pose import PoseStage
 from workers.state import read_states
 
 

@@ -18,8 +18,8 @@ from posekit.geometric.observe import Cleaned, Observations, clean, together
 from posekit.geometric.poses import Poses
 from posekit.geometric.symmetry import pose_difference
 from posekit.render import Caster
-from posekit.scenes import Scene, SceneInstance, demo_scene
-from posekit.shapes import SHAPES, Shape, rotation
+from posekit.synthetic.scenes import Scene, SceneInstance, demo_scene
+from posekit.synthetic.shapes import SHAPES, Shape, rotation
 
 NO_SYMMETRY = Symmetries()
 SURE = 0.8  # an answer over it is taken for right

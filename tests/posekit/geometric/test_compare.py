@@ -10,7 +10,7 @@ import torch
 
 from posekit.engine import Float64, Instance
 from posekit.geometric.compare import Comparison, compare, decided, likelihood, margins
-from posekit.shapes import SHAPES, rotation
+from posekit.synthetic.shapes import SHAPES, rotation
 from tests.posekit.geometric.support import SURE, at, cut, looked_at, nudged, photograph, poses_of, prepared
 
 TRUTH = at(0.01, 0, 0.6, rotation((1, 0.3, 0.2), 200))

@@ -20,10 +20,10 @@ from posekit.geometric.engine import GeometricEngine
 from posekit.geometric.observe import MASK_SIDE
 from posekit.geometric.symmetry import pose_difference
 from posekit.geometry import rotation_looking_from
-from posekit.images import decode_color, decode_depth, decode_png
-from posekit.meshes import load_mesh, to_mesh
-from posekit.scenes import MaskQuality, Scene, degrade_mask, demo_scene, make_scene
-from posekit.shapes import SHAPES, assembled, box, circle, extrude, rotation
+from posekit.io.images import decode_color, decode_depth, decode_png
+from posekit.io.meshes import load_mesh, to_mesh
+from posekit.synthetic.scenes import MaskQuality, Scene, degrade_mask, demo_scene, make_scene
+from posekit.synthetic.shapes import SHAPES, assembled, box, circle, extrude, rotation
 from tests.posekit.geometric.support import (
     NO_SYMMETRY,
     SURE,

@@ -21,8 +21,8 @@ from posekit.geometric.observe import (
     together,
 )
 from posekit.geometry import project
-from posekit.scenes import MaskQuality, Scene, degrade_mask, demo_scene
-from posekit.shapes import SHAPES, rotation
+from posekit.synthetic.scenes import MaskQuality, Scene, degrade_mask, demo_scene
+from posekit.synthetic.shapes import SHAPES, rotation
 from tests.posekit.geometric.support import at, cleaned, cut, demo, model, photograph
 
 DIAMETER_M = 0.13  # of a wedge

@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 from posekit.engine import Float64, Mesh, Symmetries
 from posekit.geometric import VERSION, onboard
 from posekit.geometric.symmetry import Indices
-from posekit.shapes import SHAPES
+from posekit.synthetic.shapes import SHAPES
 from tests.posekit.geometric.support import cuboid, engine, mesh_of, model, of_shells, onboarded
 
 BOX_M = (0.06, 0.08, 0.11)

@@ -8,7 +8,7 @@ import torch
 
 from posekit.geometric.picture import Grid, draw, visible_surface
 from posekit.render import render
-from posekit.shapes import SHAPES, rotation
+from posekit.synthetic.shapes import SHAPES, rotation
 from tests.posekit.geometric.support import at, cut, looked_at, nudged, photograph, poses_of, prepared
 
 

@@ -13,7 +13,7 @@ from posekit.geometric.poses import Poses
 from posekit.geometric.refine import polish, refine
 from posekit.geometric.score import tolerance_m
 from posekit.geometric.symmetry import pose_difference
-from posekit.scenes import demo_scene
+from posekit.synthetic.scenes import demo_scene
 from tests.posekit.geometric.support import NO_SYMMETRY, demo, looked_at, nudged, pose_of, poses_of, prepared
 
 TRUTH = demo_scene().instances[0].T_cam_obj

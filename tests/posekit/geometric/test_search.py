@@ -10,8 +10,8 @@ from posekit.geometric.poses import Poses
 from posekit.geometric.score import score, tolerance_m
 from posekit.geometric.search import FINALISTS, search, with_twins
 from posekit.geometric.symmetry import pose_difference
-from posekit.scenes import demo_scene
-from posekit.shapes import SHAPES, rotation
+from posekit.synthetic.scenes import demo_scene
+from posekit.synthetic.shapes import SHAPES, rotation
 from tests.posekit.geometric.support import (
     NO_SYMMETRY,
     at,

@@ -11,7 +11,7 @@ import trimesh
 from posekit.engine import Symmetries
 from posekit.geometric import symmetry
 from posekit.geometric.symmetry import pose_difference
-from posekit.shapes import SHAPES, rotation
+from posekit.synthetic.shapes import SHAPES, rotation
 from tests.posekit.geometric.support import NO_SYMMETRY, at, cuboid, mesh_of, model, onboarded
 
 

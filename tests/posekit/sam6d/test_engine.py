@@ -18,14 +18,14 @@ from posekit.errors import BrokenCheckpoint, InvalidInput
 from posekit.geometry import rotation_angle_deg
 from posekit.render import render
 from posekit.sam6d import engine as engine_module
-from posekit.sam6d.config import Config
+from posekit.sam6d.checkpoint.version import version_of
 from posekit.sam6d.crops import instance_input
 from posekit.sam6d.engine import Sam6dEngine
-from posekit.sam6d.network import Description, Poses
+from posekit.sam6d.network.config import Config
+from posekit.sam6d.network.network import Description, Poses
 from posekit.sam6d.templates import View
-from posekit.sam6d.version import version_of
-from posekit.shapes import SHAPES, rotation
 from posekit.store import ObjectStore
+from posekit.synthetic.shapes import SHAPES, rotation
 
 NAMES = ("housing", "mug", "gear")
 K = np.array([[600.0, 0, 111.5], [0, 600.0, 111.5], [0, 0, 1]])

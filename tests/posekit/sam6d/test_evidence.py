@@ -14,7 +14,7 @@ from posekit.engine import Evidence, Float32, Float64, Instance
 from posekit.geometric.onboard import sample_surface
 from posekit.render import depth_to_points, render
 from posekit.sam6d.evidence import NEAR, evidence
-from posekit.shapes import SHAPES, rotation
+from posekit.synthetic.shapes import SHAPES, rotation
 
 K = np.array([[600.0, 0, 149.5], [0, 600.0, 149.5], [0, 0, 1]])
 TRUE = np.eye(4)

@@ -11,12 +11,16 @@ from torch import Tensor
 
 import pointnet2_ext
 from posekit.geometry import rotation_angle_deg
-from posekit.sam6d import fast as fast_module
 from posekit.sam6d import kernels
-from posekit.sam6d.attention import FocusedAttention, Layer, RelativeAttention
-from posekit.sam6d.coarse import Pose
-from posekit.sam6d.config import Config
-from posekit.sam6d.fast import (
+from posekit.sam6d.network.attention import FocusedAttention, Layer, RelativeAttention
+from posekit.sam6d.network.coarse import Pose
+from posekit.sam6d.network.config import Config
+from posekit.sam6d.network.features import FeatureExtraction
+from posekit.sam6d.network.fine import PositionEncoding, start_at
+from posekit.sam6d.network.network import Model, Network, Scene, take
+from posekit.sam6d.network.structure import GeometricStructureEmbedding
+from posekit.sam6d.quick import fast as fast_module
+from posekit.sam6d.quick.fast import (
     TABLE_UNITS,
     FastNetwork,
     FoldedAttention,
@@ -25,10 +29,6 @@ from posekit.sam6d.fast import (
     PointFeatures,
     TabledStructure,
 )
-from posekit.sam6d.features import FeatureExtraction
-from posekit.sam6d.fine import PositionEncoding, start_at
-from posekit.sam6d.network import Model, Network, Scene, take
-from posekit.sam6d.structure import GeometricStructureEmbedding
 from tests.posekit.sam6d.support import filled, posed, random, rotations, sphere, uniform
 
 SMALL = Config(  # as deep as any, and narrow where no kernel looks

@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from posekit import geometry
 from posekit.geometry import rotation_angle_deg
-from posekit.sam6d import coarse, gpu
-from posekit.sam6d.coarse import Pose
-from posekit.sam6d.config import Config
-from posekit.sam6d.fast import FastNetwork
-from posekit.sam6d.fine import start_at
-from posekit.sam6d.gpu import GpuNetwork, Linear, Runner, matrix_units
-from posekit.sam6d.network import Model, Network, Poses, Scene, together
+from posekit.sam6d.network import coarse
+from posekit.sam6d.network.coarse import Pose
+from posekit.sam6d.network.config import Config
+from posekit.sam6d.network.fine import start_at
+from posekit.sam6d.network.network import Model, Network, Poses, Scene, together
+from posekit.sam6d.quick import gpu
+from posekit.sam6d.quick.fast import FastNetwork
+from posekit.sam6d.quick.gpu import GpuNetwork, Linear, Runner, matrix_units
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SMALL = Config(

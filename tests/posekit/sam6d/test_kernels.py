@@ -16,8 +16,8 @@ from torch import Tensor
 
 from posekit.geometry import rotation_angle_deg
 from posekit.sam6d import kernels
-from posekit.sam6d.coarse import Pose, propose, surface_distance
-from posekit.sam6d.fine import SoftMatches, soft_matches
+from posekit.sam6d.network.coarse import Pose, propose, surface_distance
+from posekit.sam6d.network.fine import SoftMatches, soft_matches
 from tests.posekit.sam6d.support import random, rotations, sphere, uniform
 
 Arguments = tuple[Any, ...]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from posekit.geometry import rotation_angle_deg
-from posekit.sam6d.attention import RelativeAttention
-from posekit.sam6d.coarse import (
+from posekit.sam6d.network.attention import RelativeAttention
+from posekit.sam6d.network.coarse import (
     CoarseMatching,
     Pose,
     assign,
@@ -24,11 +24,11 @@ from posekit.sam6d.coarse import (
     surface_distance,
     weighted_procrustes,
 )
-from posekit.sam6d.config import Config
-from posekit.sam6d.features import ImageNetwork, normalize
-from posekit.sam6d.fine import explained, neighbourhoods, soft_matches, start_at, subset
-from posekit.sam6d.network import Description, Model, Network, furthest, in_radii, together
-from posekit.sam6d.structure import GeometricStructureEmbedding, SinusoidalEmbedding
+from posekit.sam6d.network.config import Config
+from posekit.sam6d.network.features import ImageNetwork, normalize
+from posekit.sam6d.network.fine import explained, neighbourhoods, soft_matches, start_at, subset
+from posekit.sam6d.network.network import Description, Model, Network, furthest, in_radii, together
+from posekit.sam6d.network.structure import GeometricStructureEmbedding, SinusoidalEmbedding
 from tests.posekit.sam6d.support import Posed, filled, posed, random, rotations, sphere, uniform
 
 STATE_DICT = Path(__file__).parents[3] / "../shared/sam6d/state_dict.json"
@@ -51,7 +51,8 @@ def test_the_state_dict_is_the_released_checkpoints() -> None:
 
 def test_importing_the_package_imports_no_torch() -> None:
     code = (
-        "import sys, posekit.sam6d, posekit.sam6d.config, posekit.sam6d.version, posekit.sam6d.manifest; "
+        "import sys, posekit.sam6d, posekit.sam6d.network.config; "
+        "from posekit.sam6d.checkpoint import manifest, version; "
         "assert posekit.sam6d.VERSION; assert 'torch' not in sys.modules"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -11,7 +11,7 @@ import pytest
 
 from posekit.engine import Mesh
 from posekit.errors import BadData, InvalidInput, PoseError, TooLarge
-from posekit.images import encode_png
+from posekit.io.images import encode_png
 from posekit.sam6d.templates import (
     View,
     camera_directions,
@@ -20,7 +20,7 @@ from posekit.sam6d.templates import (
     read_folder,
     render_views,
 )
-from posekit.shapes import SHAPES
+from posekit.synthetic.shapes import SHAPES
 
 MUG = SHAPES["mug"]().mesh
 

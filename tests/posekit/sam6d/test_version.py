@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import generated_weights
+from benchmarks.network import generated_weights
 from posekit.errors import BrokenCheckpoint
-from posekit.sam6d import VERSION, manifest
-from posekit.sam6d.version import sha256_of, version_of
+from posekit.sam6d import VERSION
+from posekit.sam6d.checkpoint import manifest
+from posekit.sam6d.checkpoint.version import sha256_of, version_of
 
 
 def weights_file(folder: Path, content: bytes = b"some weights") -> Path:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posekit.errors import BrokenCheckpoint, StoreFull
-from posekit.sam6d import manifest, weights
+from posekit.sam6d.checkpoint import manifest, weights
 
 ROOT = Path(__file__).parents[3]
 STATE_DICT = ROOT / "../shared/sam6d/state_dict.json"

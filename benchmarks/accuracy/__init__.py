@@ -1,0 +1,1 @@
+"""How right the poses are, on sets whose truth is known."""

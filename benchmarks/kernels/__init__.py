@@ -1,0 +1,1 @@
+"""Compiled kernels beside their torch reference."""

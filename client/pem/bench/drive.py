@@ -1,0 +1,467 @@
+"""Load on a server: so many clients that each wait for their answers, or requests that come when they come.
+
+In a closed loop a server that is slow is asked less, so the clients themselves hide its queue; in an open loop requests
+come as a Poisson process does, whatever the server does, and latency counts from when each was due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from pem.bench.judge import Heard, Judge, UnreadableAnswer, Verdict, error_code, refusal_in_words
+from pem.bench.observe import Observed, Observer, key_headers
+from pem.bench.sample import Question, Run, Sample, Target
+from pem.bench.wire import Address, Answer, Connection, NoAnswer, Pool
+
+TIMEOUT_S: Final = 60.0  # for one answer
+PATH: Final = "/api/v1/pose_estimation"
+_LONGEST_WAIT_S: Final = 1.0  # of a client that was told to come back later
+_AFTER_ERROR_S: Final = 0.1  # so that a server that refuses everything is not asked in a busy loop
+_TELL_S: Final = 0.5
+_ALONE_TRIES: Final = 5
+_MOST_OPEN: Final = 4096  # requests at a time; those due beyond that wait, and their latency says so
+_GRACE_S: Final = 1.0  # beyond one time-out that an open loop's last requests are waited for
+
+
+class CannotBegin(Exception):
+    """The server does not answer the questions even one by one; the message has its words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is; told about twice a second."""
+
+    seconds_left: float  # of warm-up and measured part together
+    requests: int  # answered with 200 in the measured part so far
+    poses_hz: float  # rows answered a second, judged or not, over the measured part so far
+    errors: int  # answers other than 200 and 429
+
+
+async def closed_loop(
+    target: Target,
+    questions: Sequence[Question],
+    *,
+    clients: int,
+    seconds: float,
+    warmup_s: float = 3.0,
+    think_s: float = 0.0,
+    timeout_s: float = TIMEOUT_S,
+    judge: Judge | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Run:
+    """`clients` that each send their next request `think_s` after the answer to the last.
+
+    The samples are of requests that were answered in the measured part, and of those that fail after its end: they
+    were asked in it. A client that is told to come back later (429) does as it is told, but waits a second at most.
+    `judge`: one made of the same questions that earlier runs have used, so that they are not asked alone again. Raises
+    CannotBegin.
+    """
+    if clients < 1 or seconds <= 0:
+        raise ValueError("a closed loop needs at least one client and some time")
+    work = await _Work.ready(target, questions, judge, timeout_s)
+    stop = asyncio.Event()
+
+    async def client(number: int) -> None:
+        connection = work.connection()
+        index = number * len(questions) // clients  # clients begin at different questions
+        try:
+            while not stop.is_set():
+                answered = await work.ask(connection.ask, index % len(questions), number)
+                index += 1
+                if (wait_s := _wait_s(answered) + think_s) > 0:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(stop.wait(), wait_s)
+        finally:
+            connection.close()
+
+    running = [asyncio.create_task(client(number)) for number in range(clients)]
+    async with _cancelled_at_the_end(running):
+        part = await work.measure(seconds, warmup_s, on_progress, running)
+        stop.set()
+        await asyncio.gather(*running)
+    samples = [
+        sample
+        for sample in work.samples()
+        if part.begun <= sample.done < part.ended or (sample.done >= part.ended and sample.status not in (200, 429))
+    ]
+    return work.run("closed", part, samples, clients=clients)
+
+
+async def open_loop(
+    target: Target,
+    questions: Sequence[Question],
+    *,
+    rate_hz: float,
+    seconds: float,
+    warmup_s: float = 3.0,
+    seed: int = 0,
+    timeout_s: float = TIMEOUT_S,
+    judge: Judge | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Run:
+    """Requests that come as a Poisson process does, `rate_hz` on average, any number open at a time.
+
+    The samples are of all requests that were due in the measured part; what is still open at its end is waited for, as
+    long as one answer may take and a second. Of what waited for its turn behind 4096 others, `never_sent` is what had
+    none within `timeout_s`, and `cut_off` what had one so late that its answer was not waited for to the end. `seed`:
+    of the moments and the order of the questions. Otherwise as `closed_loop`.
+    """
+    if rate_hz <= 0 or seconds <= 0:
+        raise ValueError("an open loop needs a rate above 0 and some time")
+    work = await _Work.ready(target, questions, judge, timeout_s)
+    pool = Pool(work.address, timeout_s)
+    rng = np.random.default_rng(seed)
+    open_: set[asyncio.Task[Any]] = set()
+    broken: list[BaseException] = []
+    most_open = 0
+    room = asyncio.Semaphore(_MOST_OPEN)
+
+    async def one(index: int, number: int, due: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await room.acquire()
+        except TimeoutError:
+            work.keep(index, number, due, time.monotonic(), error="never_sent")
+            return
+        except asyncio.CancelledError:
+            work.keep(index, number, due, time.monotonic(), error="never_sent")
+            raise
+        sent = time.monotonic()
+        try:
+            await work.ask(pool.ask, index, number, due)
+        except asyncio.CancelledError:
+            work.keep(index, number, due, sent, error="cut_off")
+            raise
+        finally:
+            room.release()
+
+    def over(task: asyncio.Task[None]) -> None:
+        open_.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            broken.append(error)
+
+    async def arrivals() -> None:
+        nonlocal most_open
+        due = time.monotonic()
+        number = 0
+        order = rng.permutation(len(questions))
+        while True:
+            due += float(rng.exponential(1 / rate_hz))
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            task = asyncio.create_task(one(int(order[number % len(order)]), number, due))
+            open_.add(task)
+            task.add_done_callback(over)
+            most_open = max(most_open, len(open_))
+            number += 1
+
+    coming = asyncio.create_task(arrivals())
+    async with _cancelled_at_the_end([coming], open_):
+        part = await work.measure(seconds, warmup_s, on_progress, [coming])
+        coming.cancel()
+        given_up = time.monotonic() + timeout_s + _GRACE_S
+        while open_ and (left := given_up - time.monotonic()) > 0:
+            await asyncio.wait(open_, timeout=min(_TELL_S, left))
+            work.tell(on_progress, part.ended, part.begun)
+        # what is open even now notes its end when it is cancelled, which it is with this block
+        if broken:
+            raise broken[0]
+    pool.close()
+    samples = work.samples()
+    measured = [sample for sample in samples if part.begun <= sample.due < part.ended]
+    carried = [sample for sample in samples if sample.due < part.begun <= sample.done < part.ended]
+    return work.run("open", part, measured, clients=most_open, carried=carried, rate_hz=rate_hz)
+
+
+@asynccontextmanager
+async def _cancelled_at_the_end(*groups: list[asyncio.Task[Any]] | set[asyncio.Task[Any]]) -> AsyncIterator[None]:
+    """Whatever happens in the block, none of the tasks outlives it."""
+    try:
+        yield
+    finally:
+        tasks = [task for group in groups for task in group]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _wait_s(answered: _Answered) -> float:
+    """How long a client is patient after an answer."""
+    if answered.status == 200:
+        return 0.0
+    return min(answered.retry_after_s or _AFTER_ERROR_S, _LONGEST_WAIT_S)
+
+
+# --------------------------------------------------------------------------------------------- what both have in common
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Answered:
+    """One exchange as it is kept until the run is over."""
+
+    index: int
+    client: int
+    due: float
+    sent: float
+    done: float
+    status: int
+    error: str
+    retry_after_s: float | None
+    heard: Heard | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """The measured part of a run."""
+
+    begun: float
+    ended: float
+    observed: Observed
+
+
+_Ask = Callable[[bytes, bytes], Coroutine[Any, Any, Answer]]
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """One run: its questions ready to be sent, and everything that came back."""
+
+    target: Target
+    address: Address
+    questions: Sequence[Question]
+    heads: list[bytes]
+    judge: Judge
+    timeout_s: float
+    observer: Observer
+    answered: list[_Answered] = field(default_factory=list)
+    done: int = 0  # with 200
+    rows: int = 0
+    errors: int = 0
+
+    @classmethod
+    async def ready(cls, target: Target, questions: Sequence[Question], judge: Judge | None, timeout_s: float) -> _Work:
+        """Everything made ready, and every question asked alone once."""
+        if not questions:
+            raise ValueError("there is nothing to ask")
+        address = Address.of(target.url)
+        heads = [
+            address.head(
+                "POST",
+                PATH,
+                len(question.body),
+                {"Content-Type": question.content_type, **question.headers, **key_headers(target)},
+            )
+            for question in questions
+        ]
+        judge = judge or Judge(questions)
+        if len(judge.questions) != len(questions):
+            raise ValueError("the judge was made for other questions")
+        work = cls(
+            target=target,
+            address=address,
+            questions=questions,
+            heads=heads,
+            judge=judge,
+            timeout_s=timeout_s,
+            observer=Observer(target),
+        )
+        if not judge.knows_alone:
+            await work._ask_alone()
+        return work
+
+    def connection(self) -> Connection:
+        return Connection(self.address, self.timeout_s)
+
+    async def _ask_alone(self) -> None:
+        connection = self.connection()
+        try:
+            for index, question in enumerate(self.questions):
+                answer = await self._ask_until_answered(connection, index)
+                content_type = answer.headers.get("content-type", "")
+                if answer.status != 200:
+                    which = f"{question.name} (question {index + 1})"
+                    words = refusal_in_words(answer.body, content_type)
+                    raise CannotBegin(f"asked alone, {which} was answered {answer.status} {words}")
+                self.judge.learn(index, answer.body, content_type)
+        except NoAnswer as error:
+            raise CannotBegin(f"no answer from {self.target.url}: {error}") from None
+        except UnreadableAnswer as error:
+            raise CannotBegin(f"{self.target.url}: {error}") from None
+        finally:
+            connection.close()
+
+    async def _ask_until_answered(self, connection: Connection, index: int) -> Answer:
+        """The answer to one question; asked again where the server says that this may help."""
+        for left in range(_ALONE_TRIES, 0, -1):
+            answer = await connection.ask(self.heads[index], self.questions[index].body)
+            if answer.retry_after_s is None or left == 1:
+                break
+            await asyncio.sleep(answer.retry_after_s)
+        return answer
+
+    async def ask(self, send: _Ask, index: int, client: int, due: float | None = None) -> _Answered:
+        """Ask one question and keep what came of it."""
+        sent = time.monotonic()
+        try:
+            answer = await send(self.heads[index], self.questions[index].body)
+        except NoAnswer as trouble:
+            return self.keep(index, client, due, sent, error=trouble.kind)
+        done = time.monotonic()
+        content_type = answer.headers.get("content-type", "")
+        if answer.status != 200:
+            return self.keep(
+                index,
+                client,
+                due,
+                sent,
+                done=done,
+                status=answer.status,
+                error=error_code(answer.body, content_type),
+                retry_after_s=answer.retry_after_s,
+            )
+        try:
+            heard = self.judge.hear(index, answer.body, content_type)
+        except UnreadableAnswer:
+            return self.keep(index, client, due, sent, done=done, error="unreadable")
+        return self.keep(index, client, due, sent, done=done, status=200, heard=heard)
+
+    def keep(
+        self,
+        index: int,
+        client: int,
+        due: float | None,
+        sent: float,
+        *,
+        done: float | None = None,
+        status: int = 0,
+        error: str = "",
+        retry_after_s: float | None = None,
+        heard: Heard | None = None,
+    ) -> _Answered:
+        """Note what came of a request; `due` None: when it was sent, `done` None: now."""
+        answered = _Answered(
+            index=index,
+            client=client,
+            due=sent if due is None else due,
+            sent=sent,
+            done=time.monotonic() if done is None else done,
+            status=status,
+            error=error,
+            retry_after_s=retry_after_s,
+            heard=heard,
+        )
+        self.answered.append(answered)
+        self.done += status == 200
+        self.rows += len(self.questions[index].truths) if status == 200 else 0
+        self.errors += status not in (200, 429)
+        return answered
+
+    async def measure(
+        self,
+        seconds: float,
+        warmup_s: float,
+        on_progress: Callable[[Progress], None] | None,
+        running: Sequence[asyncio.Task[Any]],
+    ) -> _Measured:
+        """The warm-up, then the measured part, while `running` makes the load; an exception there comes out here."""
+        begin = time.monotonic() + warmup_s
+        await self._wait(begin, begin + seconds, None, on_progress, running)
+        await self.observer.begin()
+        self.done = self.rows = self.errors = 0
+        begun = time.monotonic()
+        await self._wait(begun + seconds, begun + seconds, begun, on_progress, running)
+        ended = time.monotonic()
+        return _Measured(begun=begun, ended=ended, observed=await self.observer.end())
+
+    async def _wait(
+        self,
+        until: float,
+        end: float,
+        begun: float | None,
+        on_progress: Callable[[Progress], None] | None,
+        running: Sequence[asyncio.Task[Any]],
+    ) -> None:
+        """Until then, telling of it: `end` is the measured part's, `begun` None while that has not begun."""
+        while (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(_TELL_S, left))
+            for task in running:
+                if task.done():
+                    task.result()
+            self.tell(on_progress, end, begun)
+
+    def tell(self, on_progress: Callable[[Progress], None] | None, end: float, begun: float | None) -> None:
+        """How far the run is now; `end` and `begun` as of `_wait`."""
+        if on_progress is None:
+            return
+        now = time.monotonic()
+        measured = begun is not None and now > begun
+        on_progress(
+            Progress(
+                seconds_left=max(0.0, end - now),
+                requests=self.done if measured else 0,
+                poses_hz=self.rows / (now - begun) if begun is not None and measured else 0.0,
+                errors=self.errors if measured else 0,
+            )
+        )
+
+    def samples(self) -> list[Sample]:
+        """Everything that came back, judged."""
+        return [self._sample(answered) for answered in self.answered]
+
+    def _sample(self, answered: _Answered) -> Sample:
+        heard = answered.heard
+        verdict = self.judge.verdict(answered.index, heard) if heard is not None else Verdict()
+        return Sample(
+            question=self.questions[answered.index].name,
+            client=answered.client,
+            due=answered.due,
+            sent=answered.sent,
+            done=answered.done,
+            status=answered.status,
+            error=answered.error,
+            retry_after_s=answered.retry_after_s,
+            detections=verdict.detections,
+            poses=verdict.poses,
+            wrong=verdict.wrong,
+            wrong_alone=verdict.wrong_alone,
+            changed=verdict.changed,
+            lost=verdict.lost,
+            rejected=verdict.rejected,
+            stage_ms=heard.stage_ms if heard is not None else {},
+            batch_detections=heard.batch_detections if heard is not None else 0,
+            batch_requests=heard.batch_requests if heard is not None else 0,
+        )
+
+    def run(
+        self,
+        mode: Literal["closed", "open"],
+        part: _Measured,
+        samples: list[Sample],
+        *,
+        clients: int,
+        carried: Sequence[Sample] = (),
+        rate_hz: float | None = None,
+    ) -> Run:
+        """The run as it is handed out."""
+        return Run(
+            mode=mode,
+            clients=clients,
+            rate_hz=rate_hz,
+            begun=part.begun,
+            ended=part.ended,
+            samples=samples,
+            carried=list(carried),
+            usage=part.observed.usage,
+            gpus=part.observed.gpus,
+            metrics=part.observed.metrics,
+            load_generator_cpu_s=part.observed.own_cpu_s,
+            wrong_alone=self.judge.wrong_alone,
+            wrong_alone_share=self.judge.wrong_alone_share,
+        )

@@ -1,0 +1,298 @@
+"""Whether answers under load are right: close to the known pose, and what the same question got when it was alone.
+
+While the load runs an answer is only opened and its rows are kept, once for each different answer; they are judged
+afterwards, or when very many have gathered. An engine that is deterministic gives few different answers, so this costs
+next to nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pem.bench.sample import Question, Truth
+from posekit.engine import Symmetries
+
+Float64 = npt.NDArray[np.float64]
+T = TypeVar("T")
+_MOST_KEPT: Final = 2000  # different answers that wait for their verdict
+_MOST_QUOTED: Final = 500  # bytes of an answer that cannot be read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """From where on a pose is wrong, and a pose in company another one than alone."""
+
+    mm: float = 5.0
+    deg: float = 5.0
+    alone_mm: float = 0.01
+    alone_deg: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What the rows of one answer are worth."""
+
+    detections: int = 0
+    poses: int = 0  # rows with a pose
+    rejected: int = 0  # rows without one
+    wrong: int = 0  # poses that are not the known one, though alone they were
+    wrong_alone: int = 0  # poses that are not the known one alone either: the engine's matter
+    changed: int = 0  # rows that are others than alone
+    lost: int = 0  # rows without a pose that have one alone, and not a wrong one
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heard:
+    """What is kept of an answer until it is judged."""
+
+    rows: bytes  # a digest: which of the different answers it was
+    stage_ms: dict[str, float]
+    batch_detections: int
+    batch_requests: int
+
+
+class UnreadableAnswer(Exception):
+    """The answer is not what a pose server answers."""
+
+
+class Judge:
+    """Knows the right answers to a list of questions; give the same one to all runs with these questions.
+
+    `compare_alone`: whether rows are compared with those that `learn` was told, too. Without truths that is all there
+    is to compare. A pose that load loses altogether is counted either way.
+    """
+
+    def __init__(
+        self, questions: Sequence[Question], limits: Limits | None = None, *, compare_alone: bool = True
+    ) -> None:
+        self.questions = list(questions)
+        self.limits = limits or Limits()
+        self.compare_alone = compare_alone
+        self._alone: dict[int, list[Float64 | None]] = {}  # question -> poses (4, 4) in metres
+        self._wrong_alone: dict[int, dict[int, str]] = {}  # question -> detection -> how far it is off
+        self._kept: dict[tuple[int, bytes], bytes] = {}
+        self._verdicts: dict[tuple[int, bytes], Verdict] = {}
+
+    @property
+    def knows_alone(self) -> bool:
+        """Whether every question was asked alone."""
+        return len(self._alone) == len(self.questions)
+
+    @property
+    def wrong_alone(self) -> list[str]:
+        """The detections that the server gets wrong without any load, each in words."""
+        return [
+            f"{self.questions[index].name} (question {index + 1}), detection {detection + 1}: {how}"
+            for index, detections in sorted(self._wrong_alone.items())
+            for detection, how in sorted(detections.items())
+        ]
+
+    @property
+    def wrong_alone_share(self) -> float:
+        """The share of the detections with a known pose that is wrong, or has no pose, without any load."""
+        known = sum(truth.T_cam_obj is not None for question in self.questions for truth in question.truths)
+        return sum(map(len, self._wrong_alone.values())) / known if known else 0.0
+
+    def learn(self, index: int, body: bytes, content_type: str) -> None:
+        """The answer to question `index` when nothing else was asked; UnreadableAnswer where it is none."""
+        poses = _poses(_open(body, content_type).poses, content_type)
+        question = self.questions[index]
+        if question.truths and len(poses) != len(question.truths):
+            raise UnreadableAnswer(f"{len(question.truths)} detections were sent, {len(poses)} answers came")
+        self._alone[index] = poses
+        self._wrong_alone[index] = {
+            detection: how
+            for detection, (truth, pose) in enumerate(zip(question.truths, poses, strict=False))
+            if (how := self._off(truth, pose)) is not None
+        }
+
+    def hear(self, index: int, body: bytes, content_type: str) -> Heard:
+        """Keep an answer to question `index` for its verdict; UnreadableAnswer where it is none."""
+        answer = _open(body, content_type)
+        rows = bytes(answer.poses)
+        digest = hashlib.blake2b(rows + content_type.encode(), digest_size=16).digest()
+        key = (index, digest)
+        if key not in self._verdicts and key not in self._kept:
+            if len(self._kept) >= _MOST_KEPT:
+                self._judge_kept()
+            _poses(answer.poses, content_type)  # so that what cannot be read is said now
+            self._kept[key] = content_type.encode() + b"\0" + rows
+        timing = answer.timing or _Timing()
+        return Heard(
+            rows=digest,
+            stage_ms=_stages(timing) if answer.timing else {},
+            batch_detections=timing.batch_detections,
+            batch_requests=timing.batch_requests,
+        )
+
+    def verdict(self, index: int, heard: Heard) -> Verdict:
+        """What an answer that was heard is worth."""
+        key = (index, heard.rows)
+        if key not in self._verdicts:
+            self._judge_kept()
+        return self._verdicts[key]
+
+    def _judge_kept(self) -> None:
+        for key, kept in self._kept.items():
+            content_type, _, rows = kept.partition(b"\0")
+            self._verdicts[key] = self._judged(key[0], _poses(msgspec.Raw(rows), content_type.decode()))
+        self._kept.clear()
+
+    def _judged(self, index: int, poses: list[Float64 | None]) -> Verdict:
+        truths = self.questions[index].truths
+        learnt = self._alone.get(index)
+        alone = learnt if self.compare_alone else None
+        wrong_before = self._wrong_alone.get(index, {})
+        found = sum(pose is not None for pose in poses)
+        counted = {"detections": len(poses), "poses": found, "rejected": len(poses) - found}
+        rows = len(truths) or len(learnt if learnt is not None else poses)
+        if len(poses) != rows:  # rows are missing, and nobody knows whose
+            good = sum(pose is not None and number not in wrong_before for number, pose in enumerate(learnt or ()))
+            changed = 0 if alone is None else rows
+            return Verdict(**counted, wrong=found, changed=changed, lost=max(0, good - found))
+        wrong = wrong_alone = changed = lost = 0
+        for detection, pose in enumerate(poses):
+            truth = truths[detection] if truths else None
+            if alone is not None:
+                changed += not self._same(pose, alone[detection], truth.symmetries if truth else None)
+            if pose is None:
+                had = learnt is not None and learnt[detection] is not None
+                lost += had and detection not in wrong_before
+            elif truth is not None and self._off(truth, pose) is not None:
+                known = detection in wrong_before
+                wrong_alone += known
+                wrong += not known
+        return Verdict(**counted, wrong=wrong, wrong_alone=wrong_alone, changed=changed, lost=lost)
+
+    def _off(self, truth: Truth, pose: Float64 | None) -> str | None:
+        """In words how far a pose is from the known one; None where it is right, or nothing is known."""
+        if truth.T_cam_obj is None:
+            return None
+        if pose is None:
+            return f"the {truth.object_name} got no pose"
+        degrees, millimetres = errors(pose, truth.T_cam_obj, truth.symmetries)
+        if millimetres <= self.limits.mm and degrees <= self.limits.deg:
+            return None
+        return f"the {truth.object_name} is {millimetres:.1f} mm and {degrees:.1f} degrees off"
+
+    def _same(self, pose: Float64 | None, before: Float64 | None, symmetries: Symmetries | None) -> bool:
+        if pose is None or before is None:
+            return pose is before
+        degrees, millimetres = errors(pose, before, symmetries)
+        return millimetres <= self.limits.alone_mm and degrees <= self.limits.alone_deg
+
+
+def errors(T_est: Float64, T_true: Float64, symmetries: Symmetries | None) -> tuple[float, float]:
+    """(degrees, millimetres) between two poses (4, 4) in metres; modulo symmetries where any are told."""
+    if symmetries is not None and (symmetries.discrete or symmetries.continuous):
+        from posekit.synthetic.scenes import pose_errors  # brings OpenCV, which a remote server's load does without
+
+        return pose_errors(T_est, T_true, symmetries)
+    delta = T_true[:3, :3].T @ T_est[:3, :3]
+    sine = np.linalg.norm(delta - delta.T) / np.sqrt(8)
+    degrees = float(np.degrees(np.arctan2(sine, (np.trace(delta) - 1) / 2)))
+    return degrees, float(np.linalg.norm(T_est[:3, 3] - T_true[:3, 3]) * 1000)
+
+
+def error_code(body: bytes, content_type: str) -> str:
+    """The code of an answer that is a failure; "unknown" where it names none."""
+    try:
+        return _decode(body, content_type, _Refusal).error.code
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return "unknown"
+
+
+def refusal_in_words(body: bytes, content_type: str) -> str:
+    """The code, the detail and the field of an answer that is a failure; of another server's, its text."""
+    try:
+        error = _decode(body, content_type, _Refusal).error
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        text = body[:_MOST_QUOTED].decode("utf-8", "replace")
+        printable = "".join(letter if letter.isprintable() else " " for letter in text if letter != "\ufffd")
+        return "unknown: " + (" ".join(printable.split()) or "the answer says no more")
+    detail = f"{error.code}: {error.detail}" if error.detail else error.code
+    return f"{detail} (field {error.field})" if error.field else detail
+
+
+class _Timing(msgspec.Struct):
+    decode_ms: float = 0.0
+    queue_ms: float = 0.0
+    pose_ms: float = 0.0
+    respond_ms: float | None = None
+    onboard_ms: float | None = None
+    ism_ms: float | None = None
+    total_ms: float | None = None
+    batch_detections: int = 0
+    batch_requests: int = 0
+
+
+class _Answer(msgspec.Struct):
+    poses: msgspec.Raw  # opened only where they differ from all before
+    timing: _Timing | None = None
+
+
+class _Row(msgspec.Struct):
+    status: Literal["ok", "rejected"]
+    rotation: list[list[float]] | None = None
+    translation: list[float] | None = None  # mm
+
+
+class _Error(msgspec.Struct):
+    code: str
+    detail: Any = None
+    field: Any = None
+
+
+class _Refusal(msgspec.Struct):
+    error: _Error
+
+
+def _decode(body: bytes | msgspec.Raw, content_type: str, type_: type[T]) -> T:
+    if "msgpack" in content_type:
+        return msgspec.msgpack.decode(body, type=type_)
+    return msgspec.json.decode(body, type=type_)
+
+
+def _open(body: bytes, content_type: str) -> _Answer:
+    try:
+        return _decode(body, content_type, _Answer)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UnreadableAnswer(f"the answer is not a pose server's: {error}") from None
+
+
+def _poses(rows: msgspec.Raw, content_type: str) -> list[Float64 | None]:
+    """The poses (4, 4) of an answer's rows, metres; None for a row without one."""
+    try:
+        return [_pose(row) for row in _decode(rows, content_type, list[_Row])]
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        raise UnreadableAnswer(f"the answer's poses are not a pose server's: {error}") from None
+
+
+def _pose(row: _Row) -> Float64 | None:
+    if row.status != "ok" or row.rotation is None or row.translation is None:
+        return None
+    T_cam_obj = np.eye(4)
+    T_cam_obj[:3, :3] = np.reshape(row.rotation, (3, 3))
+    T_cam_obj[:3, 3] = np.reshape(row.translation, 3) / 1000
+    return T_cam_obj
+
+
+def _stages(timing: _Timing) -> dict[str, float]:
+    """Milliseconds by STAGES: what the total does not name was spent in the gateway."""
+    named: dict[str, Any] = {
+        "queue": timing.queue_ms,
+        "decode": timing.decode_ms,
+        "pose": timing.pose_ms,
+        "respond": timing.respond_ms or 0.0,
+    }
+    if timing.total_ms is not None:
+        others = sum(named.values()) + (timing.onboard_ms or 0.0) + (timing.ism_ms or 0.0)
+        named["gateway"] = max(0.0, timing.total_ms - others)
+    return named

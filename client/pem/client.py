@@ -1,0 +1,309 @@
+"""The Python client: numpy arrays in, typed poses out. Needs only the base install (httpx, msgspec, numpy).
+
+    from pem.client import Client
+
+    with Client("http://127.0.0.1:8003") as pem:
+        pem.objects.add("mug.ply", name="mug")
+        result = pem.estimate(rgb, depth, K, [mask], object_id="mug")
+        for pose in result.poses:
+            print(pose.T_cam_obj_mm if pose.ok else pose.error)
+
+`AsyncClient` has the same verbs to await. Millimetres throughout; rotations are object-to-camera in the OpenCV camera
+frame: `p_cam = R p_obj + t`.
+
+Every verb is written once, in `client/pem/steps.py`; the two clients only differ in how they send and sleep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, Unpack
+
+import httpx
+
+from pem.contract import ObjectAnswer, Status, Version
+from pem.steps import DEFAULT_URL, Steps, Verbs, object_path
+from pem.wire import (
+    BadInput,
+    Camera,
+    ClientOptions,
+    ConnectionFailed,
+    DeadlinePassed,
+    DetectionOptions,
+    Hypothesis,
+    KeyRefused,
+    Mask,
+    NoPose,
+    NotFound,
+    ObjectOptions,
+    OnboardingFailed,
+    Overloaded,
+    PemError,
+    Picture,
+    Pose,
+    PoseOptions,
+    PoseResult,
+    RequestRefused,
+    ServerFailed,
+    TimedOut,
+    check_options,
+)
+
+__all__ = [
+    "DEFAULT_URL",
+    "AsyncClient",
+    "BadInput",
+    "Client",
+    "ClientOptions",
+    "ConnectionFailed",
+    "DeadlinePassed",
+    "DetectionOptions",
+    "Hypothesis",
+    "KeyRefused",
+    "NoPose",
+    "NotFound",
+    "ObjectOptions",
+    "OnboardingFailed",
+    "Overloaded",
+    "PemError",
+    "Pose",
+    "PoseOptions",
+    "PoseResult",
+    "RequestRefused",
+    "ServerFailed",
+    "TimedOut",
+]
+
+T = TypeVar("T")
+
+
+class Client(Verbs):
+    """A connection to a PEM server; `with Client(url) as pem:` closes it. Safe to share between threads."""
+
+    def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
+        """Without `api_key` that of the variable PEM_API_KEY, where it is set ("" = no key). See ClientOptions."""
+        check_options(type(self).__name__, options, ClientOptions, "url", "api_key")
+        super().__init__(url, api_key, **options)
+        self._http = httpx.Client(**self._http_arguments)
+        self.objects = Objects(self)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def estimate(
+        self,
+        rgb: Picture,
+        depth: Picture,
+        K: Camera,
+        masks: Sequence[Mask] | None = None,
+        **options: Unpack[DetectionOptions],
+    ) -> PoseResult:
+        """The pose of each detection, in the order given.
+
+        rgb: (H, W, 3) uint8, or a PNG or JPEG. depth: (H, W) uint16 as the sensor gave it, or floats with `depth_scale`
+        or `depth_unit="m"`, or a 16-bit PNG or float TIFF; 0 and NaN = no reading. K: (3, 3) pixels, or a loaded
+        camera.json, a dict with `cam_K` whose `depth_scale` and `depth_unit` hold unless the options say otherwise.
+        masks: each (H, W) bool, a PNG, a COCO RLE, or a list of polygons; none at all is a valid question.
+        Image files go by their path (str or Path) or as bytes. For the rest see PoseOptions and DetectionOptions.
+        """
+        return self._run(self._estimate(rgb, depth, K, masks, options))
+
+    def full_pipeline(
+        self,
+        rgb: Picture,
+        depth: Picture,
+        K: Camera,
+        *,
+        template_dir: str,
+        ism_cad_path: str | None = None,
+        **options: Unpack[PoseOptions],
+    ) -> PoseResult:
+        """`estimate` with the ISM server's detections; `template_dir` and `ism_cad_path` are paths of that server."""
+        return self._run(self._full_pipeline(rgb, depth, K, template_dir, ism_cad_path, options))
+
+    def status(self) -> Status:
+        """What the server says of itself."""
+        return self._run(self._get("/api/v1/status", Status))
+
+    def version(self) -> Version:
+        """Version of the server, its engine and its weights."""
+        return self._run(self._get("/api/v1/version", Version))
+
+    def openapi(self) -> dict[str, Any]:
+        """The server's OpenAPI document."""
+        return self._run(self._get("/openapi.json", dict[str, Any]))
+
+    def ready(self) -> bool:
+        """Whether the server answers poses now; False too where no server answers at all."""
+        return self._run(self._ready()) is None
+
+    def wait_ready(self, timeout_s: float = 120.0, on_wait: Callable[[str], None] | None = None) -> None:
+        """Wait for the server to be ready; `on_wait` is told why it is not, now and then. Raises TimedOut."""
+        self._run(self._wait_ready(timeout_s, on_wait))
+
+    def _run(self, steps: Steps[T]) -> T:
+        try:
+            step = next(steps)
+            while True:
+                if isinstance(step, float):
+                    time.sleep(step)
+                    step = next(steps)
+                    continue
+                try:
+                    with step.arguments() as arguments:
+                        response = self._http.request(**arguments)
+                except httpx.RequestError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(response)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+
+class Objects:
+    """The CAD objects of a server: `client.objects`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def add(self, cad: str | Path | bytes, **options: Unpack[ObjectOptions]) -> ObjectAnswer:
+        """Register a CAD model (a file, or bytes with `cad_format`) and wait until it is ready; see ObjectOptions.
+
+        Adding what the server already has is quick. Raises OnboardingFailed.
+        """
+        check_options("add", options, ObjectOptions, "cad")
+        return self._client._run(self._client._add(cad, **options))
+
+    def list(self) -> list[ObjectAnswer]:
+        """Every registered object."""
+        return self._client._run(self._client._list())
+
+    def get(self, object_id: str) -> ObjectAnswer:
+        """One object by its id or name."""
+        return self._client._run(self._client._get(object_path(object_id), ObjectAnswer))
+
+    def remove(self, object_id: str) -> None:
+        """Forget an object, by its id or name."""
+        self._client._run(self._client._remove(object_id))
+
+
+class AsyncClient(Verbs):
+    """The verbs of Client, to await: `async with AsyncClient(url) as pem:`."""
+
+    def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
+        """Without `api_key` that of the variable PEM_API_KEY, where it is set ("" = no key). See ClientOptions."""
+        check_options(type(self).__name__, options, ClientOptions, "url", "api_key")
+        super().__init__(url, api_key, **options)
+        self._http = httpx.AsyncClient(**self._http_arguments)
+        self.objects = AsyncObjects(self)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def estimate(
+        self,
+        rgb: Picture,
+        depth: Picture,
+        K: Camera,
+        masks: Sequence[Mask] | None = None,
+        **options: Unpack[DetectionOptions],
+    ) -> PoseResult:
+        """See Client.estimate."""
+        return await self._run(self._estimate(rgb, depth, K, masks, options))
+
+    async def full_pipeline(
+        self,
+        rgb: Picture,
+        depth: Picture,
+        K: Camera,
+        *,
+        template_dir: str,
+        ism_cad_path: str | None = None,
+        **options: Unpack[PoseOptions],
+    ) -> PoseResult:
+        """See Client.full_pipeline."""
+        return await self._run(self._full_pipeline(rgb, depth, K, template_dir, ism_cad_path, options))
+
+    async def status(self) -> Status:
+        """See Client.status."""
+        return await self._run(self._get("/api/v1/status", Status))
+
+    async def version(self) -> Version:
+        """See Client.version."""
+        return await self._run(self._get("/api/v1/version", Version))
+
+    async def openapi(self) -> dict[str, Any]:
+        """See Client.openapi."""
+        return await self._run(self._get("/openapi.json", dict[str, Any]))
+
+    async def ready(self) -> bool:
+        """See Client.ready."""
+        return await self._run(self._ready()) is None
+
+    async def wait_ready(self, timeout_s: float = 120.0, on_wait: Callable[[str], None] | None = None) -> None:
+        """See Client.wait_ready."""
+        await self._run(self._wait_ready(timeout_s, on_wait))
+
+    async def _run(self, steps: Steps[T]) -> T:
+        try:
+            step = next(steps)
+            while True:
+                if isinstance(step, float):
+                    await asyncio.sleep(step)
+                    step = next(steps)
+                    continue
+                try:
+                    with step.arguments() as arguments:
+                        response = await self._http.request(**arguments)
+                except httpx.RequestError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(response)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+
+class AsyncObjects:
+    """The CAD objects of a server: `client.objects`, to await."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def add(self, cad: str | Path | bytes, **options: Unpack[ObjectOptions]) -> ObjectAnswer:
+        """See Objects.add."""
+        check_options("add", options, ObjectOptions, "cad")
+        return await self._client._run(self._client._add(cad, **options))
+
+    async def list(self) -> list[ObjectAnswer]:
+        """See Objects.list."""
+        return await self._client._run(self._client._list())
+
+    async def get(self, object_id: str) -> ObjectAnswer:
+        """See Objects.get."""
+        return await self._client._run(self._client._get(object_path(object_id), ObjectAnswer))
+
+    async def remove(self, object_id: str) -> None:
+        """See Objects.remove."""
+        await self._client._run(self._client._remove(object_id))

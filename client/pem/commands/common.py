@@ -1,0 +1,151 @@
+"""What the subcommands share: the options of a connection, output for people and for machines, progress bars."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pem.client import DEFAULT_URL, Client
+from pem.wire import ALREADY_KNOWN
+
+Url = Annotated[str, typer.Option("--url", envvar="PEM_URL", help="Where the server is.")]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", envvar="PEM_API_KEY", help="The API key, where the server wants one.")
+]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output, without the table."),
+]
+URL_DEFAULT = DEFAULT_URL
+INSTALL_SERVER = "run `pip install ./client .` in the folder of PEM Server"
+WIDE = 150  # columns of a table that goes into a file or a pipe
+
+
+def program() -> str:
+    """How the `pem` in use is called from the current folder: by its name where that finds it, else by its path."""
+    here = Path.cwd()
+    python = Path(sys.executable)
+    if python.is_relative_to(here):
+        python = python.relative_to(here)
+    script = python.with_name("pem")
+    if not script.exists():
+        return f"{python} -m pem"
+    found = shutil.which("pem")
+    return "pem" if found is not None and os.path.samefile(found, script) else str(script)
+
+
+def stdout() -> Console:
+    """The console of results."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDE)
+
+
+def stderr() -> Console:
+    """The console of everything else: progress, warnings, errors."""
+    console = Console(stderr=True, highlight=False)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A line beside the results."""
+    stderr().print(escape(text))
+
+
+def warn(text: str) -> None:
+    """A line that the user should read."""
+    stderr().print(f"[yellow]warning:[/] {escape(text)}")
+
+
+def fail(text: str, code: int = 1) -> NoReturn:
+    """Say what went wrong and leave: 1 where it was refused or failed, 2 where the command was used wrongly."""
+    stderr().print(f"[bold red]error:[/] {escape(text)}")
+    raise typer.Exit(code)
+
+
+def need_server_half(error: ImportError) -> NoReturn:
+    """Leave where a module is missing that pem-server brings; a broken import of what is there is a bug and passes."""
+    if not isinstance(error, ModuleNotFoundError):
+        raise error
+    fail(f"this needs {error.name}, which comes with pem-server: {INSTALL_SERVER}")
+
+
+def connect(url: str, api_key: str | None) -> Client:
+    """A client for one command."""
+    return Client(url, api_key, timeout_s=120.0)
+
+
+def write_json(target: str | None, value: Any) -> None:
+    """Write a value where `--json` says, indented; nothing where it says nothing."""
+    if target is None:
+        return
+    data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    if target == "-":
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    else:
+        write_file(Path(target), data)
+
+
+def check_folder(*paths: Path | str | None) -> None:
+    """Leave where a result's folder does not exist and is not ours to make: only those below the current one are."""
+    here = Path.cwd()
+    for path in paths:
+        if path is None or path == "-":
+            continue
+        folder = Path(os.path.abspath(path)).parent
+        if not folder.is_dir() and not folder.is_relative_to(here):
+            fail(f"cannot write {path}: there is no folder {folder}; make it first", 2)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a result, making its folder where it lies below the current one."""
+    check_folder(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}")
+
+
+def read_file(path: Path) -> bytes:
+    """Read a file that the user named."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}", 2)
+
+
+@contextmanager
+def phases(what: str) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar per phase ("upload", "onboarding") for as long as the block runs."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr(), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(phase: str, fraction: float) -> None:
+            if phase == ALREADY_KNOWN:
+                return
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(f"{phase} of {escape(what)}", total=1.0)
+            progress.update(tasks[phase], completed=fraction)
+
+        yield show
+
+
+@contextmanager
+def spinner(text: str) -> Iterator[Callable[[str], None]]:
+    """A turning sign with words that the block may change."""
+    with stderr().status(escape(text)) as status:
+        yield lambda words: status.update(escape(f"{text} ({words})" if words else text))

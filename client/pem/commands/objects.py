@@ -1,0 +1,152 @@
+"""`pem objects add | list | show | remove`: the CAD models of a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from pem.client import ObjectOptions
+from pem.commands import common
+from pem.contract import ObjectAnswer, ObjectModelAnswer, Unit
+from pem.wire import ALREADY_KNOWN
+
+app = typer.Typer(help="The CAD models that a server knows.", no_args_is_help=True)
+Which = Annotated[str, typer.Argument(metavar="OBJECT", help="Name or id of the object.")]
+
+
+@app.command()
+def add(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="PLY, OBJ, STL, GLB, OFF, or zip of OBJ.")],
+    name: Annotated[str | None, typer.Option(help="A name to ask for it by; works wherever the id does.")] = None,
+    model_unit: Annotated[Unit | None, typer.Option(help="Unit of the file.", show_default="mm")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until the object is ready.")] = True,
+    json: common.Json = None,
+    url: common.Url = common.URL_DEFAULT,
+    api_key: common.ApiKey = None,
+) -> None:
+    """Register a CAD model and wait until it is ready. What the server already has costs nothing.
+
+    Example:
+
+      pem objects add mug.ply --name mug
+    """
+    options: ObjectOptions = {"wait": wait}
+    if name is not None:
+        options["name"] = name
+    if model_unit is not None:
+        options["model_unit"] = model_unit
+    told: set[str] = set()
+    with common.connect(url, api_key) as client, common.phases(file.name) as show:
+
+        def progress(phase: str, fraction: float) -> None:
+            told.add(phase)
+            show(phase, fraction)
+
+        options["on_progress"] = progress
+        added = client.objects.add(file, **options)
+    if ALREADY_KNOWN in told and json != "-":
+        common.note(f"{file.name} was already known to the server")
+    _show(added, json)
+
+
+@app.command("list")
+def list_(json: common.Json = None, url: common.Url = common.URL_DEFAULT, api_key: common.ApiKey = None) -> None:
+    """List the registered objects."""
+    with common.connect(url, api_key) as client:
+        objects = client.objects.list()
+    common.write_json(json, {"objects": objects})
+    if json == "-":
+        return
+    if not objects:
+        common.note("no objects yet: pem objects add FILE --name NAME")
+        return
+    rows = Table(header_style="bold")
+    for column in ("name", "id", "status", "unit", "diameter (mm)", "faces", "warnings"):
+        rows.add_column(column, justify="right" if column in ("diameter (mm)", "faces") else "left")
+    for item in objects:
+        rows.add_row(
+            escape(item.name or "-"),
+            item.object_id[:12],
+            _status(item),
+            item.model_unit,
+            f"{item.health.diameter_mm:.1f}",
+            f"{item.health.faces:,}",
+            _count(len(item.health.warnings), "warning"),
+        )
+    common.stdout().print(rows)
+
+
+@app.command()
+def show(
+    which: Which, json: common.Json = None, url: common.Url = common.URL_DEFAULT, api_key: common.ApiKey = None
+) -> None:
+    """Show one object: health, symmetries, state, and what each engine's model of it took in time and takes on disk."""
+    with common.connect(url, api_key) as client:
+        _show(client.objects.get(which), json)
+
+
+@app.command()
+def remove(
+    which: Which, json: common.Json = None, url: common.Url = common.URL_DEFAULT, api_key: common.ApiKey = None
+) -> None:
+    """Forget an object."""
+    with common.connect(url, api_key) as client:
+        client.objects.remove(which)
+    common.write_json(json, {"removed": which})
+    if json != "-":
+        common.note(f"removed {which}")
+
+
+def _show(item: ObjectAnswer, json: str | None) -> None:
+    common.write_json(json, item)
+    if json == "-":
+        return
+    rows = Table(show_header=False)
+    rows.add_column(style="bold")
+    rows.add_column(overflow="fold")
+    health, symmetries = item.health, item.symmetries
+    rows.add_row("id", item.object_id)
+    rows.add_row("name", escape(item.name or "-"))
+    rows.add_row("status", _status(item))
+    rows.add_row("unit of the file", item.model_unit)
+    rows.add_row("diameter", f"{health.diameter_mm:.1f} mm")
+    rows.add_row("extents", " x ".join(f"{side:.1f}" for side in health.extents_mm) + " mm")
+    rows.add_row("faces", f"{health.faces:,}{'' if health.watertight else ', not watertight'}")
+    if symmetries is not None:
+        discrete, continuous = len(symmetries.symmetries_discrete), len(symmetries.symmetries_continuous)
+        rows.add_row("symmetries", f"{discrete} discrete, {continuous} continuous")
+    for engine, model in item.engines.items():
+        rows.add_row(escape(f"engine {engine}"), escape(model_words(model)))
+    for text in health.warnings:
+        rows.add_row("[yellow]warning[/]", escape(text))
+    if item.error and not item.engines:
+        rows.add_row("[red]error[/]", escape(item.error))
+    common.stdout().print(rows)
+
+
+def model_words(model: ObjectModelAnswer) -> str:
+    """What became of an engine's onboarding, in what time and size."""
+    if model.status == "failed":
+        return f"failed: {model.error}"
+    if model.status != "ready":
+        return f"{model.status} {model.progress:.0%}" if model.progress else model.status
+    words = ["ready"]
+    if model.seconds is not None:
+        words.append(f"onboarded in {model.seconds:.1f} s on {_count(model.threads or 1, 'thread')}")
+    if model.bytes is not None:
+        words.append(f"{model.bytes / 1e6:.1f} MB on disk")
+    return ", ".join(words)
+
+
+def _count(number: int, what: str) -> str:
+    return "-" if number == 0 else f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _status(item: ObjectAnswer) -> str:
+    color = {"ready": "green", "failed": "red", "onboarding": "yellow"}[item.status]
+    progress = f" {item.progress:.0%}" if item.status == "onboarding" else ""
+    return f"[{color}]{item.status}[/]{progress}"

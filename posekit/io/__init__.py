@@ -1,0 +1,1 @@
+"""Pictures, masks and meshes from sources that are not trusted."""

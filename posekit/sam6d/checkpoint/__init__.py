@@ -1,0 +1,1 @@
+"""Weights: where they come from, which they are, how they are read."""

@@ -1,0 +1,1 @@
+"""The same network for speed: on a CPU and on a GPU."""

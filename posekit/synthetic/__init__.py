@@ -1,0 +1,1 @@
+"""Objects and scenes whose poses are known."""

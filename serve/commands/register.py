@@ -1,0 +1,98 @@
+"""The server's half of `pem`: what the client's command line finds where pem-server is installed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pem.commands import common
+from serve import settings
+from serve.commands import keys as keys_commands
+from serve.commands import templates as templates_command
+from serve.commands import weights as weights_commands
+from serve.commands.options import Config, DataDir
+from serve.gateway.keys import KeyFileError
+
+#: What is said of these on standard error, with the exit code 2.
+WRONG_USE = (settings.SettingsError, KeyFileError)
+
+
+def add(app: typer.Typer, objects: typer.Typer) -> None:
+    """Add the commands to `pem`, and to `pem objects`."""
+    app.command()(serve)
+    app.command()(demo)
+    app.add_typer(keys_commands.app, name="keys")
+    app.add_typer(weights_commands.app, name="weights")
+    objects.command()(templates_command.templates)
+
+
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.", show_default="8003")] = None,
+    data_dir: DataDir = None,
+    cad_root: Annotated[
+        Path | None, typer.Option(help="cad_path must lie inside.", show_default="<data dir>/cad")
+    ] = None,
+    output_root: Annotated[
+        Path | None, typer.Option(help="output_dir must lie inside.", show_default="<data dir>/outputs")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="geometric, sam6d or auto.", show_default="auto")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:0,1.", show_default="auto")] = None,
+    config: Config = None,
+    log_format: Annotated[str | None, typer.Option(help="auto, console or json.", show_default="auto")] = None,
+    ism_url: Annotated[str | None, typer.Option(help="Instance-segmentation server for full_pipeline.")] = None,
+) -> None:
+    """Start the server and run until SIGTERM or Ctrl-C; requests in flight may finish.
+
+    Every setting is also an environment variable (PEM_PORT, PEM_DATA_DIR, PEM_POSE_THREADS, ...) and a key of the
+    settings file; the command line wins over the environment, and that over the file.
+
+    Examples:
+
+      pem serve
+
+      pem serve --host 0.0.0.0 --data-dir /var/lib/pem --device cuda
+
+      pem serve --config configs/cpu.toml --engine geometric
+    """
+    in_tables = {"PEM_LOG_FORMAT": log_format, "PEM_ISM_URL": ism_url}
+    given = {
+        "host": host,
+        "port": port,
+        "data_dir": data_dir,
+        "cad_root": cad_root,
+        "output_root": output_root,
+        "engine": engine,
+        "device": device,
+    }
+    loaded = settings.load(
+        config,
+        environment=os.environ | {name: value for name, value in in_tables.items() if value is not None},
+        overrides={name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
+    )
+    from serve.engine_choice import CannotStart
+    from serve.server import serve as run
+
+    try:
+        code = run(loaded)
+    except CannotStart as error:
+        common.fail(str(error))
+    raise typer.Exit(code)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the overlay and the demo's data go.")] = Path("demo"),
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's data (objects, logs) afterwards.")] = False,
+    json: common.Json = None,
+) -> None:
+    """From nothing to a pose: start a server, send it a scene whose poses are known, compare, draw, stop the server.
+
+    Exits 0 only where the poses are right: the main object within 2 mm and 2 degrees.
+    """
+    from serve.commands.demo import run
+
+    common.check_folder(out)
+    raise typer.Exit(run(out, keep=keep, json=json))

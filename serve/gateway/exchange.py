@@ -1,0 +1,120 @@
+"""One HTTP exchange: the request as the routes see it, with what its log line will say, and the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import secrets
+import time
+import urllib.parse
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import msgspec
+
+from pem import contract as schemas
+from serve.telemetry.tracing import Trace
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+JSON, MSGPACK, FORM = "application/json", "application/msgpack", "multipart/form-data"
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass
+class Answer:
+    """A response on its way out."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = JSON
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclass
+class Call:
+    """One HTTP request, and what its log line will say."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    raw_receive: Receive
+    peer: str
+    request_id: str
+    arrived: float
+    trace: Trace
+    client: str = ""
+    body_read: bool = False
+    body_received: float = 0.0
+    detections: int | None = None
+    poses: int | None = None
+    timing: schemas.Timing | None = None
+    error: str | None = None
+    detail: str | None = None  # of the error, for the log
+    field: str | None = None  # at fault, likewise
+    rejected: dict[str, int] | None = None  # detections without a pose, by reason
+    engine: str | None = None  # what answered
+    release: str | None = None  # likewise
+
+    async def receive(self) -> dict[str, Any]:
+        """ASGI's receive, noting when the body has ended."""
+        message = await self.raw_receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self.body_read = True
+        return message
+
+    @property
+    def sends_body(self) -> bool:
+        """Whether the client announced a body."""
+        return self.headers.get("content-length", "0") != "0" or "transfer-encoding" in self.headers
+
+    @property
+    def wants_msgpack(self) -> bool:
+        """Whether the answer is to be MessagePack."""
+        return MSGPACK in self.headers.get("accept", "")
+
+    def encode(self, value: object) -> tuple[bytes, str]:
+        """A struct in the form that the client accepts, and its content type."""
+        if self.wants_msgpack:
+            return msgspec.msgpack.encode(value), MSGPACK
+        return msgspec.json.encode(value), JSON
+
+    @classmethod
+    def of(cls, scope: Scope, receive: Receive) -> Self:
+        """The request that an ASGI scope describes."""
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        given = headers.get("x-request-id", "")
+        query = dict(urllib.parse.parse_qsl(scope.get("query_string", b"").decode("latin-1")))
+        peer = scope.get("client")
+        return cls(
+            method=scope["method"],
+            path=scope["path"],
+            query=query,
+            headers=headers,
+            raw_receive=receive,
+            peer=peer[0] if peer else "unknown",
+            request_id=given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12),
+            arrived=time.monotonic(),
+            trace=Trace.of(scope["headers"]),
+        )
+
+    async def gone(self) -> None:
+        """Returns when the client has closed the connection; to be awaited once the body is read."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+    @property
+    def server_timing(self) -> str:
+        """The header `Server-Timing`: what is known by now."""
+        entries = [("total", (time.monotonic() - self.arrived) * 1e3)]
+        if self.timing is not None:
+            parts = {
+                name.removesuffix("_ms"): getattr(self.timing, name)
+                for name in ("decode_ms", "queue_ms", "pose_ms", "respond_ms", "onboard_ms", "ism_ms")
+            }
+            entries += [(name, value) for name, value in parts.items() if value is not None]
+        return ", ".join(f"{name};dur={value:.1f}" for name, value in entries)

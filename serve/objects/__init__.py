@@ -1,0 +1,1 @@
+"""The CAD store: the catalogue, what comes in, and its onboarding."""

@@ -1,0 +1,1 @@
+"""The task `pose`: RGB-D, camera, masks and CAD in; a pose for each mask out."""

@@ -1,0 +1,591 @@
+"""The log: one line for each request, one for each event; the console for people, JSON lines in a file for machines.
+
+Callers only build a small dictionary; a thread of our own writes, so that neither a slow terminal nor a slow or full
+disk holds up the event loop. What cannot be written is counted, said once on standard error, and said again in the
+log as soon as there is room.
+
+No secret and no picture reaches the log: keys are blanked by name and by shape, bytes become their length, long texts
+are cut.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import json
+import logging
+import os
+import queue
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, TextIO, cast
+
+import msgspec
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+from serve.settings import Log
+
+LEVELS: Final[dict[str, int]] = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+_WAITING_LINES: Final = 20_000  # between the callers and the writing thread
+_FLUSH_S: Final = 3.0  # at the end, and in flush()
+
+
+def configure(log: Log, data_path: Path, *, stream: TextIO | None = None) -> None:
+    """Start logging to `stream` (default: standard error) and, unless switched off, `<data_path>/logs/pem.log`.
+
+    May be called again, with other settings: what was said before is written first.
+    """
+    shutdown()
+    stream = sys.stderr if stream is None else stream
+    on_terminal = _is_terminal(stream)
+    as_json = log.format == "json" or (log.format == "auto" and not on_terminal)
+    console = None if as_json else Console(color=on_terminal and not os.environ.get("NO_COLOR"))
+    file = RotatingFile(data_path / "logs" / "pem.log", log.file_mb * 2**20, log.files) if log.file else None
+    _state.writer = _Writer(stream, console, file)
+    structlog.configure(
+        processors=[structlog.processors.add_log_level, _stamp, _exception, redact, _fan_out],
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[log.level]),
+        logger_factory=lambda *_: _state.writer or _Nowhere(),
+        cache_logger_on_first_use=False,
+    )
+    _take_over_stdlib(LEVELS[log.level])
+
+
+def shutdown() -> None:
+    """Write what is waiting and stop; logging goes back to where it was."""
+    writer, _state.writer = _state.writer, None
+    if writer is not None:
+        _give_back_stdlib()
+        structlog.reset_defaults()
+        writer.close()
+
+
+def flush(timeout_s: float = _FLUSH_S) -> bool:
+    """Wait until everything said so far is written; False where that took too long."""
+    return _state.writer is None or _state.writer.flush(timeout_s)
+
+
+def get(**fields: Any) -> structlog.typing.FilteringBoundLogger:
+    """A logger that adds `fields` to each of its lines: `get(track="production").warning("worker_lost", pid=7)`."""
+    return cast(structlog.typing.FilteringBoundLogger, structlog.get_logger(**fields))
+
+
+def dropped_lines() -> int:
+    """Lines that could not be written since the start."""
+    return _state.writer.dropped if _state.writer is not None else 0
+
+
+# ------------------------------------------------------------------------------------------------------- what we log
+
+#: Asked for by machines, every few seconds: lines of level debug, and no traces.
+QUIET_ROUTES: Final = frozenset(
+    {"/livez", "/readyz", "/metrics", "/api/v1/health", "/v2/health/live", "/v2/health/ready", "/v2/models/pem/ready"}
+)
+
+
+def log_request(
+    *,
+    request_id: str,
+    method: str,
+    route: str,
+    status: int,
+    seconds: float,
+    detections: int | None = None,
+    poses: int | None = None,
+    release: str | None = None,
+    engine: str | None = None,
+    timing: Mapping[str, Any] | msgspec.Struct | None = None,
+    error: str | None = None,
+    **fields: Any,
+) -> None:
+    """The one line of a request.
+
+    detections: how many were sent; poses: how many of them were solved; timing: the answer's receipt; error: its code.
+    Further fields (an error's detail and field, the client, the trace's id) are added where they are not None.
+    Probes are of level debug, 500 is error, what the operator may want to look at (429, 5xx) is warning.
+    """
+    level = "error" if status == 500 else "warning" if status == 429 or status > 500 else "info"
+    progress = method == "GET" and route.startswith("/api/v1/objects/") and status < 400
+    if progress or (route in QUIET_ROUTES and (status < 400 or status == 503)):  # "not yet" is an answer, too
+        level = "debug"
+    line: dict[str, Any] = {"id": request_id, "method": method, "route": route, "status": status}
+    line["ms"] = round(seconds * 1000, 1)
+    for name, value in (("detections", detections), ("poses", poses), ("engine", engine), ("release", release)):
+        if value is not None:
+            line[name] = value
+    if timing is not None:
+        items = timing if isinstance(timing, Mapping) else msgspec.structs.asdict(timing)
+        line["timing"] = {k: round(v, 1) if isinstance(v, float) else v for k, v in items.items() if v is not None}
+    if error is not None:
+        line["error"] = error
+    line.update({name: value for name, value in fields.items() if value is not None})
+    get().log(LEVELS[level], "request", **line)
+
+
+#: What Mosec says in the ordinary course of things: lines for those who look for it (level debug).
+_NOISE: Final = re.compile(
+    r"begin listening to socket|socket accepted connection|socket connected to|socket closed|http service is running"
+    r"|received signum|received terminate signal|service shutdown complete|service halted normally|cleanup completed"
+    r"|service halted with signal \[-15\]"
+    r"|failed to read from socket: unpack requires|warmup successfully"
+)
+_LONGEST_LINE: Final = 65_536
+_LEVEL_NAMES: Final = {"trace": "debug", "warn": "warning", "fatal": "critical"}
+
+
+def forward_line(line: bytes) -> None:
+    """A line that the backend wrote on its standard error, into our log at its own level.
+
+    Three kinds come: our workers' JSON (`event`, `stage`, `pid`), Mosec's JSON from Rust and from Python (`target`,
+    `fields`), and plain text, such as a traceback from an interpreter that could not start.
+    """
+    line = line.strip()
+    if not line:
+        return
+    document = _object(line)
+    if document is not None and isinstance(event := document.pop("event", None), str):
+        _forward("worker", str(document.pop("level", "info")), event, document, unix=document.pop("time", None))
+    elif document is not None and isinstance(fields := document.get("fields"), dict):
+        level = str(document.get("level", "INFO"))
+        text = str(fields.pop("message", "")).strip()
+        if _NOISE.search(text):
+            level = "debug"
+        fields["target"] = document.get("target")
+        if text.startswith("Traceback "):  # Mosec puts it on one line
+            level, text, fields["traceback"] = "error", "stage_raised", text.replace("   ", "\n  ")
+        _forward("mosec", level, text or "event", fields)
+    else:
+        text = line[:_LONGEST_LINE].decode("utf-8", "replace")
+        _forward("mosec", "warning", "output", {"text": text})
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    if not line.startswith(b"{") or len(line) > 16 * _LONGEST_LINE:
+        return None
+    try:
+        return msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+_OURS: Final = frozenset({"source", "timestamp", "level", "event", "self"})
+
+
+def _forward(source: str, level: str, event: str, fields: Mapping[str, Any], unix: object = None) -> None:
+    name = level.lower()
+    number = LEVELS.get(_LEVEL_NAMES.get(name, name), logging.INFO)
+    ours = {k: v for k, v in fields.items() if k not in _OURS}
+    if isinstance(unix, (int, float)) and 0 < unix < 1e11:
+        ours["timestamp"] = _iso(unix)
+    get(source=source).log(number, event, **ours)
+
+
+# -------------------------------------------------------------------------------------------------------- processors
+
+
+def _iso(unix: float) -> str:
+    return datetime.fromtimestamp(unix, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _stamp(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    event.setdefault("timestamp", _iso(time.time()))
+    return event
+
+
+def _exception(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """`exc_info` (True, or an exception) becomes the text of its traceback."""
+    given = event.pop("exc_info", None)
+    error = sys.exc_info()[1] if given is True else given[1] if isinstance(given, tuple) else given
+    if isinstance(error, BaseException):
+        event["traceback"] = "".join(traceback.format_exception(error))
+    return event
+
+
+_SECRET: Final = frozenset(
+    ["authorization", "proxyauthorization", "apikey", "xapikey", "cookie", "setcookie", "password", "secret", "token"]
+)
+_LONGEST_TEXT: Final = 2000
+_LONGEST_TRACEBACK: Final = 20_000
+_MOST_ITEMS: Final = 100
+_BEARER: Final = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
+_KEY: Final = re.compile(r"\bpem_[A-Za-z0-9_-]{16,}")  # as serve/gateway/keys.py makes them
+_USERINFO: Final = re.compile(r"(?<=://)[^/\s@]+@")
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{256,}={0,2}")
+
+
+def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """A copy without secrets and without bulk; the caller may go on changing what it gave."""
+    return {key: _clean(key, value, 0) for key, value in event.items()}
+
+
+def _clean(key: object, value: Any, depth: int) -> Any:
+    kind = type(value)
+    if kind in (int, float, bool) or value is None:
+        return value
+    if isinstance(key, str) and key.lower().replace("-", "").replace("_", "") in _SECRET:
+        return "[redacted]"
+    if isinstance(value, str):
+        return _clean_text(str(value), _LONGEST_TRACEBACK if key == "traceback" else _LONGEST_TEXT)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"<{len(value)} bytes>"
+    if depth > 4:
+        return "…"
+    if isinstance(value, Mapping):
+        return {str(k)[:200]: _clean(k, v, depth + 1) for k, v in list(value.items())[:_MOST_ITEMS]}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [_clean(None, item, depth + 1) for item in list(value)[:_MOST_ITEMS]]
+        return [*items, f"… {len(value)} in all"] if len(value) > _MOST_ITEMS else items
+    if isinstance(value, msgspec.Struct):
+        return _clean(key, msgspec.structs.asdict(value), depth + 1)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"<{value.dtype} array {tuple(value.shape)}>" if value.shape else _clean(key, value.item(), depth + 1)
+    return _clean_text(str(value), _LONGEST_TEXT)
+
+
+def _clean_text(text: str, longest: int) -> str:
+    size = len(text)
+    if size > 10 * longest:  # do not search through megabytes
+        text = text[: 5 * longest] + text[-5 * longest :]
+    if size > 256:
+        text = _BASE64.sub(lambda match: f"<{len(match[0])} characters>", text)
+    if "://" in text:
+        text = _USERINFO.sub("[redacted]@", text)
+    if "pem_" in text:
+        text = _KEY.sub("[redacted]", text)
+    if " " in text:
+        text = _BEARER.sub(r"\1 [redacted]", text)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}… {size} characters …{text[-longest // 2 :]}"
+    return text
+
+
+def _fan_out(_logger: WrappedLogger, _method: str, event: EventDict) -> tuple[tuple[EventDict], dict[str, Any]]:
+    return (event,), {}
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+class _Writer:
+    """A thread that writes what it is handed; the levels' methods are what structlog calls."""
+
+    def __init__(self, stream: TextIO, console: Console | None, file: RotatingFile | None) -> None:
+        self._stream = stream
+        self._console = console
+        self._file = file
+        self._queue: queue.Queue[EventDict | threading.Event | None] = queue.Queue(_WAITING_LINES)
+        self._full = 0  # lines that found no room in the queue
+        self._full_said = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        return self._full + (self._file.dropped if self._file is not None else 0)
+
+    def put(self, event: EventDict) -> None:
+        """Never waits, never raises."""
+        if self._closed:
+            return
+        try:
+            self._queue.put_nowait(event)
+        except queue.Full:
+            self._full += 1
+
+    debug = info = warning = warn = error = critical = fatal = exception = log = msg = put
+
+    def flush(self, timeout_s: float) -> bool:
+        done = threading.Event()
+        try:
+            self._queue.put(done, timeout=timeout_s)
+        except queue.Full:
+            return False
+        return done.wait(timeout_s)
+
+    def close(self) -> None:
+        self._closed = True
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=_FLUSH_S)
+            self._thread.join(_FLUSH_S)
+        if self._file is not None and not self._thread.is_alive():
+            self._file.close()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            with contextlib.suppress(Exception):  # the log is never what brings the server down
+                self._write(item)
+
+    def _write(self, event: EventDict) -> None:
+        if (full := self._full) > self._full_said:
+            missing, self._full_said = _missing(full - self._full_said), full
+            self._write(missing)
+        line = encode(event)
+        if self._file is not None and not self._file.write(line) and self._file.first_failure:
+            self._say(_full_disk(self._file))
+        self._say(event, line)
+
+    def _say(self, event: EventDict, line: bytes | None = None) -> None:
+        text = self._console.render(event) if self._console is not None else (line or encode(event)).decode()
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
+
+
+class _Nowhere:
+    """Where a logger kept from before writes after shutdown()."""
+
+    def put(self, event: EventDict) -> None:
+        """Nothing."""
+
+    debug = info = warning = warn = error = critical = fatal = exception = log = msg = put
+
+
+def encode(event: Mapping[str, Any]) -> bytes:
+    """One JSON line: time, level and event first."""
+    ordered = {key: event[key] for key in ("timestamp", "level", "event") if key in event} | dict(event)
+    try:
+        return _encoder.encode(ordered) + b"\n"
+    except (TypeError, ValueError):  # a text with half a surrogate pair, a key that is no text
+        return json.dumps(ordered, default=str, skipkeys=True).encode() + b"\n"
+
+
+_encoder = msgspec.json.Encoder(enc_hook=str)
+
+
+def _full_disk(file: RotatingFile) -> EventDict:
+    reason = file.failure.strerror if file.failure is not None else "short write"
+    return {
+        "timestamp": _iso(time.time()),
+        "level": "warning",
+        "event": "log_file_not_written",
+        "reason": reason,
+        "file": str(file.path),
+        "hint": "lines go to standard error only until there is room again",
+    }
+
+
+class RotatingFile:
+    """`path`, then `path.1` to `path.<files - 1>`, newest first, each of at most `limit_bytes`.
+
+    `write` never raises: a line that cannot be written whole is taken back and counted. The first line that can be
+    written again is preceded by one that says how many are missing.
+    """
+
+    RETRY_S: Final = 1.0  # between attempts to open a file that cannot be opened
+
+    def __init__(self, path: Path, limit_bytes: int, files: int) -> None:
+        self.path = path
+        self.dropped = 0
+        self.failure: OSError | None = None  # the last one; None after a line was written
+        self.first_failure = False  # whether the last write was the first to fail
+        self._limit = limit_bytes
+        self._files = files
+        self._fd: int | None = None
+        self._size = 0
+        self._missing = 0
+        self._next_open = 0.0
+
+    def write(self, line: bytes) -> bool:
+        """Append one line, rotating first where it would not fit; False where it was dropped."""
+        before = self.failure
+        try:
+            if self._missing:
+                self._append(encode(_missing(self._missing)))
+                self._missing = 0
+            self._append(line)
+        except OSError as error:
+            self.failure = error
+            self.first_failure = before is None
+            self.dropped += 1
+            self._missing += 1
+            return False
+        self.failure = None
+        self.first_failure = False
+        return True
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._fd is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+        self._fd = None
+
+    def _append(self, line: bytes) -> None:
+        if self._fd is not None and self._size and self._size + len(line) > self._limit:
+            self.close()
+            self._rotate()
+        fd = self._open() if self._fd is None else self._fd
+        written = os.write(fd, line)
+        if written < len(line):
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, self._size)
+            raise OSError(28, "the disk took only a part of a line")
+        self._size += written
+
+    def _open(self) -> int:
+        now = time.monotonic()
+        if now < self._next_open and self.failure is not None:
+            raise self.failure
+        self._next_open = now + self.RETRY_S
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._fd = os.open(self.path, flags, 0o640)
+        self._size = os.fstat(self._fd).st_size
+        if self._size >= self._limit:
+            self.close()
+            self._rotate()
+            self._fd = os.open(self.path, flags, 0o640)
+            self._size = 0
+        return self._fd
+
+    def _rotate(self) -> None:
+        names = [self.path, *(self.path.with_name(f"{self.path.name}.{n}") for n in range(1, self._files))]
+        if len(names) == 1:
+            names[0].unlink(missing_ok=True)
+        for newer, older in reversed(list(itertools.pairwise(names))):
+            with contextlib.suppress(FileNotFoundError):
+                newer.replace(older)
+
+
+def _missing(count: int) -> dict[str, Any]:
+    return {"timestamp": _iso(time.time()), "level": "warning", "event": "log_lines_missing", "lines": count}
+
+
+# ----------------------------------------------------------------------------------------------------------- console
+
+_COLORS: Final = {"debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "31;1"}
+_STAGES: Final = ("decode_ms", "queue_ms", "pose_ms", "respond_ms", "onboard_ms", "ism_ms")
+_HASH: Final = re.compile(r"([0-9a-f]{12})[0-9a-f]{52}")
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+class Console:
+    """Lines for people: the hour, the level, what happened, and its fields; tracebacks below."""
+
+    def __init__(self, *, color: bool) -> None:
+        self._color = color
+
+    def render(self, event: Mapping[str, Any]) -> str:
+        """One event as text, newline included. Nothing in it can steer the terminal."""
+        rest = {k: v for k, v in event.items() if k not in ("timestamp", "level", "event", "traceback")}
+        level = str(event.get("level", "info"))
+        stamp = str(event.get("timestamp", ""))[11:23]
+        head = f"{self._paint(stamp, '2')} {self._paint(level.ljust(7), _COLORS.get(level, '0'))} "
+        if event.get("event") == "request" and "status" in rest:
+            body = self._request(rest)
+        else:
+            source = f"{rest.pop('source', '')} " if "source" in rest else ""
+            stage = f"{rest.pop('stage', '')} " if source and "stage" in rest else ""
+            body = (self._paint(_safe(source + stage), "2") + _safe(event.get("event", ""))).ljust(28)
+        fields = " ".join(f"{self._paint(_safe(name) + '=', '2')}{_value(value)}" for name, value in rest.items())
+        lines = [f"{head}{body} {fields}".rstrip()]
+        if trace := event.get("traceback"):
+            lines += ["    " + _safe(line) for line in str(trace).rstrip().splitlines()]
+        return "\n".join(lines) + "\n"
+
+    def _request(self, rest: dict[str, Any]) -> str:
+        """Takes the columns that each request has out of `rest`."""
+        status = rest.pop("status")
+        color = "32" if status < 400 else "33" if status < 500 else "31"
+        columns = [
+            self._paint(str(status), color),
+            _safe(rest.pop("method", "")).ljust(6),
+            _HASH.sub(r"\1..", _safe(rest.pop("route", ""))).ljust(24),
+            f"{rest.pop('ms', 0.0):9.1f} ms",
+        ]
+        if "detections" in rest:
+            detections = rest.pop("detections")
+            columns.append(f"{rest.pop('poses', 0):>3} of {detections:>3} posed")
+        timing = rest.pop("timing", None)
+        if isinstance(timing, Mapping):
+            parts = (f"{name.removesuffix('_ms')} {timing[name]:.0f}" for name in _STAGES if timing.get(name))
+            columns.append(", ".join(parts) + " ms")
+        rest.pop("client", None)  # in the file: it is the same for long
+        rest.pop("trace_id", None)  # likewise: a person has the id of the request
+        return "  ".join(columns)
+
+    def _paint(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._color and text else text
+
+
+def _safe(value: object) -> str:
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", str(value)).replace("\n", "\\n").replace("\t", " ")
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + " ".join(f"{_safe(k)}={_value(v)}" for k, v in value.items()) + "}"
+    text = _safe(value)
+    if isinstance(value, str):
+        text = _HASH.sub(r"\1..", text)
+    quoted = isinstance(value, str) and (not text or " " in text)
+    return '"' + text.replace('"', '\\"') + '"' if quoted else text
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+# ------------------------------------------------------------------------------------------- other libraries' logging
+
+
+class _Stdlib(logging.Handler):
+    """What libraries say through the standard library's logging, in our form."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            get().log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
+        except Exception:  # a library's broken message is not our failure
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the base class's name)
+        """Drop it."""
+
+
+def _take_over_stdlib(level: int) -> None:
+    """Warnings and errors of every library come to us; their chatter only where debug was asked for."""
+    root = logging.getLogger()
+    _state.handler = _Stdlib()
+    _state.root_level = root.level
+    root.addHandler(_state.handler)
+    root.setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))
+
+
+def _give_back_stdlib() -> None:
+    if _state.handler is not None:
+        logging.getLogger().removeHandler(_state.handler)
+        logging.getLogger().setLevel(_state.root_level)
+        _state.handler = None
+
+
+class _State:
+    """What `configure` set up, so that it can be taken down."""
+
+    writer: _Writer | None = None
+    handler: logging.Handler | None = None
+    root_level: int = logging.WARNING
+
+
+_state = _State()
+atexit.register(shutdown)

@@ -1,0 +1,20 @@
+"""A second server that many tests share: an ISM server behind it, tight limits, short patience."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.running import RunningServer
+from tests.serve.ism_server import IsmServer
+from tests.serve.tiny import Asker
+
+BODY_IDLE_S = 3.0  # of the special server: short to wait for, long beside what a busy machine makes of a pause
+
+
+@dataclass
+class Special:
+    """A server with an ISM server behind it, tight limits and short patience."""
+
+    server: RunningServer
+    ask: Asker
+    ism: IsmServer

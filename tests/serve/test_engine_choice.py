@@ -1,0 +1,130 @@
+"""Which engines a start offers, and what becomes of answers when the network that was chosen is not to be had."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from posekit.sam6d.checkpoint import manifest
+from serve import settings
+from serve.engine_choice import CannotStart, choose
+from tests.running import ROOT, RunningServer, register
+from tests.serve.tiny import Asker, one, tiny_scene
+from workers.settings import Sam6d
+
+
+def offer(folder: Path, **given: str) -> Any:
+    environment = {
+        "PEM_CHECKPOINTS_DIR": str(folder),
+        **{f"PEM_{name.upper()}": value for name, value in given.items()},
+    }
+    return choose(settings.load(environment=environment))
+
+
+def wrong_network(folder: Path) -> None:
+    """A sound file of tensors, of something else."""
+    save_file({"head.weight": np.zeros((2, 3), np.float32)}, folder / manifest.FILE_NAME)
+
+
+def test_the_weights_of_the_settings_are_those_that_an_import_leaves() -> None:
+    assert Sam6d().weights == manifest.FILE_NAME
+
+
+def test_weights_decide_what_auto_means_and_either_engine_may_be_asked_for(tmp_path: Path) -> None:
+    assert offer(tmp_path).engines == ("geometric",)
+    assert offer(tmp_path).lost is None
+    wrong_network(tmp_path)
+    there = offer(tmp_path)
+    assert there.engines == ("sam6d", "geometric")
+    assert len(there.sha256) == 64
+    assert offer(tmp_path, engine="sam6d") == there
+    assert offer(tmp_path, engine="geometric").engines == ("geometric",)
+
+
+@pytest.mark.parametrize("engine", ["sam6d", "auto"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x08\0\0\0\0\0\0\0{}      tail", b"\xff" * 99], ids=["empty", "odd", "noise"]
+)
+def test_weights_that_cannot_be_read_are_lost_whoever_asked_for_them(
+    tmp_path: Path, engine: str, content: bytes
+) -> None:
+    (tmp_path / manifest.FILE_NAME).write_bytes(content)
+    found = offer(tmp_path, engine=engine)
+    assert found.engines == ("geometric",)
+    assert "cut short, damaged" in found.lost
+    with pytest.raises(CannotStart, match=r"cut short, damaged.*pem weights import"):
+        offer(tmp_path, engine=engine, sam6d_fallback="false")
+
+
+def test_missing_weights_are_lost_only_where_they_were_asked_for(tmp_path: Path) -> None:
+    assert offer(tmp_path, engine="sam6d").lost == "the network's weights are missing"
+    with pytest.raises(CannotStart, match=r"missing.*pem weights import"):
+        offer(tmp_path, engine="sam6d", sam6d_fallback="false")
+    assert offer(tmp_path, sam6d_fallback="false").engines == ("geometric",)
+
+
+def refused_start(data: Path, **given: str) -> str:
+    """What `pem serve` says where it does not start."""
+    environment = {f"PEM_{name.upper()}": value for name, value in given.items()}
+    command = [sys.executable, "-m", "pem", "serve", "--port", "0", "--data-dir", str(data)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 1, ended.stderr
+    return ended.stderr.rpartition("error: ")[2]
+
+
+def test_without_a_fallback_missing_weights_refuse_the_start_in_words(tmp_path: Path) -> None:
+    said = refused_start(tmp_path, engine="sam6d", sam6d_fallback="false", checkpoints_dir=str(tmp_path))
+    assert f"the network's weights are missing ({tmp_path / manifest.FILE_NAME})" in said
+    assert "pem weights import" in said
+
+
+def test_without_a_fallback_weights_of_another_network_end_the_start_in_words(tmp_path: Path) -> None:
+    wrong_network(tmp_path)  # which only the workers find
+    said = refused_start(tmp_path / "data", engine="sam6d", sam6d_fallback="false", checkpoints_dir=str(tmp_path))
+    assert "does not fit the network" in said
+    assert "1 left over: head.weight" in said
+    assert "pem weights import" in said
+
+
+def check_stand_in(server: RunningServer, reason: str) -> None:
+    """The geometric engine answers in the network's place, and everything says so."""
+    register(server.url, tiny_scene().instances[1].shape)
+    with Asker(server.url) as ask:
+        for engine, degraded in (("auto", True), ("sam6d", True), ("geometric", False)):
+            answer = ask.ok(one(engine=engine))
+            assert (answer["engine"], answer["degraded"], answer["release"]) == ("geometric", degraded, "geometric-2")
+            assert any(reason in warning for warning in answer["warnings"]) is degraded
+            assert answer["poses"][0]["status"] == "ok"
+        assert ask.send("GET", "/readyz").status_code == 200
+        status = ask.send("GET", "/api/v1/status").json()
+        assert (status["engine"], status["degraded"], status["engines"]) == (
+            "geometric",
+            True,
+            {"geometric": "geometric-2"},
+        )
+        assert reason in status["degraded_reason"]
+        version = ask.send("GET", "/api/v1/version").json()
+        assert (version["release"], version["checkpoint"], version["degraded"]) == ("geometric-2", None, True)
+        page = ask.send("GET", "/metrics").text
+    assert "\npose_degraded 1.0" in page
+    assert 'pose_model_info{engine="geometric",release="geometric-2",sha256="",track="production"} 1.0' in page
+    assert '"event":"degraded"' in server.log()
+    assert "pem weights import" in server.log()
+
+
+def test_missing_weights_leave_the_geometric_engine_which_says_so(tmp_path: Path) -> None:
+    with RunningServer(tmp_path / "data", {"engine": "sam6d"}) as server:
+        check_stand_in(server, "the network's weights are missing")
+
+
+def test_weights_that_only_the_workers_find_wrong_leave_it_too(tmp_path: Path) -> None:
+    wrong_network(tmp_path)
+    with RunningServer(tmp_path / "data", {"checkpoints_dir": str(tmp_path)}) as server:
+        check_stand_in(server, "the network's weights cannot be used")
+        assert "1 left over: head.weight" in server.log()

@@ -1,0 +1,1 @@
+"""The stages that run inside Mosec, one per file."""
