@@ -1,4 +1,4 @@
-"""Everything that can go wrong in posekit, as one small tree; `serve/errors.py` gives each its HTTP status.
+"""Everything that can go wrong in posekit, as one small tree. Each has a `code`, the word for it everywhere else.
 
 PoseError
   BadData             the bytes do not parse: a broken PNG, a mesh file that is no mesh
@@ -12,13 +12,18 @@ PoseError
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class PoseError(Exception):
     """Base of all errors that posekit raises on purpose.
 
     `detail` is a sentence for the client: what is wrong and, where it helps, what to do.
     `field` is the request field at fault (`"rgb_image"`, `"detections.masks[3]"`), or None.
+    `code` is one of serve/errors.py's, which gives it a status; "internal" is nothing that a client can change.
     """
+
+    code: ClassVar[str] = "internal"
 
     def __init__(self, detail: str, field: str | None = None) -> None:
         super().__init__(detail)
@@ -29,17 +34,25 @@ class PoseError(Exception):
 class BadData(PoseError):
     """The bytes do not parse."""
 
+    code = "bad_data"
+
 
 class TooLarge(PoseError):
     """The decoded size would pass a limit; raised before anything is decoded."""
+
+    code = "too_large"
 
 
 class InvalidInput(PoseError):
     """Well-formed but wrong."""
 
+    code = "invalid"
+
 
 class UnitsImplausible(InvalidInput):
     """Depth, mask and model fit each other only after one change of unit; the detail says which."""
+
+    code = "units"
 
 
 class StoreError(PoseError):
@@ -48,6 +61,8 @@ class StoreError(PoseError):
 
 class StoreFull(StoreError):
     """No room left on the disk that holds the objects."""
+
+    code = "storage_full"
 
 
 class BrokenCheckpoint(PoseError):

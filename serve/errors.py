@@ -1,14 +1,14 @@
-"""The failure vocabulary of the HTTP side: one exception, and one table from posekit's and the workers' failures.
+"""The failure vocabulary: every code, its HTTP status and its words; and the one exception that carries it to a client.
 
-ApiError carries what api.md's failure table says: a status, a stable code, a sentence, the field at fault and, where
-waiting helps, Retry-After. Everything that the gateway refuses or that a stage reports ends as one of these.
+posekit's errors and the stages' `Failure` name their code themselves, so there is nothing to translate on the way. An
+ApiError adds the sentence, the field at fault and, where waiting helps, Retry-After.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-import posekit.errors as pe
+from posekit.errors import PoseError
 from workers.messages import Failure
 
 #: code -> (status, what it means): the public list, shown in the OpenAPI document.
@@ -63,42 +63,15 @@ class ApiError(Exception):
         self.headers = headers or {}
 
 
-#: posekit's tree -> code; a test walks all subclasses and proves that each has a row.
-POSEKIT_CODES: Final[dict[type[pe.PoseError], str]] = {
-    pe.PoseError: "internal",
-    pe.BadData: "bad_data",
-    pe.TooLarge: "too_large",
-    pe.InvalidInput: "invalid",
-    pe.UnitsImplausible: "units",
-    pe.StoreError: "internal",
-    pe.StoreFull: "storage_full",
-    pe.BrokenCheckpoint: "internal",
-}
-
-#: workers.messages.Failure.kind -> code
-FAILURE_CODES: Final[dict[str, str]] = {
-    "bad_data": "bad_data",
-    "too_large": "too_large",
-    "invalid": "invalid",
-    "units": "units",
-    "deadline": "deadline",
-    "storage": "storage_full",
-    "not_found": "unknown_object",
-    "unavailable": "not_ready",
-    "internal": "internal",
-}
-
-
-def from_posekit(error: pe.PoseError) -> ApiError:
+def from_posekit(error: PoseError) -> ApiError:
     """The client's view of an error raised in posekit."""
-    return ApiError(POSEKIT_CODES[type(error)], error.detail, field=error.field)
+    return ApiError(error.code, error.detail, field=error.field)
 
 
 def from_failure(failure: Failure) -> ApiError:
     """The client's view of a failure that came out of the pipeline."""
-    code = FAILURE_CODES[failure.kind]
-    waits = code in ("storage_full", "not_ready")
-    return ApiError(code, failure.detail, field=failure.field, retry_after_s=30 if waits else None)
+    waits = failure.code in ("storage_full", "not_ready")
+    return ApiError(failure.code, failure.detail, field=failure.field, retry_after_s=30 if waits else None)
 
 
 def internal_error() -> ApiError:

@@ -32,7 +32,9 @@ from serve.backend.run_dir import RunDir
 from serve.backend.watched import watched
 from serve.engine_choice import HINT, CannotStart, Offer, choose
 from serve.errors import ApiError
+from serve.gateway import routes
 from serve.gateway.app import Gateway
+from serve.gateway.service import Service
 from serve.settings import Settings, SettingsError, unknown_variables
 from serve.telemetry import logs
 from serve.telemetry.tracing import Tracing
@@ -75,15 +77,23 @@ async def _main(
     run_dir = RunDir(Path(settings.spool_dir))
     stages = with_fixed_versions(settings.stages(run_dir=run_dir.path, devices=devices, engines=offer.engines))
     backend = Backend(stages, run_dir.path)
-    tracing = Tracing.start(os.environ)
-    gateway = Gateway(settings, backend, run_dir, offer=offer, device=",".join(devices), tracing=tracing)
-    backend.on_ready, backend.on_worker_death = gateway.backend_ready, gateway.worker_died
-    _warn_if_open(settings, gateway)
-    gateway.objects.load()
+    service = Service(
+        settings,
+        backend,
+        run_dir,
+        offer=offer,
+        device=",".join(devices),
+        tracing=Tracing.start(os.environ),
+        routes=routes.counted(),
+    )
+    backend.on_ready, backend.on_worker_death = service.backend_ready, service.worker_died
+    backend.on_line = logs.forward_line
+    _warn_if_open(settings, service)
+    service.objects.load()
 
     server = _Uvicorn(
         uvicorn.Config(
-            _with_cors(gateway, settings),
+            _with_cors(Gateway(service), settings),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -94,25 +104,29 @@ async def _main(
     )
     stop = _StopSignals()
     backend.on_fatal = stop.failed
-    backend.on_hopeless = lambda why: None if gateway.warm else stop.cannot_start(why)
+    backend.on_hopeless = lambda why: None if service.warm else stop.cannot_start(why)
     serving = watched(server.serve(sockets=[listener]), "http server", stop.failed)
     serving.add_done_callback(lambda _: stop.asked.set())
     log.info(
-        "listening", url=f"http://{host}:{port}", version=__version__, engine=gateway.engine, device=gateway.device
+        "listening",
+        url=f"http://{host}:{port}",
+        version=__version__,
+        engine=service.engines.engine,
+        device=service.device,
     )
     await backend.start()
     chores = [
-        watched(gateway.queue.keep_order(), "queue", stop.failed),
-        watched(gateway.outputs.sweep_for_ever(), "output retention", stop.failed),
+        watched(service.queue.keep_order(), "queue", stop.failed),
+        watched(service.pose.outputs.sweep_for_ever(), "output retention", stop.failed),
     ]
     await stop.asked.wait()
     if serving.done():
         stop.exit_code = 1  # nobody asked for that
-    await _drain(settings, gateway, server, serving, stop)
+    await _drain(settings, service, server, serving, stop)
     for chore in chores:
         chore.cancel()
     await asyncio.gather(*chores, return_exceptions=True)
-    await gateway.ism.close()
+    await service.close()
     run_dir.remove()
     log.info("stopped", exit_code=stop.exit_code)
     if stop.reason is not None:
@@ -121,23 +135,23 @@ async def _main(
 
 
 async def _drain(
-    settings: Settings, gateway: Gateway, server: uvicorn.Server, serving: asyncio.Task[None], stop: _StopSignals
+    settings: Settings, service: Service, server: uvicorn.Server, serving: asyncio.Task[None], stop: _StopSignals
 ) -> None:
     """Nothing new from now on; what is in flight may finish until the limit; then everything stops."""
     deadline = time.monotonic() + settings.drain_s
-    gateway.draining = True
-    log.info("draining", requests=gateway.in_flight, limit_s=settings.drain_s)
-    while gateway.in_flight and not stop.insisted.is_set() and time.monotonic() < deadline - _CLOSING_S:
+    service.draining = True
+    log.info("draining", requests=service.in_flight, limit_s=settings.drain_s)
+    while service.in_flight and not stop.insisted.is_set() and time.monotonic() < deadline - _CLOSING_S:
         await asyncio.sleep(0.02)
-    if gateway.in_flight:
-        log.warning("drain_limit", requests=gateway.in_flight)
-        gateway.queue.fail_all(ApiError("draining", "the server is shutting down", retry_after_s=5))
+    if service.in_flight:
+        log.warning("drain_limit", requests=service.in_flight)
+        service.queue.fail_all(ApiError("draining", "the server is shutting down", retry_after_s=5))
         await asyncio.sleep(0.2)
     server.should_exit = True
-    server.force_exit = gateway.in_flight > 0
-    stopping = asyncio.create_task(gateway.backend.stop(_BACKEND_GRACE_S))
+    server.force_exit = service.in_flight > 0
+    stopping = asyncio.create_task(service.backend.stop(_BACKEND_GRACE_S))
     await asyncio.wait({serving}, timeout=max(deadline - time.monotonic(), 0.5))
-    await asyncio.gather(stopping, gateway.tracing.close(max(deadline - time.monotonic(), 0.5)))
+    await asyncio.gather(stopping, service.tracing.close(max(deadline - time.monotonic(), 0.5)))
 
 
 def _with_cors(gateway: Gateway, settings: Settings) -> Any:
@@ -266,8 +280,8 @@ def _locked(data: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _warn_if_open(settings: Settings, gateway: Gateway) -> None:
+def _warn_if_open(settings: Settings, service: Service) -> None:
     loopback = settings.host in ("127.0.0.1", "::1", "localhost")
     with contextlib.suppress(Exception):  # broken keys close the door and are told with each request
-        if not loopback and not gateway.keys:
+        if not loopback and not service.keys:
             log.warning("open_to_everyone", host=settings.host, hint="no API keys: `pem keys add NAME` makes one")

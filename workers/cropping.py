@@ -31,7 +31,7 @@ def cut(part: Part) -> Cut | Failure:
     job = read_job(part.path, part.job)
     if time.time() > job.deadline_unix:
         detail = "the deadline passed before the pictures were decoded"
-        return Failure(part_id=part.part_id, kind="deadline", detail=detail)
+        return Failure(part_id=part.part_id, code="deadline", detail=detail)
     frame = _decode_frame(job)
     _check_masks_together(job, frame)
 

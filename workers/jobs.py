@@ -9,17 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from posekit.errors import BadData, InvalidInput, PoseError, StoreFull, TooLarge, UnitsImplausible
-from workers.messages import Failure, FailureKind, Job
-
-_KINDS: tuple[tuple[type[PoseError], FailureKind], ...] = (
-    (BadData, "bad_data"),
-    (TooLarge, "too_large"),
-    (UnitsImplausible, "units"),
-    (InvalidInput, "invalid"),
-    (StoreFull, "storage"),
-)
-
+from posekit.errors import PoseError
+from workers.messages import Failure, Job
 
 INLINE_BYTES = 64 * 1024  # smaller messages go through the socket
 _ROOM = 2.0  # times its size must be free, so that the other users of /dev/shm are left some
@@ -80,6 +71,5 @@ def take(path: str) -> bytes:
 
 
 def failure_from(error: PoseError, item_id: str) -> Failure:
-    """An error that posekit raised on purpose, as it travels; `internal` for what the client cannot change."""
-    kind: FailureKind = next((kind for type_, kind in _KINDS if isinstance(error, type_)), "internal")
-    return Failure(part_id=item_id, kind=kind, detail=error.detail, field=error.field)
+    """An error that posekit raised on purpose, as it travels."""
+    return Failure(part_id=item_id, code=error.code, detail=error.detail, field=error.field)

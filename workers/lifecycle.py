@@ -212,7 +212,7 @@ class Stage(Worker):
     def internal(self, message_id: str, **fields: Any) -> Failure:
         """Log the exception being handled and say to the client no more than that it happened."""
         self.log.exception("internal_error", part_id=message_id, **fields)
-        return Failure(part_id=message_id, kind="internal", detail=INTERNAL_DETAIL)
+        return Failure(part_id=message_id, code="internal", detail=INTERNAL_DETAIL)
 
 
 INTERNAL_DETAIL = "an internal error happened; the server's log has it under this request's id"

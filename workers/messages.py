@@ -66,34 +66,39 @@ class MaskSpec(msgspec.Struct, frozen=True, kw_only=True):
     init_T_cam_obj_mm: list[float] | None = None  # 16 numbers, row-major 4x4, translation in mm
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One client request, typed and checked, pictures still encoded."""
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client asks of the task `pose`, typed and checked, pictures still encoded. Gateway and stages share it."""
 
-    request_id: str
     rgb: bytes
     depth: bytes
     depth_height: int = 0  # with depth_width: depth is bare little-endian float32 of this size (second dialect)
     depth_width: int = 0
     K: tuple[float, float, float, float, float, float, float, float, float]  # row-major
     depth_scale_mm: float | None  # raw value x this = millimetres; None only where the file must give it (422)
+    depth_unit_given: bool = False  # the client said depth_unit or depth_scale: words of the unit check differ
     detections: list[MaskSpec]
-    objects: list[ObjectRef]
     field_prefix: str = "detections.masks"  # how the client calls the masks, for error paths ("seg_data")
     field_suffix: str = ""  # after the index: "" for columns (detections.masks[3]), ".segmentation" for lists
     field_indices: list[int] | None = None  # where each detection stood in what the client sent, if some were left out
     rgb_field: str = "rgb_image"
     depth_field: str = "depth_image"
-    engine: str = "geometric"
-    refine: Literal["icp", "none"] = "icp"
     hypotheses: int = 0
     units: Literal["check", "strict"] = "check"
-    depth_unit_given: bool = False  # the client said depth_unit or depth_scale: words of the unit check differ
     min_score: float = 0.0
     seed: int | None = None
+    visualize: bool = False
+
+
+class Job(Asked, frozen=True, kw_only=True):
+    """The same once everything is decided that the client may leave open: what the stages read."""
+
+    request_id: str
+    objects: list[ObjectRef]
+    engine: str = "geometric"
+    refine: Literal["icp", "none"] = "icp"
     deadline_unix: float  # time.time() after which no work is started
     max_megapixels: float = 50.0  # decoded size limit of colour and depth
     max_mask_megapixels: float = 500.0  # together, one at a time
-    visualize: bool = False
     output_dir: str | None = None  # absolute, already checked to be inside the output root
 
     def mask_field(self, index: int) -> str:
@@ -124,16 +129,11 @@ class FinishPart(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
 
 # ------------------------------------------------------------------------------------------------ failures of requests
 
-FailureKind = Literal[
-    "bad_data", "too_large", "invalid", "units", "deadline", "storage", "not_found", "unavailable", "internal"
-]
-
-
 class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
     """The whole request cannot be answered; travels to the end of the pipeline as a value."""
 
     part_id: str
-    kind: FailureKind  # serve/errors.py maps it to a status and a code
+    code: str  # one of serve/errors.py's, which gives it a status
     detail: str  # for the client: no server path in it
     field: str | None = None
 
@@ -238,13 +238,11 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"
 
 
-class Solved(msgspec.Struct, frozen=True, kw_only=True, tag="solved"):
-    """A part after the pose stage."""
+class PartResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a part, and what it cost: made by the pose stage, passed on by respond, read by the gateway."""
 
-    part: Part
-    rows: list[Row]
-    scores: list[float]  # the detector's, beside the rows, for detection_pem.json
-    engine: str
+    rows: list[Row] = []
+    engine: str = ""
     warnings: list[str] = []
     decode_ms: float = 0.0
     queue_ms: float = 0.0  # between decode and pose
@@ -257,26 +255,26 @@ class Solved(msgspec.Struct, frozen=True, kw_only=True, tag="solved"):
     pose_unix: float = 0.0  # when the batch that it came with was begun
 
 
-class PartAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
+class Solved(PartResult, frozen=True, kw_only=True, tag="solved"):
+    """A part after the pose stage."""
+
+    part: Part
+    scores: list[float]  # the detector's, beside the rows, for detection_pem.json
+
+
+class PartAnswer(PartResult, frozen=True, kw_only=True, tag="answer"):
     """What the gateway gets back for a part, or for /finish (then only what respond did matters)."""
 
     part_id: str
-    rows: list[Row] = []
-    engine: str = ""
-    warnings: list[str] = []
-    decode_ms: float = 0.0
-    queue_ms: float = 0.0
-    pose_ms: float = 0.0
     respond_ms: float = 0.0
-    batch_detections: int = 0
-    batch_requests: int = 0
-    passes: list[PassRecord] = []
-    pass_ids: list[str] = []
-    decode_unix: float = 0.0
-    pose_unix: float = 0.0
     respond_unix: float = 0.0
     visualization: bytes | None = None  # PNG
     output_written: bool = False
+
+
+def shared(kind: type[msgspec.Struct], value: msgspec.Struct) -> dict[str, Any]:
+    """The fields that `value` has of `kind`, a base of its class: for another struct with the same base."""
+    return {name: getattr(value, name) for name in kind.__struct_fields__}
 
 
 PoseInput = Cut | CutFile | Failure

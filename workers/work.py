@@ -44,7 +44,7 @@ class Work:
         cut = self.cut
         if self.late:
             detail = "the deadline passed before the poses were computed"
-            return Failure(part_id=cut.part.part_id, kind="deadline", detail=detail)
+            return Failure(part_id=cut.part.part_id, code="deadline", detail=detail)
         rows = [
             make_row(crop, self._outcome(crop), min_score=cut.min_score, hypotheses=cut.hypotheses)
             for crop in cut.crops

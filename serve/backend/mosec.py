@@ -25,7 +25,6 @@ import structlog
 
 from pem.ports import free_port
 from serve.backend.watched import watched
-from serve.telemetry import logs
 from workers.settings import Stages, to_environment
 from workers.state import WorkerState, read_states, remove_state
 
@@ -100,6 +99,7 @@ class Backend:
         self.on_worker_death = on_worker_death
         self.on_fatal: Callable[[], None] = lambda: None  # something that looks after it has itself failed
         self.on_hopeless: Callable[[str], None] = lambda _: None  # a worker cannot start, and says why
+        self.on_line: Callable[[bytes], None] = lambda _: None  # that its processes wrote on their standard error
         self._process: asyncio.subprocess.Process | None = None
         self._port = 0
         self._session: aiohttp.ClientSession | None = None
@@ -235,7 +235,7 @@ class Backend:
                 continue
             if not line:
                 return
-            logs.forward_line(line)
+            self.on_line(line)
 
     async def _become_ready(self) -> None:
         begun = time.monotonic()

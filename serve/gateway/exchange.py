@@ -1,4 +1,4 @@
-"""One HTTP exchange: the request as the routes see it, with what its log line will say, and the answer."""
+"""One HTTP exchange: the request as the routes see it, and the answer on its way out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from pem import contract as schemas
+from serve.tasks.asker import Asker, Notes
 from serve.telemetry.tracing import Trace
 
 Scope = dict[str, Any]
@@ -48,40 +48,13 @@ class Call:
     arrived: float
     trace: Trace
     client: str = ""
+    name: str = ""  # what stands for the `{id}` of its route's path
     body_read: bool = False
     body_received: float = 0.0
-    detections: int | None = None
-    poses: int | None = None
-    timing: schemas.Timing | None = None
     error: str | None = None
     detail: str | None = None  # of the error, for the log
     field: str | None = None  # at fault, likewise
-    rejected: dict[str, int] | None = None  # detections without a pose, by reason
-    engine: str | None = None  # what answered
-    release: str | None = None  # likewise
-
-    async def receive(self) -> dict[str, Any]:
-        """ASGI's receive, noting when the body has ended."""
-        message = await self.raw_receive()
-        if message["type"] == "http.request" and not message.get("more_body", False):
-            self.body_read = True
-        return message
-
-    @property
-    def sends_body(self) -> bool:
-        """Whether the client announced a body."""
-        return self.headers.get("content-length", "0") != "0" or "transfer-encoding" in self.headers
-
-    @property
-    def wants_msgpack(self) -> bool:
-        """Whether the answer is to be MessagePack."""
-        return MSGPACK in self.headers.get("accept", "")
-
-    def encode(self, value: object) -> tuple[bytes, str]:
-        """A struct in the form that the client accepts, and its content type."""
-        if self.wants_msgpack:
-            return msgspec.msgpack.encode(value), MSGPACK
-        return msgspec.json.encode(value), JSON
+    notes: Notes = dataclasses.field(default_factory=Notes)
 
     @classmethod
     def of(cls, scope: Scope, receive: Receive) -> Self:
@@ -102,18 +75,45 @@ class Call:
             trace=Trace.of(scope["headers"]),
         )
 
+    async def receive(self) -> dict[str, Any]:
+        """ASGI's receive, noting when the body has ended."""
+        message = await self.raw_receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self.body_read = True
+        return message
+
     async def gone(self) -> None:
         """Returns when the client has closed the connection; to be awaited once the body is read."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
     @property
+    def sends_body(self) -> bool:
+        """Whether the client announced a body."""
+        return self.headers.get("content-length", "0") != "0" or "transfer-encoding" in self.headers
+
+    def asker(self, deadline: float) -> Asker:
+        """The same for a task; `deadline` is monotonic."""
+        return Asker(self.request_id, self.client, self.body_received, deadline, self.trace, self.notes)
+
+    def encode(self, value: object) -> tuple[bytes, str]:
+        """A struct in the form that the client accepts, and its content type."""
+        if MSGPACK in self.headers.get("accept", ""):
+            return msgspec.msgpack.encode(value), MSGPACK
+        return msgspec.json.encode(value), JSON
+
+    def answer(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
+        """A struct as the answer."""
+        body, content_type = self.encode(value)
+        return Answer(status, body, content_type, headers or {})
+
+    @property
     def server_timing(self) -> str:
         """The header `Server-Timing`: what is known by now."""
         entries = [("total", (time.monotonic() - self.arrived) * 1e3)]
-        if self.timing is not None:
+        if self.notes.timing is not None:
             parts = {
-                name.removesuffix("_ms"): getattr(self.timing, name)
+                name.removesuffix("_ms"): getattr(self.notes.timing, name)
                 for name in ("decode_ms", "queue_ms", "pose_ms", "respond_ms", "onboard_ms", "ism_ms")
             }
             entries += [(name, value) for name, value in parts.items() if value is not None]

@@ -7,18 +7,18 @@ the fields that are `msgspec.Raw` (FRAGMENTS), the routes, the failures each may
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
-from pem import contract as schemas
+from pem import contract
 from posekit.engine import REJECT_CODES
 from serve.errors import CODES
 from serve.gateway.openapi_words import EXAMPLES, FIELDS, IMAGES, REQUEST, SCHEMAS, Json
+from serve.gateway.route import Route
 
 _REF: Final = "#/components/schemas/{name}"
 _JSON, _MSGPACK, _FORM = "application/json", "application/msgpack", "multipart/form-data"
@@ -125,249 +125,24 @@ _FIELD_AT_FAULT: Final = {
 def failure_example(code: str, schema: str = "PoseAnswer") -> Json:
     """What a failure with this code looks like; `schema` is PoseAnswer, or SegDataAnswer in the second dialect."""
     at, detail = _FIELD_AT_FAULT.get(code, (None, CODES[code][1]))
-    error = schemas.ErrorBody(code=code, detail=detail, request_id="c0ffee0123456789abcdef01", field=at)
-    kind = schemas.SegDataAnswer if schema == "SegDataAnswer" else schemas.PoseAnswer
+    error = contract.ErrorBody(code=code, detail=detail, request_id="c0ffee0123456789abcdef01", field=at)
+    kind = contract.SegDataAnswer if schema == "SegDataAnswer" else contract.PoseAnswer
     example: Json = msgspec.to_builtins(kind(success=False, error_message=detail, error=error))
     return example
 
 
 # --------------------------------------------------------------------------------------------------------------- routes
 
-_DOOR: Final = ("key_missing", "key_wrong", "rate_limited", "internal")
-_BODY: Final = ("bad_body", "bad_data", "body_timeout", "too_large", "unsupported_media_type", "invalid")
-_POSE: Final = (
-    *_DOOR,
-    *_BODY,
-    "units",
-    "unknown_object",
-    "no_cad_file",
-    "deadline_too_short",
-    "over_capacity",
-    "not_ready",
-    "draining",
-    "onboarding",
-    "onboarding_failed",
-    "worker_lost",
-    "storage_full",
-    "deadline",
-)
-
-_BASE: Final = "http://127.0.0.1:8003"
-_CURL_POSE: Final = f"""\
-curl -F rgb=@rgb.png -F depth=@depth.png \\
-  -F 'request={{"cam_params": {{"cam_K": [600, 0, 320, 0, 600, 240, 0, 0, 1]}},
-               "object_id": "mug",
-               %s}};type={_JSON}' \\
-  {_BASE}%s"""
-_CURL_RLE: Final = '{"size": [480, 640], "counts": [96100, 200, 210900]}'
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Route:
-    """One operation: what it takes, what it answers, and how it fails."""
-
-    method: Literal["get", "post", "delete"]
-    path: str
-    tag: str
-    summary: str
-    text: str = ""
-    request: str | None = None  # schema of the body
-    answer: str | None = None  # schema of the answer
-    statuses: Mapping[int, str] = field(default_factory=lambda: {200: "The answer."})
-    codes: Iterable[str] = _DOOR
-    curl: str = ""
-    parameters: tuple[str, ...] = ()
-    plain: tuple[str, Json] | None = None  # media type and example of an answer that is no struct
-    open: bool = False  # never asks for a key
-
-
-_POSES, _OBJECTS, _SERVER, _OIP, _SECOND = "Poses", "Objects", "Server", "Open Inference Protocol", "Second dialect"
-_TAGS: Final = {
-    _POSES: "An image pair, instance masks and a CAD model in; one row with a pose, or the reason for none, out.",
-    _OBJECTS: "CAD models, onboarded once and then asked for by name.",
-    _SERVER: "How the server is, and what it measures.",
-    _SECOND: "The same core in a spelling that some clients already speak.",
-    _OIP: "Health and metadata as KServe and its kin ask for them.",
+KEY_CODES: Final = ("key_missing", "key_wrong")
+BASE: Final = "http://127.0.0.1:8003"  # of the examples; the docs page puts its own address there
+POSES, OBJECTS, SERVER, OIP, SECOND = "Poses", "Objects", "Server", "Open Inference Protocol", "Second dialect"
+TAGS: Final = {
+    POSES: "An image pair, instance masks and a CAD model in; one row with a pose, or the reason for none, out.",
+    OBJECTS: "CAD models, onboarded once and then asked for by name.",
+    SERVER: "How the server is, and what it measures.",
+    SECOND: "The same core in a spelling that some clients already speak.",
+    OIP: "Health and metadata as KServe and its kin ask for them.",
 }
-_TAKES: Final = (
-    "As JSON (pictures in base64), as MessagePack (pictures as raw bytes), or as a form with the files `rgb` and "
-    "`depth` and a JSON part `request`. Bodies may be gzipped. Unknown fields are refused, so that a typo never passes."
-)
-_LIVE: Final[tuple[str, Json]] = (_JSON, {"live": True})
-_READY: Final[tuple[str, Json]] = (_JSON, {"ready": True})
-
-_ROUTES: Final = (
-    _Route(
-        method="post",
-        path="/api/v1/pose_estimation",
-        tag=_POSES,
-        summary="Poses of detected objects",
-        text="One row for each detection, in the order sent; a detection without a pose says why. "
-        f"Lengths are millimetres in and out. {_TAKES}",
-        request="PoseRequest",
-        answer="PoseAnswer",
-        codes=_POSE,
-        curl=_CURL_POSE % (f'"detections": {{"masks": [{_CURL_RLE}]}}', "/api/v1/pose_estimation"),
-        parameters=("RequestId", "Deadline", "TraceParent"),
-    ),
-    _Route(
-        method="post",
-        path="/api/v1/full_pipeline",
-        tag=_POSES,
-        summary="Detection and poses",
-        text="The same without detections: the configured instance-segmentation (ISM) server is asked for them first, "
-        f"and the answer tells what it found. {_TAKES}",
-        request="FullPipelineRequest",
-        answer="PoseAnswer",
-        codes=(*_POSE, "ism_failed", "no_ism"),
-        curl=_CURL_POSE % ('"template_dir": "templates/mug"', "/api/v1/full_pipeline"),
-        parameters=("RequestId", "Deadline", "TraceParent"),
-    ),
-    _Route(
-        method="post",
-        path="/api/v1/objects",
-        tag=_OBJECTS,
-        summary="Register a CAD model",
-        text="PLY, OBJ, STL, GLB, OFF, or a zip of OBJ, MTL and textures; at most 80 MB. Onboarding goes on by itself; "
-        "`wait` blocks until it is done.",
-        request="ObjectRequest",
-        answer="ObjectAnswer",
-        statuses={201: "A new object.", 200: "An object that was known already."},
-        codes=(*_DOOR, *_BODY, "units", "not_ready", "draining", "storage_full"),
-        curl=f"curl -F file=@mug.ply -F 'request={{\"name\": \"mug\"}};type={_JSON}' '{_BASE}/api/v1/objects?wait=60'",
-        parameters=("RequestId", "Wait", "TraceParent"),
-    ),
-    _Route(
-        method="get",
-        path="/api/v1/objects",
-        tag=_OBJECTS,
-        summary="All objects",
-        answer="ObjectList",
-        curl=f"curl {_BASE}/api/v1/objects",
-    ),
-    _Route(
-        method="get",
-        path="/api/v1/objects/{id}",
-        tag=_OBJECTS,
-        summary="One object, with the progress of its onboarding",
-        answer="ObjectAnswer",
-        codes=(*_DOOR, "unknown_object"),
-        curl=f"curl {_BASE}/api/v1/objects/mug",
-        parameters=("ObjectId",),
-    ),
-    _Route(
-        method="delete",
-        path="/api/v1/objects/{id}",
-        tag=_OBJECTS,
-        summary="Remove an object",
-        statuses={204: "It is gone."},
-        codes=(*_DOOR, "unknown_object"),
-        curl=f"curl -X DELETE {_BASE}/api/v1/objects/mug",
-        parameters=("ObjectId",),
-    ),
-    _Route(
-        method="get",
-        path="/api/v1/status",
-        tag=_SERVER,
-        summary="How the server is",
-        answer="Status",
-        curl=f"curl {_BASE}/api/v1/status",
-    ),
-    _Route(
-        method="get",
-        path="/api/v1/version",
-        tag=_SERVER,
-        summary="What answers here",
-        answer="Version",
-        curl=f"curl {_BASE}/api/v1/version",
-    ),
-    _Route(
-        method="get",
-        path="/livez",
-        tag=_SERVER,
-        summary="Liveness",
-        text="Never depends on the model.",
-        plain=_LIVE,
-        codes=(),
-        curl=f"curl {_BASE}/livez",
-        open=True,
-    ),
-    _Route(
-        method="get",
-        path="/readyz",
-        tag=_SERVER,
-        summary="Readiness",
-        text="503 while loading, warming up or draining.",
-        plain=_READY,
-        codes=("not_ready", "draining"),
-        curl=f"curl {_BASE}/readyz",
-        open=True,
-    ),
-    _Route(
-        method="get",
-        path="/metrics",
-        tag=_SERVER,
-        summary="Prometheus metrics",
-        text="Open unless the server's settings ask for a key.",
-        plain=("text/plain; version=0.0.4; charset=utf-8", {}),
-        curl=f"curl {_BASE}/metrics",
-    ),
-    _Route(
-        method="get",
-        path="/openapi.json",
-        tag=_SERVER,
-        summary="This document",
-        plain=(_JSON, {"openapi": "3.1.0"}),
-        curl=f"curl {_BASE}/openapi.json",
-    ),
-    _Route(method="get", path="/docs", tag=_SERVER, summary="This page", plain=("text/html; charset=utf-8", {})),
-    _Route(
-        method="post",
-        path="/api/v1/pose-estimation",
-        tag=_SECOND,
-        summary="Poses, in parallel arrays",
-        text=f"Takes COCO detections in `seg_data` and answers with arrays over the solved ones. {_TAKES}",
-        request="SegDataRequest",
-        answer="SegDataAnswer",
-        codes=_POSE,
-        curl=_CURL_POSE % (f'"seg_data": [{{"segmentation": {_CURL_RLE}}}]', "/api/v1/pose-estimation"),
-        parameters=("RequestId", "Deadline", "TraceParent"),
-    ),
-    _Route(
-        method="get",
-        path="/api/v1/health",
-        tag=_SECOND,
-        summary="What those clients ask first",
-        answer="Health2",
-        curl=f"curl {_BASE}/api/v1/health",
-    ),
-    _Route(method="get", path="/v2/health/live", tag=_OIP, summary="Liveness", plain=_LIVE),
-    _Route(
-        method="get",
-        path="/v2/health/ready",
-        tag=_OIP,
-        summary="Readiness",
-        plain=_READY,
-        codes=(*_DOOR, "not_ready", "draining"),
-    ),
-    _Route(
-        method="get",
-        path="/v2/models/pem",
-        tag=_OIP,
-        summary="Metadata, licences of engine and weights included",
-        answer="ModelMetadata",
-        curl=f"curl {_BASE}/v2/models/pem",
-    ),
-    _Route(
-        method="get",
-        path="/v2/models/pem/ready",
-        tag=_OIP,
-        summary="Readiness of the model",
-        plain=_READY,
-        codes=(*_DOOR, "not_ready", "draining"),
-    ),
-)
-
 _PARAMETERS: Final[dict[str, Json]] = {
     "RequestId": {
         "name": "X-Request-Id",
@@ -418,33 +193,29 @@ _RETRY: Final = (429, 503)  # statuses that say when to come back
 # ------------------------------------------------------------------------------------------------------------- document
 
 _STRUCTS: Final = (
-    schemas.PoseRequest,
-    schemas.FullPipelineRequest,
-    schemas.SegDataRequest,
-    schemas.Columns,
-    schemas.Detection,
-    schemas.ObjectRequest,
-    schemas.PoseAnswer,
-    schemas.SegDataAnswer,
-    schemas.ObjectAnswer,
-    schemas.ObjectList,
-    schemas.Status,
-    schemas.Version,
-    schemas.Health2,
-    schemas.ModelMetadata,
+    contract.PoseRequest,
+    contract.FullPipelineRequest,
+    contract.SegDataRequest,
+    contract.Columns,
+    contract.Detection,
+    contract.ObjectRequest,
+    contract.PoseAnswer,
+    contract.SegDataAnswer,
+    contract.ObjectAnswer,
+    contract.ObjectList,
+    contract.Status,
+    contract.Version,
+    contract.Health2,
+    contract.ModelMetadata,
 )
 
 
-def document(version: str) -> Json:
-    """The whole document, a new copy each time."""
-    return copy.deepcopy(_document(version))
-
-
-@cache
-def _document(version: str) -> Json:
+def document(version: str, routes: Sequence[Route]) -> Json:
+    """The whole document, a new copy each time; routes without a summary are left out."""
     paths: Json = {}
-    for route in _ROUTES:
-        paths.setdefault(route.path, {})[route.method] = _operation(route)
+    for route in routes:
+        if route.summary:
+            paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -460,7 +231,7 @@ def _document(version: str) -> Json:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],
-        "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "security": [{"bearer": []}, {"key": []}, {}],
         "paths": paths,
         "components": {
@@ -473,7 +244,7 @@ def _document(version: str) -> Json:
                 "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "`X-API-Key: KEY`"},
             },
         },
-        "x-curl-base": _BASE,  # the docs page puts its own address there
+        "x-curl-base": BASE,
         "x-errors": [{"code": code, "status": status, "text": text} for code, (status, text) in CODES.items()],
     }
 
@@ -516,7 +287,7 @@ def _examples() -> dict[str, Json]:
     return examples
 
 
-def _operation(route: _Route) -> Json:
+def _operation(route: Route) -> Json:
     operation: Json = {
         "operationId": _operation_id(route),
         "tags": [route.tag],
@@ -528,17 +299,17 @@ def _operation(route: _Route) -> Json:
     if route.parameters:
         operation["parameters"] = [{"$ref": f"#/components/parameters/{name}"} for name in route.parameters]
     if route.request is not None:
-        operation["requestBody"] = {"required": True, "content": _request_content(route.request)}
-    if route.open:
+        operation["requestBody"] = {"required": True, "content": _request_content(route.request.__name__)}
+    if not set(KEY_CODES) & set(route.codes):
         operation["security"] = []
     if route.curl:
         operation["x-curl"] = route.curl
     return operation
 
 
-def _operation_id(route: _Route) -> str:
+def _operation_id(route: Route) -> str:
     words = route.path.removeprefix("/api").strip("/").replace("-", "_2_").replace("{id}", "one").replace(".", "_")
-    return f"{route.method}_{words.replace('/', '_')}"
+    return f"{route.method.lower()}_{words.replace('/', '_')}"
 
 
 def _request_content(schema: str) -> Json:
@@ -587,13 +358,13 @@ def _headers(status: int) -> Json:
     return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
-def _success(route: _Route, status: int, text: str) -> Json:
+def _success(route: Route, status: int, text: str) -> Json:
     response: Json = {"description": text, "headers": _headers(status)}
-    if route.request == "ObjectRequest":
+    if route.request is contract.ObjectRequest:
         response["headers"]["Location"] = {"$ref": "#/components/headers/Location"}
     if route.answer is not None:
-        schema = {"schema": {"$ref": _REF.format(name=route.answer)}}
-        named = EXAMPLES.get(route.answer) or {"default": msgspec.to_builtins(_METADATA)}
+        schema = {"schema": {"$ref": _REF.format(name=route.answer.__name__)}}
+        named = EXAMPLES[route.answer.__name__]
         response["content"] = {
             _JSON: {**schema, "examples": {name: {"value": value} for name, value in named.items()}},
             _MSGPACK: schema,
@@ -607,9 +378,9 @@ def _success(route: _Route, status: int, text: str) -> Json:
     return response
 
 
-def _failures(route: _Route) -> Json:
+def _failures(route: Route) -> Json:
     """One response for each status, with the codes that it may carry as examples."""
-    schema = "SegDataAnswer" if route.answer == "SegDataAnswer" else "PoseAnswer"
+    schema = route.failure.__name__
     by_status: dict[int, list[str]] = {}
     for code in CODES:
         if code in set(route.codes):
@@ -637,48 +408,3 @@ def _failures(route: _Route) -> Json:
 def page() -> bytes:
     """The documentation page: one HTML file that loads nothing but ./openapi.json."""
     return _PAGE.read_bytes()
-
-
-#: engine -> terms of its code and of its weights
-_LICENCES: Final = {
-    "geometric": ("Apache-2.0", "none: this engine has no weights"),
-    "sam6d": ("Apache-2.0", "not stated by their authors: ask them before commercial use"),
-}
-
-
-def model_metadata(*, version: str, release: str, engine: str) -> schemas.ModelMetadata:
-    """`GET /v2/models/pem`: what goes in and out, and under which terms. Shapes use -1 for any number."""
-    engine_licence, weights_licence = _LICENCES[engine]
-    return schemas.ModelMetadata(
-        name="pem",
-        versions=[release],
-        platform="pem-server",
-        inputs=[
-            _tensor("rgb_image", "BYTES", 1),
-            _tensor("depth_image", "BYTES", 1),
-            _tensor("cam_K", "FP64", 3, 3),
-            _tensor("masks", "BYTES", -1),
-            _tensor("object_id", "BYTES", 1),
-        ],
-        outputs=[
-            _tensor("rotation", "FP64", -1, 3, 3),
-            _tensor("translation", "FP64", -1, 3),
-            _tensor("confidence", "FP64", -1),
-        ],
-        parameters={
-            "server_version": version,
-            "engine": engine,
-            "engine_licence": engine_licence,
-            "weights_licence": weights_licence,
-            "lengths": "mm",
-            "frame": "object to camera, OpenCV camera frame",
-            "endpoint": "/api/v1/pose_estimation",
-        },
-    )
-
-
-def _tensor(name: str, datatype: str, *shape: int) -> Json:
-    return {"name": name, "datatype": datatype, "shape": list(shape)}
-
-
-_METADATA: Final = model_metadata(version="0.1.0", release="geometric-2", engine="geometric")

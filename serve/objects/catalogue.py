@@ -31,8 +31,8 @@ from posekit.errors import PoseError, StoreError
 from posekit.store import ObjectStore, StoredModel, StoredObject
 from serve.backend.mosec import Backend, BackendError, Interrupted
 from serve.errors import ApiError, from_failure, from_posekit, internal_error
+from serve.objects.choice import CadChoice
 from serve.settings import Settings
-from serve.tasks.pose.question import CadChoice
 from workers.messages import (
     Failure,
     Health,
@@ -656,7 +656,7 @@ class Objects:
             answer = _decode_onboarded(body)
             if isinstance(answer, Failure):
                 error = answer.detail
-                if answer.kind in ("storage", "unavailable"):  # says nothing about the CAD: not to be remembered
+                if answer.code in ("storage_full", "not_ready"):  # says nothing about the CAD: not to be remembered
                     log.error("onboarding_failed", object_id=object_id, engine=engine, error=error)
                     raise from_failure(answer)
             else:

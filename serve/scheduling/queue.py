@@ -1,12 +1,12 @@
-"""The queue in front of the pose stage: admission, turns, deadlines, retries.
+"""The queue in front of the device stage: admission, turns, deadlines, retries. It knows a task by its face (work.py).
 
 Mosec gathers batches but knows neither clients nor deadlines, and a worker takes nothing new until its whole batch is
-back. So only a few passes' worth of detections are inside Mosec at any time, and everything else waits here:
+back. So only a few passes' worth of work are inside Mosec at any time, and everything else waits here:
 
 - Clients take turns: the one that was served least goes next. Within a client the request with the least left to do
   goes first, except that one that has waited for half its deadline gets every second turn.
-- A request larger than a pass is split into parts, whose rows are put together again. On a CPU, where a worker looks
-  at one detection after the other, a request that finds several workers idle is split between them.
+- A request larger than a pass is split into parts, whose answers its task puts together again. On a CPU, where a
+  worker does one thing after the other, a request that finds several workers idle is split between them.
 - While there is a worker without work, everything is sent at once. While all are busy, what comes is gathered until it
   fills a pass, `pose.batch_wait_ms` at the longest: `on_dispatch` hears which it was ("idle", "full" or "window").
 - A request that could not be answered in time is refused at the door (429 with Retry-After, or 422 where even an idle
@@ -21,8 +21,9 @@ import contextlib
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import structlog
@@ -30,15 +31,14 @@ import structlog
 from serve.backend.mosec import Backend, BackendError, Interrupted
 from serve.backend.run_dir import RunDir
 from serve.errors import ApiError, from_failure, internal_error, worker_lost
-from serve.scheduling.receipt import Receipt, receipt
+from serve.scheduling.work import Answered, Share, Work
 from serve.settings import Queue as QueueSettings
-from workers.messages import Answer, Failure, FinishPart, Job, Part, PartAnswer, PassRecord, Row
+from workers.messages import Failure, PassRecord
 from workers.settings import on_gpu
 
 log = structlog.get_logger()
 
-_decode_answer = msgspec.msgpack.Decoder(Answer).decode
-_encode = msgspec.msgpack.encode
+A = TypeVar("A", bound=Answered)
 
 #: Before anything was measured: cautious for the ceiling, generous for `deadline_too_short`.
 _UNMEASURED_RATE = 5.0
@@ -53,47 +53,44 @@ _PAUSE_BEFORE_RETRY_S = 0.05
 _SLACK_S = 30.0
 
 
-@dataclass
-class Solution:
-    """All rows of one request, in order, with what they cost."""
+@dataclass(frozen=True, kw_only=True)
+class Gathered(Generic[A]):
+    """What the backend answered for all shares of a request, in order; where the encoded request still lies."""
 
-    rows: list[Row]
-    engine: str  # another than was asked for where that answered any of the parts
-    warnings: list[str]
-    receipt: Receipt
-    batch_detections: int
-    batch_requests: int
-    visualization: bytes | None = None
-    output_written: bool = False
+    answers: list[A]
+    path: str | None
+    inline: bytes
+    arrived_unix: float
 
 
 @dataclass(eq=False)
 class _Part:
     ticket: _Ticket
-    part: Part
+    share: Share
     attempts: int = 0
     waited_s: float = 0.0
 
     @property
     def cost(self) -> int:
-        return max(1, self.part.stop - self.part.start)
+        return self.share.cost
 
     @property
     def engine(self) -> str:
-        return self.ticket.job.engine
+        return self.ticket.work.engine
 
 
 @dataclass(eq=False)
 class _Ticket:
-    job: Job
+    work: Work[Any]
     client: str
     arrived: float
     deadline: float  # monotonic
     path: str | None
-    encoded: bytes
-    pending: list[_Part]
+    inline: bytes
     done: asyncio.Future[None]
-    answers: dict[int, PartAnswer] = field(default_factory=dict)
+    parts: list[_Part] = field(default_factory=list)  # all of them, in order
+    pending: list[_Part] = field(default_factory=list)  # those that wait here
+    answers: dict[_Part, Any] = field(default_factory=dict)
     running: int = 0
     closed: bool = False
 
@@ -103,35 +100,35 @@ class _Ticket:
 
 
 class _Rate:
-    """Detections per second of one engine on one device, as the passes report it; recent ones count more."""
+    """Cost per second of one engine on one device, as the passes report it; recent ones count more."""
 
     def __init__(self) -> None:
-        self._detections = 0.0
+        self._cost = 0.0
         self._seconds = 0.0
         self._passes = 0
         self._latest = 0.0
 
-    def seed(self, detections_per_second: float) -> None:
-        if self._seconds == 0 and detections_per_second > 0:
-            self._detections, self._seconds = detections_per_second, 1.0
+    def seed(self, per_second: float) -> None:
+        if self._seconds == 0 and per_second > 0:
+            self._cost, self._seconds = per_second, 1.0
 
     def add(self, record: PassRecord) -> None:
-        self._detections = self._detections * _FORGET + record.detections
+        self._cost = self._cost * _FORGET + record.detections
         self._seconds = self._seconds * _FORGET + record.seconds
         self._passes += 1
         self._latest = time.monotonic()
 
     @property
     def value(self) -> float:
-        return self._detections / self._seconds if self._seconds > 1e-6 else _UNMEASURED_RATE
+        return self._cost / self._seconds if self._seconds > 1e-6 else _UNMEASURED_RATE
 
     @property
     def is_sure(self) -> bool:
         return self._passes >= _SURE_AFTER and time.monotonic() - self._latest < _SURE_FOR_S
 
 
-class PoseQueue:
-    """Everything that waits for the pose stage of one backend."""
+class Queue:
+    """Everything that waits for the device stage of one backend."""
 
     def __init__(
         self,
@@ -139,25 +136,25 @@ class PoseQueue:
         run_dir: RunDir,
         settings: QueueSettings,
         *,
-        pass_detections: int,
-        on_part: Callable[[PartAnswer, float], None],
+        pass_cost: int,
+        on_part: Callable[[Any, float], None],
         on_dispatch: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._backend = backend
         self._run_dir = run_dir
         self._settings = settings
-        self._pass = pass_detections
+        self._pass = pass_cost
         self._gather_s = backend.stages.pose.batch_wait_ms / 1000
-        self._on_part = on_part  # the answer, and the seconds that its part waited here
+        self.on_part = on_part  # the answer, and the seconds that its part waited here
         self._on_dispatch = on_dispatch
         self._timer: asyncio.TimerHandle | None = None  # of what is being gathered
         self._waiting: dict[str, list[_Ticket]] = {}  # client -> tickets with pending parts
-        self._served: dict[str, float] = {}  # client -> detections it was served, on a common clock
+        self._served: dict[str, float] = {}  # client -> cost that it was served, on a common clock
         self._clock = 0.0  # what a client's fair share came to, had it waited all the time
         self._yielded: set[str] = set()  # clients whose last turn went to a starving request
         self._again: list[_Part] = []  # parts of dead workers: alone, and before everything else
         self._alone = False  # such a part is inside
-        self._sent: Counter[str] = Counter()  # engine -> detections inside Mosec
+        self._sent: Counter[str] = Counter()  # engine -> cost inside Mosec
         self._parts = 0  # likewise
         self._tickets: set[_Ticket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -172,11 +169,11 @@ class PoseQueue:
 
     @property
     def _window(self) -> int:
-        """Detections that may be inside Mosec."""
+        """Cost that may be inside Mosec."""
         return self._settings.passes_in_flight * self._pass * self._workers
 
-    def detections_per_second(self, engine: str) -> float:
-        """An engine's measured throughput with all workers that are there."""
+    def per_second(self, engine: str) -> float:
+        """The cost that an engine works off in a second, as measured, with all workers that are there."""
         rate = self._rate(engine)
         rate.seed(float(self._backend.pose_info().get("detections_per_second", {}).get(engine, 0.0)))
         return max(rate.value * self._workers, 1e-3)
@@ -184,9 +181,9 @@ class PoseQueue:
     def _rate(self, engine: str) -> _Rate:
         return self._rates.setdefault(engine, _Rate())
 
-    def _seconds(self, detections: Mapping[str, float]) -> float:
-        """How long so many detections of each engine take."""
-        return math.fsum(count / self.detections_per_second(engine) for engine, count in detections.items() if count)
+    def _seconds(self, costs: Mapping[str, float]) -> float:
+        """Seconds that the cost given for each engine takes, one engine after the other."""
+        return math.fsum(cost / self.per_second(engine) for engine, cost in costs.items() if cost)
 
     @property
     def requests(self) -> int:
@@ -194,13 +191,13 @@ class PoseQueue:
         return len(self._tickets)
 
     @property
-    def detections(self) -> int:
-        """Detections waiting or running."""
+    def cost(self) -> int:
+        """Cost of what waits or runs."""
         return self._inside + self._queued
 
     @property
-    def waiting_detections(self) -> int:
-        """Detections that wait here, outside the backend."""
+    def waiting(self) -> int:
+        """Cost of what waits here, outside the backend."""
         return self._queued
 
     @property
@@ -213,13 +210,16 @@ class PoseQueue:
             p.cost for p in self._again
         )
 
-    def admit(self, client: str, count: int, deadline_s: float, engine: str) -> None:
-        """Raise where `count` more detections of this client, for `engine`, could not be answered in `deadline_s`."""
-        rate = self.detections_per_second(engine)
+    def admit(self, client: str, count: int, deadline_s: float, engine: str, unit: str) -> None:
+        """Raise where `count` more of this client's, for `engine`, could not be answered in `deadline_s`.
+
+        `unit` is what the task counts, in the singular, for the words of a refusal.
+        """
+        rate = self.per_second(engine)
         is_sure = self._rate(engine).is_sure
         alone_s = self._alone_s(count, engine)
         if deadline_s < _LEAST_S or (is_sure and alone_s / _SURE > deadline_s):
-            what = f"{count} detections take" if count != 1 else "1 detection takes"
+            what = f"{count} {unit}s take" if count != 1 else f"1 {unit} takes"
             raise ApiError(
                 "deadline_too_short",
                 f"{what} about {alone_s:.2g} s on this server ({rate:.3g} a second); "
@@ -233,7 +233,7 @@ class PoseQueue:
         if ahead_s and (is_sure or queued) and ahead_s + alone_s > promised_s:
             raise ApiError(
                 "over_capacity",
-                f"{math.fsum(ahead.values()):.0f} detections are ahead, about {ahead_s:.1f} s of work; "
+                f"{math.fsum(ahead.values()):.0f} {unit}s are ahead, about {ahead_s:.1f} s of work; "
                 f"the deadline is {deadline_s:.3g} s",
                 retry_after_s=ahead_s + alone_s - promised_s,
             )
@@ -242,21 +242,21 @@ class PoseQueue:
         if queued and queued + count > ceiling and self._queued_by(client) + count > share:
             raise ApiError(
                 "over_capacity",
-                f"{queued} detections are queued; at most {ceiling} may wait",
+                f"{queued} {unit}s are queued; at most {ceiling} may wait",
                 retry_after_s=(queued + count - ceiling) / rate,
             )
 
     def _alone_s(self, count: int, engine: str) -> float:
-        """How long `count` detections take where nothing else is done: workers share passes, on a CPU detections."""
+        """How long a cost takes where nothing else is done: workers share the passes, on a CPU what is in them."""
         pieces = max(1, -(-count // self._pass) if on_gpu(self._backend.stages) else count)
         rounds = -(-pieces // self._workers)
-        return rounds * (count / pieces) * self._workers / self.detections_per_second(engine)
+        return rounds * (count / pieces) * self._workers / self.per_second(engine)
 
     def _queued_by(self, client: str) -> int:
         return sum(ticket.remaining for ticket in self._waiting.get(client, []))
 
     def _ahead(self, client: str, count: int) -> dict[str, float]:
-        """Detections, by engine, that will be worked on before the last of `count` new ones of this client.
+        """The cost, by engine, that will be worked off before the last of `count` more of this client's.
 
         Turns are considered; what goes before of another client's is spread over its engines as they stand in line.
         """
@@ -267,7 +267,7 @@ class PoseQueue:
         for ticket in self._waiting.get(client, []):
             if ticket.remaining <= count:
                 mine += ticket.remaining
-                ahead[ticket.job.engine] += ticket.remaining
+                ahead[ticket.work.engine] += ticket.remaining
         standing = self._standing(client)
         for other, tickets in self._waiting.items():
             queued = self._queued_by(other)
@@ -275,7 +275,7 @@ class PoseQueue:
                 continue
             before_mine = min(queued, mine + count + max(0, math.ceil(standing - self._served[other])))
             for ticket in tickets:
-                ahead[ticket.job.engine] += ticket.remaining * before_mine / queued
+                ahead[ticket.work.engine] += ticket.remaining * before_mine / queued
         return ahead
 
     def _standing(self, client: str) -> float:
@@ -285,41 +285,48 @@ class PoseQueue:
 
     # ----------------------------------------------------------------------------------------------------- work
 
-    async def solve(self, job: Job, client: str, deadline: float) -> Solution:
-        """Rows for a request. `deadline` is monotonic. Cancelling it drops what has not started.
+    @contextlib.asynccontextmanager
+    async def worked_off(self, work: Work[A], client: str, deadline: float) -> AsyncIterator[Gathered[A]]:
+        """Everything that the backend answers for a request; `deadline` is monotonic, of the block as well.
 
+        Where the block is left the encoded request is gone. Cancelling drops what has not started.
         Raises ApiError: what the pipeline found wrong, the deadline, or a worker lost for good.
         """
-        encoded = _encode(job)
-        path = self._run_dir.put(f"{job.request_id}-{time.monotonic_ns():x}", encoded)
-        job = msgspec.structs.replace(job, rgb=b"", depth=b"")  # nobody holds pictures while they wait
-        if path is not None:
-            encoded = b""
+        encoded = work.encoded()
+        path = self._run_dir.put(f"{work.request_id}-{time.monotonic_ns():x}", encoded)
+        loop = asyncio.get_running_loop()
         ticket = _Ticket(
-            job=job,
+            work=work,
             client=client,
             arrived=time.monotonic(),
             deadline=deadline,
             path=path,
-            encoded=encoded,
-            pending=[],
-            done=asyncio.get_running_loop().create_future(),
+            inline=b"" if path is not None else encoded,
+            done=loop.create_future(),
         )
-        ticket.pending = self._split(ticket)
-        parts = len(ticket.pending)
+        del encoded
+        ticket.parts = [_Part(ticket, share) for share in work.split(self._share_size(work.cost))]
+        ticket.pending = list(ticket.parts)
         self._tickets.add(ticket)
         self._wait(ticket)
         try:
             self._pump()
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + max(deadline - time.monotonic(), 0.0)):
+            async with asyncio.timeout_at(loop.time() + max(deadline - time.monotonic(), 0.0)):
                 await ticket.done
-            if parts > 1 and (job.visualize or job.output_dir):
-                return await self._finish(ticket)
-            return _merge(ticket)
+                yield Gathered(
+                    answers=[ticket.answers[part] for part in ticket.parts],
+                    path=path,
+                    inline=ticket.inline,
+                    arrived_unix=time.time() - (time.monotonic() - ticket.arrived),
+                )
         except TimeoutError:
             raise ApiError("deadline", "the deadline passed before the answer was ready") from None
         finally:
             self._close(ticket)
+
+    async def call_again(self, route: str, call_id: str, payload: bytes) -> bytes:
+        """One more message for a request that was worked off, sent again where a worker died with it."""
+        return await self._backend.call_with_retries(route, call_id, payload, retries=self._settings.retries)
 
     def _wait(self, ticket: _Ticket) -> None:
         """Into the line, unless it stands there already."""
@@ -328,26 +335,9 @@ class PoseQueue:
         if ticket not in tickets:
             tickets.append(ticket)
 
-    def _split(self, ticket: _Ticket) -> list[_Part]:
-        count = len(ticket.job.detections)
-        size = self._pass if on_gpu(self._backend.stages) else min(self._pass, -(-count // self._idle_workers) or 1)
-        starts = range(0, count, size) if count else [0]
-        bounds = [(start, min(start + size, count)) for start in starts]
-        inline = b"" if ticket.path else ticket.encoded
-        return [
-            _Part(
-                ticket,
-                Part(
-                    part_id=f"{ticket.job.request_id}/{index}",
-                    start=start,
-                    stop=stop,
-                    path=ticket.path,
-                    job=inline,
-                    finish=len(bounds) == 1,
-                ),
-            )
-            for index, (start, stop) in enumerate(bounds)
-        ]
+    def _share_size(self, cost: int) -> int:
+        """The most that one part of a request may cost: a pass, and on a CPU what each idle worker gets of it."""
+        return self._pass if on_gpu(self._backend.stages) else min(self._pass, -(-cost // self._idle_workers) or 1)
 
     def _pump(self) -> None:
         """Send what there is room for. A retried part goes alone: it waits for the others, and the others for it."""
@@ -440,27 +430,28 @@ class PoseQueue:
         ticket = part.ticket
         limit_s = max(ticket.deadline - time.monotonic(), 0.0) + self._backend.stages.pose.max_seconds + _SLACK_S
         try:
-            call = self._backend.call("/pose", part.part.part_id, _encode(part.part))
-            answer = _decode_answer(await asyncio.wait_for(call, limit_s))
+            message = part.share.message(path=ticket.path, inline=ticket.inline)
+            call = self._backend.call(ticket.work.route, part.share.share_id, message)
+            answer = ticket.work.read(await asyncio.wait_for(call, limit_s))
             if isinstance(answer, Failure):
                 self._fail(ticket, from_failure(answer))
             else:
                 for record in answer.passes:
                     self._rate(record.engine).add(record)
-                self._on_part(answer, part.waited_s)
-                ticket.answers[part.part.start] = answer
+                self.on_part(answer, part.waited_s)
+                ticket.answers[part] = answer
         except Interrupted as interruption:
             part.attempts += interruption.held
             await asyncio.sleep(_PAUSE_BEFORE_RETRY_S)
             self._retry(part, held=interruption.held)
         except TimeoutError:  # long after its deadline: whoever held it is gone without a trace
-            log.error("part_lost", request_id=ticket.job.request_id, part_id=part.part.part_id)
+            log.error("part_lost", request_id=ticket.work.request_id, part_id=part.share.share_id)
             self._fail(ticket, ApiError("deadline", "the deadline passed before the answer was ready"))
         except (BackendError, msgspec.DecodeError) as error:
-            log.error("pipeline_error", request_id=ticket.job.request_id, error=str(error))
+            log.error("pipeline_error", request_id=ticket.work.request_id, error=str(error))
             self._fail(ticket, internal_error())
         except Exception:
-            log.exception("queue_error", request_id=ticket.job.request_id)
+            log.exception("queue_error", request_id=ticket.work.request_id)
             self._fail(ticket, internal_error())
         finally:
             ticket.running -= 1
@@ -480,15 +471,12 @@ class PoseQueue:
         if ticket.closed or ticket.done.done():
             return
         if part.attempts > self._settings.retries:
-            self._fail(
-                ticket,
-                worker_lost(),
-            )
+            self._fail(ticket, worker_lost())
             return
         log.warning(
             "part_sent_again",
-            request_id=ticket.job.request_id,
-            part_id=part.part.part_id,
+            request_id=ticket.work.request_id,
+            part_id=part.share.share_id,
             attempts=part.attempts,
             held=held,
         )
@@ -530,27 +518,6 @@ class PoseQueue:
             self._run_dir.drop(ticket.path)
         self._pump()
 
-    async def _finish(self, ticket: _Ticket) -> Solution:
-        """Overlay and files of a request that was split."""
-        message = FinishPart(
-            part_id=f"{ticket.job.request_id}/finish",
-            path=ticket.path,
-            job=b"" if ticket.path else ticket.encoded,
-            rows=_merge(ticket).rows,
-        )
-        async with asyncio.timeout_at(asyncio.get_running_loop().time() + max(ticket.deadline - time.monotonic(), 0.0)):
-            try:
-                body = await self._backend.call_with_retries(
-                    "/finish", message.part_id, _encode(message), retries=self._settings.retries
-                )
-            except Interrupted:
-                raise worker_lost() from None
-        answer = _decode_answer(body)
-        if isinstance(answer, Failure):
-            raise from_failure(answer)
-        self._on_part(answer, 0.0)
-        return _merge(ticket, answer)
-
     # --------------------------------------------------------------------------------------------------- events
 
     def fail_all(self, error: ApiError) -> None:
@@ -572,24 +539,3 @@ class PoseQueue:
                     ApiError("not_ready", "the pose workers do not come back; the log says why", retry_after_s=10)
                 )
             self._pump()
-
-
-def _merge(ticket: _Ticket, *more: PartAnswer) -> Solution:
-    """What its parts, and `more` that was done for all of them, come to."""
-    answers = [ticket.answers[start] for start in sorted(ticket.answers)]
-    warnings = list(dict.fromkeys(warning for answer in answers for warning in answer.warnings))
-    largest = max(answers, key=lambda answer: answer.batch_detections)
-    asked = ticket.job.engine
-    now_unix = time.time()
-    return Solution(
-        rows=[row for answer in answers for row in answer.rows],
-        engine=next((answer.engine for answer in answers if answer.engine != asked), asked),
-        warnings=warnings,
-        receipt=receipt(
-            [*answers, *more], arrived_unix=now_unix - (time.monotonic() - ticket.arrived), done_unix=now_unix
-        ),
-        batch_detections=largest.batch_detections,
-        batch_requests=largest.batch_requests,
-        visualization=next((one.visualization for one in (*more, *answers) if one.visualization is not None), None),
-        output_written=any(one.output_written for one in (*more, *answers)),
-    )

@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TextIO, cast
+from typing import Any, Final, Literal, TextIO, cast
 
 import msgspec
 import structlog
@@ -91,10 +91,9 @@ def dropped_lines() -> int:
 
 # ------------------------------------------------------------------------------------------------------- what we log
 
-#: Asked for by machines, every few seconds: lines of level debug, and no traces.
-QUIET_ROUTES: Final = frozenset(
-    {"/livez", "/readyz", "/metrics", "/api/v1/health", "/v2/health/live", "/v2/health/ready", "/v2/models/pem/ready"}
-)
+#: Whose requests are lines of level debug: "probe", asked by machines every few seconds, also where the answer is "not
+#: yet" (503); "watch", asked again and again while something goes on, where it was answered; None, nobody's.
+Quiet = Literal["probe", "watch"] | None
 
 
 def log_request(
@@ -110,17 +109,17 @@ def log_request(
     engine: str | None = None,
     timing: Mapping[str, Any] | msgspec.Struct | None = None,
     error: str | None = None,
+    quiet: Quiet = None,
     **fields: Any,
 ) -> None:
     """The one line of a request.
 
     detections: how many were sent; poses: how many of them were solved; timing: the answer's receipt; error: its code.
     Further fields (an error's detail and field, the client, the trace's id) are added where they are not None.
-    Probes are of level debug, 500 is error, what the operator may want to look at (429, 5xx) is warning.
+    500 is of level error, what the operator may want to look at (429, 5xx) is warning, `quiet` may make it debug.
     """
     level = "error" if status == 500 else "warning" if status == 429 or status > 500 else "info"
-    progress = method == "GET" and route.startswith("/api/v1/objects/") and status < 400
-    if progress or (route in QUIET_ROUTES and (status < 400 or status == 503)):  # "not yet" is an answer, too
+    if quiet is not None and (status < 400 or (status == 503 and quiet == "probe")):
         level = "debug"
     line: dict[str, Any] = {"id": request_id, "method": method, "route": route, "status": status}
     line["ms"] = round(seconds * 1000, 1)

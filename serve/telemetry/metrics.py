@@ -19,7 +19,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from posekit.engine import REJECT_CODES
-from serve.errors import CODES
 from serve.telemetry.processes import STAGES as PROCESS_STAGES
 from serve.telemetry.processes import Processes
 from workers.messages import PartAnswer
@@ -27,27 +26,6 @@ from workers.state import WorkerState
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OTHER: Final = "other"  # the label of whatever is not on a list, so that no client can make labels
-
-POSE_ROUTES: Final = ("/api/v1/pose_estimation", "/api/v1/full_pipeline", "/api/v1/pose-estimation")
-ROUTES: Final = (
-    *POSE_ROUTES,
-    "/api/v1/objects",
-    "/api/v1/objects/{id}",
-    "/api/v1/status",
-    "/api/v1/version",
-    "/api/v1/health",
-    "/livez",
-    "/readyz",
-    "/metrics",
-    "/openapi.json",
-    "/docs",
-    "/v2/health/live",
-    "/v2/health/ready",
-    "/v2/models/pem",
-    "/v2/models/pem/ready",
-)
-READY_ROUTES: Final = ("/readyz", "/v2/health/ready", "/v2/models/pem/ready")
-_OBJECT: Final = "/api/v1/objects/"
 
 Stage = Literal["decode", "pose", "respond", "ism", "onboard"]
 STAGES: Final = ("decode", "pose", "respond", "ism", "onboard")
@@ -70,9 +48,10 @@ class Metrics:
     """All families, each there from the start, at zero where its labels are known.
 
     `objects` is the allow-list of registered names that may become a label; any other object is `other`.
+    `routes` has the statuses that are there from the start by label of a route.
     """
 
-    def __init__(self, objects: Iterable[str] = ()) -> None:
+    def __init__(self, objects: Iterable[str] = (), routes: Mapping[str, Iterable[int]] = {}) -> None:
         self.registry = CollectorRegistry()
         self._objects = frozenset(objects)
         self._caches: dict[int, tuple[int, int, int]] = {}  # pid -> hits, misses, bytes as last reported
@@ -133,15 +112,14 @@ class Metrics:
         self.process_resident = self._gauge(
             "pose_process_resident_bytes", "Resident memory of the processes of a stage, shared pages in each.", "stage"
         )
-        self._start_at_zero()
+        self._start_at_zero(routes)
 
     # ------------------------------------------------------------------------------------------------- what happened
 
-    def request(self, route: str, code: int, seconds: float) -> None:
-        """A request was answered. `route` is a path, or one of ROUTES; paths that are no route become `other`."""
-        label = route_label(route)
-        self.requests.labels(label, str(code)).inc()
-        if label in POSE_ROUTES and (200 <= code < 300 or code == 504):
+    def request(self, route: str, code: int, seconds: float | None = None) -> None:
+        """A request was answered. `route` is its label; `seconds`, of a pose request, count unless it was refused."""
+        self.requests.labels(route, str(code)).inc()
+        if seconds is not None and (200 <= code < 300 or code == 504):
             self.request_seconds.observe(seconds)
 
     def part(
@@ -276,15 +254,10 @@ class Metrics:
 
     # ------------------------------------------------------------------------------------------------------- plumbing
 
-    def _start_at_zero(self) -> None:
-        statuses = sorted({200} | {status for status, _ in CODES.values()})
-        for route in POSE_ROUTES:
+    def _start_at_zero(self, routes: Mapping[str, Iterable[int]]) -> None:
+        for route, statuses in routes.items():
             for status in statuses:
                 self.requests.labels(route, str(status))
-        for route in ROUTES:
-            self.requests.labels(route, "200")
-        for route in READY_ROUTES:
-            self.requests.labels(route, "503")
         for engine in ("geometric", "sam6d"):
             for status_word in ("ok", "rejected"):
                 self.detections.labels(engine, status_word)
@@ -335,15 +308,6 @@ class _Page(Collector):
 
     def collect(self) -> Iterator[Metric]:
         return iter(self._families)
-
-
-def route_label(path: str) -> str:
-    """The route of a path, `other` where there is none."""
-    if path in ROUTES:
-        return path
-    if path.startswith(_OBJECT) and "/" not in path[len(_OBJECT) :]:
-        return _OBJECT + "{id}"
-    return OTHER
 
 
 _MOSEC_HELP: Final = {

@@ -34,7 +34,7 @@ from opentelemetry.trace import (
 )
 
 from serve import __version__
-from serve.telemetry.tracing import Context, Span, Value
+from serve.telemetry.spans import Context, Span, Value
 
 log = structlog.get_logger()
 

@@ -20,18 +20,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal, Protocol, Self
+from typing import Final, Protocol, Self
 
 import structlog
 
 from serve.errors import ApiError
-from serve.telemetry.logs import QUIET_ROUTES
-from serve.telemetry.metrics import OTHER
+from serve.telemetry.spans import SAMPLED, Context, Span, Value
 from workers.messages import PartAnswer, PassRecord
 
 log = structlog.get_logger()
 
-SAMPLED: Final = 0x01  # flag of a context: its spans are recorded
 _RANDOM: Final = 0x02  # its trace id is random
 _LONGEST_STATE: Final = 512  # characters that everybody must be able to pass on; a longer state is left behind whole
 _MOST_MEMBERS: Final = 32
@@ -43,36 +41,10 @@ _REMEMBERED_PASSES: Final = 1024
 _LONGEST_FLUSH_S: Final = 3.0
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 
-Value = str | int | float
 _NO_ATTRIBUTES: Final[Mapping[str, Value]] = {}
-Kind = Literal["internal", "server", "client"]
 
 
 # -------------------------------------------------------------------------------------------------------- the headers
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """A span's place: what travels in the headers `traceparent` and `tracestate`."""
-
-    trace_id: str  # 32 hexadecimal digits
-    span_id: str  # 16
-    flags: int = 0
-    state: str = ""  # as it came: for the systems behind us
-
-    @property
-    def traceparent(self) -> str:
-        """The header of this name, version 00."""
-        return f"00-{self.trace_id}-{self.span_id}-{self.flags:02x}"
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What a request to another server carries so that its spans become children of this one."""
-        return {"traceparent": self.traceparent} | ({"tracestate": self.state} if self.state else {})
-
-    def child(self) -> Context:
-        """A new span of the same trace."""
-        return replace(self, span_id=secrets.token_hex(8))
 
 
 def parse_traceparent(text: str) -> Context | None:
@@ -113,27 +85,6 @@ def _caller(headers: Iterable[tuple[bytes, bytes]]) -> Context | None:
 
 
 # ----------------------------------------------------------------------------------------------------------- requests
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """Something that happened, for export."""
-
-    name: str
-    context: Context
-    parent: Context | None = None
-    parent_is_remote: bool = False
-    kind: Kind = "internal"
-    begun_unix: float
-    ended_unix: float
-    attributes: Mapping[str, Value]
-    links: tuple[Context, ...] = ()
-    failed: bool = False
-
-    def within(self, begun_unix: float, ended_unix: float) -> Span:
-        """The same inside other bounds: the system's clock may be set while a request is on its way."""
-        begun = min(max(self.begun_unix, begun_unix), ended_unix)
-        return replace(self, begun_unix=begun, ended_unix=min(max(self.ended_unix, begun), ended_unix))
 
 
 @dataclass(slots=True)
@@ -279,14 +230,14 @@ class Tracing:
         log.info("tracing", endpoint=exporter.endpoint)
         return cls(exporter)
 
-    def begin(self, trace: Trace, method: str, route: str) -> None:
+    def begin(self, trace: Trace, method: str, route: str | None) -> None:
         """Decide whether this request is recorded, as its caller did unless the sampler is told otherwise.
 
-        route: as the metrics name it. Probes, and what is no route of ours, never are.
+        route: as the metrics name it; None for probes and for what is no route of ours: they never are.
         """
         if self._exporter is None:
             return
-        if route != OTHER and route not in QUIET_ROUTES:
+        if route is not None:
             known = method in _METHODS  # a client cannot make names
             trace.name = f"{method if known else 'HTTP'} {route}"
             trace.attributes = {"http.request.method": method if known else "_OTHER", "http.route": route}

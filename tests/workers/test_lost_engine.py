@@ -56,7 +56,7 @@ def test_the_onboard_stage_of_the_network_does_without_and_blames_no_object(with
     assert "cannot be used" in onboard.state.state.info["lost"]["sam6d"]
     answer = onboard.forward(OnboardTask(task_id="t", object_id="a" * 64))
     assert isinstance(answer, Failure)
-    assert (answer.kind, answer.part_id) == ("unavailable", "t")
+    assert (answer.code, answer.part_id) == ("not_ready", "t")
 
 
 @pytest.mark.parametrize("stage", [PoseStage, OnboardSam6dStage])

@@ -78,7 +78,7 @@ def test_concurrent_requests_share_passes_and_garbage_harms_nobody(pipeline: Pip
             answers = list(pool.map(pipeline.ask, parts))
         garbage = answers.pop(3)
         assert isinstance(garbage, Failure)
-        assert (garbage.kind, garbage.part_id) == ("bad_data", "garbage/0")
+        assert (garbage.code, garbage.part_id) == ("bad_data", "garbage/0")
         for which, answer in enumerate(answers):
             assert answered(answer).rows == alone[which % 3]  # the same bits as alone
         passes: list[PassRecord] = [record for answer in answers for record in answered(answer).passes]

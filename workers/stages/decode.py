@@ -33,9 +33,9 @@ class DecodeStage(Stage):
         except PoseError as error:
             return failure_from(error, part.part_id)
         except GivenUp:
-            return Failure(part_id=part.part_id, kind="internal", detail="the request was given up before it was read")
+            return Failure(part_id=part.part_id, code="internal", detail="the request was given up before it was read")
         except MemoryError:
-            return Failure(part_id=part.part_id, kind="too_large", detail="not enough memory to decode this request")
+            return Failure(part_id=part.part_id, code="too_large", detail="not enough memory to decode this request")
         except Exception:
             return self.internal(part.part_id)
 

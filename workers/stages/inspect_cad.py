@@ -43,7 +43,7 @@ class InspectStage(Stage):
         except PoseError as error:
             return failure_from(error, task.task_id)
         except MemoryError:
-            return Failure(part_id=task.task_id, kind="too_large", detail="the mesh takes more memory than there is")
+            return Failure(part_id=task.task_id, code="too_large", detail="the mesh takes more memory than there is")
         except Exception:
             return self.internal(task.task_id)
 

@@ -51,7 +51,7 @@ class OnboardStage(Stage):
         """Build what is missing; what is there already is left alone."""
         if self.engine is None:
             detail = f"the engine {self.engine_name!r} could not be started"
-            return Failure(part_id=task.task_id, kind="unavailable", detail=detail)
+            return Failure(part_id=task.task_id, code="not_ready", detail=detail)
         try:
             return self._onboard(self.engine, task)
         except StoreFull as error:
@@ -59,10 +59,10 @@ class OnboardStage(Stage):
         except PoseError as error:
             if self.store.get(task.object_id) is None:
                 detail = "the object was deleted before it was onboarded"
-                return Failure(part_id=task.task_id, kind="not_found", detail=detail)
+                return Failure(part_id=task.task_id, code="unknown_object", detail=detail)
             return failure_from(error, task.task_id)
         except MemoryError:
-            return Failure(part_id=task.task_id, kind="too_large", detail="not enough memory to onboard this mesh")
+            return Failure(part_id=task.task_id, code="too_large", detail="not enough memory to onboard this mesh")
         except Exception:
             return self.internal(task.task_id, object_id=task.object_id)
 
@@ -70,7 +70,7 @@ class OnboardStage(Stage):
         begun = time.perf_counter()
         stored = self.store.get(task.object_id)
         if stored is None:
-            return Failure(part_id=task.task_id, kind="not_found", detail="no such object is in the store")
+            return Failure(part_id=task.task_id, code="unknown_object", detail="no such object is in the store")
         return Onboarded(
             task_id=task.task_id,
             object_id=task.object_id,

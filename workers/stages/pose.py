@@ -69,7 +69,7 @@ class PoseStage(Stage):
             return msgspec.msgpack.decode(take(message.path), type=Cut)
         except GivenUp:
             detail = "the request was given up before it was worked on"
-            return Failure(part_id=message.part_id, kind="internal", detail=detail)
+            return Failure(part_id=message.part_id, code="internal", detail=detail)
         except (OSError, msgspec.DecodeError):  # raised, it would fail the whole batch
             return self.internal(message.part_id)
 

@@ -13,7 +13,7 @@ import msgspec
 from posekit.errors import PoseError, StoreError
 from workers.jobs import GivenUp, failure_from, read_job
 from workers.lifecycle import Stage, item_id, limit_threads
-from workers.messages import Failure, FinishPart, PartAnswer, RespondInput, Solved
+from workers.messages import Failure, FinishPart, PartAnswer, PartResult, RespondInput, Solved, shared
 from workers.settings import objects_path
 
 
@@ -42,11 +42,11 @@ class RespondStage(Stage):
             answer = self._solved(message) if isinstance(message, Solved) else self._finish(message)
         except StoreError as error:
             self.log.error("output_failed", part_id=part_id, reason=str(error.__cause__ or error))
-            return Failure(part_id=part_id, kind="storage", detail=error.detail, field=error.field)
+            return Failure(part_id=part_id, code="storage_full", detail=error.detail, field=error.field)
         except PoseError as error:
             return failure_from(error, part_id)
         except GivenUp:
-            return Failure(part_id=part_id, kind="internal", detail="the request was given up before it was answered")
+            return Failure(part_id=part_id, code="internal", detail="the request was given up before it was answered")
         except Exception:
             return self.internal(part_id)
         respond_ms = (time.perf_counter() - begun) * 1000.0
@@ -59,20 +59,9 @@ class RespondStage(Stage):
             picture, written = self.outputs.make(job, solved.rows, seconds=solved.pose_ms / 1000.0)
         return PartAnswer(
             part_id=solved.part.part_id,
-            rows=solved.rows,
-            engine=solved.engine,
-            warnings=solved.warnings,
-            decode_ms=solved.decode_ms,
-            queue_ms=solved.queue_ms,
-            pose_ms=solved.pose_ms,
-            batch_detections=solved.batch_detections,
-            batch_requests=solved.batch_requests,
-            passes=solved.passes,
-            pass_ids=solved.pass_ids,
-            decode_unix=solved.decode_unix,
-            pose_unix=solved.pose_unix,
             visualization=picture,
             output_written=written,
+            **shared(PartResult, solved),
         )
 
     def _finish(self, message: FinishPart) -> PartAnswer:

@@ -6,127 +6,59 @@ everything behind them knows one form. Refusals are ApiErrors that name the fiel
 
 from __future__ import annotations
 
-import binascii
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 from pem import contract as schemas
+from posekit.errors import PoseError
+from posekit.io import images
+from serve.decoding import Protocol, decode_field
 from serve.errors import ApiError
-from serve.gateway.body import Form
+from serve.objects.choice import CadChoice
 from serve.settings import Limits
-from workers.messages import MaskSpec
+from workers.messages import Asked, MaskSpec
 
-T = TypeVar("T")
 _FOCAL_PX = (1.0, 1e6)  # of any camera
 _FARTHEST_MM = 1e6  # that an initial pose may be
 
-Protocol = Literal["json", "msgpack"]
 Category = int | str | None
 
-_FILE_PARTS = {"rgb": "rgb_image", "depth": "depth_image", "cad": "cad"}
-FORM_PARTS = frozenset({"request", *_FILE_PARTS, *_FILE_PARTS.values()})  # of a multipart request
-
-
-@dataclass(frozen=True, kw_only=True)
-class CadChoice:
-    """Where one object's CAD comes from: exactly one of the three."""
-
-    field: str  # as the client calls it
-    cad_path: str | None = None
-    object_id: str | None = None
-    cad: bytes | None = None
-    cad_format: str | None = None
+FILE_PARTS = {"rgb": "rgb_image", "depth": "depth_image", "cad": "cad"}
+FORM_PARTS = frozenset({"request", *FILE_PARTS, *FILE_PARTS.values()})  # of a multipart request
 
 
 @dataclass(kw_only=True)
 class Question:
     """A checked pose request; `choices` are the distinct CADs, and `MaskSpec.object` indexes them."""
 
-    rgb: bytes
-    depth: bytes
-    K: tuple[float, float, float, float, float, float, float, float, float]
-    depth_scale_mm: float
-    depth_unit_given: bool
-    detections: list[MaskSpec]
+    asked: Asked
     choices: list[CadChoice]
     by_category: dict[str, int] | None  # `objects`: category as text -> index into choices
     model_unit: Literal["mm", "m", "auto"]
     engine: str
     refine: Literal["auto", "icp", "none"]
-    units: Literal["check", "strict"]
-    hypotheses: int = 0
-    min_score: float = 0.0
-    seed: int | None = None
     deadline_ms: int | None = None
-    visualize: bool = False
     output_dir: str | None = None
-    field_prefix: str = "detections.masks"
-    field_suffix: str = ""
+    warnings: list[str] = field(default_factory=list)
     # full pipeline only
     template_dir: str | None = None
     ism_cad_path: str | None = None
-    cam_params: dict[str, Any] = field(default_factory=dict)
-    # second dialect only: where each kept detection stood in seg_data, and what was left out
-    kept: list[int] | None = None
+    # second dialect only: what was left out of seg_data, and the items as they were sent
     left_out: list[tuple[int, str, str]] = field(default_factory=list)
-    coco: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    coco: list[dict[str, Any]] | None = None
 
+    def change(self, **changes: Any) -> None:
+        """Replace fields of `asked`."""
+        self.asked = msgspec.structs.replace(self.asked, **changes)
 
-# ------------------------------------------------------------------------------------------------------------ decoding
-
-
-def decode(data: bytes, protocol: Protocol, type_: type[T]) -> T:
-    """A typed value; what does not parse is 400, what parses and is wrong is 422 with the path."""
-    module = msgspec.json if protocol == "json" else msgspec.msgpack
-    try:
-        return module.decode(data, type=type_)  # type: ignore[no-any-return]
-    except msgspec.ValidationError as error:
-        raise validation_error(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        name = "JSON" if protocol == "json" else "MessagePack"
-        nan = protocol == "json" and re.search(rb"[\[{,:]\s*-?(NaN|Infinity)", data)
-        hint = " (NaN and Infinity are not JSON)" if nan else ""
-        raise ApiError("bad_body", f"the body is not {name}: {error}{hint}") from None
-
-
-_PATH = re.compile(r" - at `(?:key in )?\$?(.*?)`$")
-_FIELD = re.compile(r"(?:unknown|required) field `([^`]*)`")
-
-
-def validation_error(message: str, prefix: str = "") -> ApiError:
-    """msgspec's sentence as ours, with the field's path; broken base64 is a body that does not parse (400)."""
-    match = _PATH.search(message)
-    path = prefix + (match.group(1) if match else "")
-    text = message[: match.start()] if match else message
-    if named := _FIELD.search(text):
-        path = f"{path}.{named.group(1)}"
-    path = path.lstrip(".")
-    if "base64" in text:
-        return ApiError("bad_body", f"{path} is not base64", field=path)
-    return ApiError("invalid", f"{text}{f', at {path}' if path and not named else ''}", field=path or None)
-
-
-def request_from_form(form: Form, type_: type[T]) -> T:
-    """A multipart request: the JSON part `request` with the files put into their fields."""
-    values = dict(form.values)
-    if "request" not in values:
-        raise ApiError("invalid", "the multipart body needs a JSON part named `request`", field="request")
-    tree = decode(values.pop("request"), "json", dict[str, msgspec.Raw])
-    document = {name: bytes(raw) for name, raw in tree.items()}
-    for part, data in values.items():
-        name = _FILE_PARTS.get(part, part)
-        if name in document:
-            raise ApiError("invalid", f"{name} is there twice: as a file and in `request`", field=name)
-        document[name] = b'"' + binascii.b2a_base64(data, newline=False) + b'"'
-    whole = b"{" + b",".join(msgspec.json.encode(k) + b":" + v for k, v in document.items()) + b"}"
-    return decode(whole, "json", type_)
+    def let_pictures_go(self) -> None:
+        """The job has them."""
+        self.change(rgb=b"", depth=b"")
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
@@ -136,9 +68,8 @@ def pose_question(request: schemas.PoseRequest, protocol: Protocol, limits: Limi
     """`POST /api/v1/pose_estimation`"""
     question = _common(request, protocol, limits)
     specs, listed = _detections(request.detections, protocol, request.box_format, limits)
-    question.detections = specs
     if listed:
-        question.field_prefix, question.field_suffix = "detections", ".segmentation"
+        question.change(field_prefix="detections", field_suffix=".segmentation")
     if request.init_poses is not None:
         if len(request.init_poses) != len(specs):
             raise ApiError(
@@ -146,11 +77,11 @@ def pose_question(request: schemas.PoseRequest, protocol: Protocol, limits: Limi
                 f"init_poses has {len(request.init_poses)} entries for {len(specs)} masks; null means search",
                 field="init_poses",
             )
-        question.detections = [
+        specs = [
             spec if pose is None else msgspec.structs.replace(spec, init_T_cam_obj_mm=_init_pose(pose, index))
             for index, (spec, pose) in enumerate(zip(specs, request.init_poses, strict=True))
         ]
-    assign_objects(question)
+    assign_objects(question, specs)
     return question
 
 
@@ -159,8 +90,6 @@ def full_pipeline_question(request: schemas.FullPipelineRequest, protocol: Proto
     question = _common(request, protocol, limits)
     question.template_dir = request.template_dir
     question.ism_cad_path = request.ism_cad_path
-    flat = list(question.K)
-    question.cam_params = {"cam_K": flat, "depth_scale": question.depth_scale_mm}
     return question
 
 
@@ -168,22 +97,27 @@ def seg_data_question(request: schemas.SegDataRequest, protocol: Protocol, limit
     """`POST /api/v1/pose-estimation`: COCO items above the threshold, the others reported as left out."""
     question = _common(request, protocol, limits)
     specs, _ = _detections(request.seg_data, protocol, "xywh", limits, name="seg_data", only_list=True)
-    items = _coco_items(request.seg_data, protocol, "seg_data")
-    question.kept = []
+    question.coco = _coco_items(request.seg_data, protocol, "seg_data")
+    indices: list[int] = []
     kept: list[MaskSpec] = []
     for index, spec in enumerate(specs):
         if spec.score > request.det_score_thresh:
-            question.kept.append(index)
+            indices.append(index)
             kept.append(spec)
         else:
             detail = f"detector score {spec.score:g} is not above det_score_thresh {request.det_score_thresh:g}"
             question.left_out.append((index, "low_confidence", detail))
-    question.detections = kept
-    question.coco = items
-    question.field_prefix, question.field_suffix = "seg_data", ".segmentation"
+    height, width = _bare_depth_size(request)
+    question.change(
+        field_prefix="seg_data",
+        field_suffix=".segmentation",
+        field_indices=indices,
+        depth_height=height,
+        depth_width=width,
+    )
     if request.template_dir is not None:
         question.warnings.append("template_dir is not used: this server onboards the CAD model itself")
-    assign_objects(question)
+    assign_objects(question, kept)
     return question
 
 
@@ -191,7 +125,7 @@ def detections_from_ism(
     question: Question, masks: list[Any], boxes: list[list[float]], scores: list[float], ids: list[Category]
 ) -> None:
     """Put what the ISM server found into the question; every detection is kept."""
-    question.detections = [
+    specs = [
         MaskSpec(
             raw=msgspec.json.encode(mask),
             bbox=(box[0], box[1], box[2], box[3]) if box else None,
@@ -200,31 +134,34 @@ def detections_from_ism(
         )
         for mask, box, score, category in zip(masks, boxes, scores, ids, strict=True)
     ]
-    assign_objects(question)
+    assign_objects(question, specs)
 
 
 def _common(request: schemas.Common | schemas.SegDataRequest, protocol: Protocol, limits: Limits) -> Question:
     depth_scale_mm, unit_given = _depth_scale(request)
     choices, by_category = _cad_choices(request, limits)
-    return Question(
+    asked = Asked(
         rgb=_picture(request.rgb_image, "rgb_image"),
         depth=_picture(request.depth_image, "depth_image"),
         K=_intrinsics(request.cam_params.cam_K, protocol),
         depth_scale_mm=depth_scale_mm,
         depth_unit_given=unit_given,
         detections=[],
+        hypotheses=getattr(request, "hypotheses", 0),
+        units=request.units,
+        min_score=getattr(request, "min_score", 0.0),
+        seed=request.seed,
+        visualize=getattr(request, "visualize", False),
+    )
+    return Question(
+        asked=asked,
         choices=choices,
         by_category=by_category,
         model_unit=request.model_unit or "mm",
         engine=request.engine,
         refine=request.refine,
-        units=request.units,
-        seed=request.seed,
         deadline_ms=request.deadline_ms,
         output_dir=request.output_dir,
-        hypotheses=getattr(request, "hypotheses", 0),
-        min_score=getattr(request, "min_score", 0.0),
-        visualize=getattr(request, "visualize", False),
     )
 
 
@@ -232,6 +169,18 @@ def _picture(data: bytes, name: str) -> bytes:
     if not data:
         raise ApiError("bad_data", f"{name} is empty", field=name)
     return data
+
+
+def _bare_depth_size(request: schemas.SegDataRequest) -> tuple[int, int]:
+    """(height, width) where the second dialect's depth is bare float32, else (0, 0)."""
+    depth = request.depth_image
+    if depth[:8] == b"\x89PNG\r\n\x1a\n" or _is_tiff(depth):
+        return 0, 0
+    try:
+        info = images.inspect(request.rgb_image, "rgb_image")
+    except PoseError:
+        return 0, 0  # decode says what is wrong with the colour image
+    return (info.height, info.width) if len(depth) == 4 * info.height * info.width else (0, 0)
 
 
 def _is_tiff(data: bytes) -> bool:
@@ -261,7 +210,7 @@ def _intrinsics(
 ) -> tuple[float, float, float, float, float, float, float, float, float]:
     """Nine numbers row-major, or three rows of three."""
     where = "cam_params.cam_K"
-    value: object = _decode_in(bytes(raw), protocol, object, where)
+    value: object = decode_field(bytes(raw), protocol, object, where)
     if isinstance(value, list) and len(value) == 3 and all(isinstance(row, list) and len(row) == 3 for row in value):
         value = [number for row in value for number in row]
     if not isinstance(value, list) or len(value) != 9 or not all(_is_number(number) for number in value):
@@ -346,15 +295,12 @@ def _no_unit_for(request: schemas.Common | schemas.SegDataRequest, *, by_id: boo
         )
 
 
-def assign_objects(question: Question) -> None:
-    """Say for each detection which CAD it is of; a category without an entry gets None (the row `no_cad`)."""
-    if question.by_category is None:
-        question.detections = [msgspec.structs.replace(spec, object=0) for spec in question.detections]
+def assign_objects(question: Question, specs: list[MaskSpec]) -> None:
+    """Take the detections, each with its CAD; a category without an entry gets None (the row `no_cad`)."""
+    if (by := question.by_category) is None:
+        question.change(detections=[msgspec.structs.replace(spec, object=0) for spec in specs])
     else:
-        question.detections = [
-            msgspec.structs.replace(spec, object=question.by_category.get(str(spec.category)))
-            for spec in question.detections
-        ]
+        question.change(detections=[msgspec.structs.replace(spec, object=by.get(str(spec.category))) for spec in specs])
 
 
 # ---------------------------------------------------------------------------------------------------------- detections
@@ -372,14 +318,14 @@ def _detections(
     """Both forms -> specs, and whether it was the list."""
     data = bytes(raw)
     if _is_list(data, protocol):
-        items = _decode_in(data, protocol, list[schemas.Detection], name)
+        items = decode_field(data, protocol, list[schemas.Detection], name)
         columns = [
             (i.segmentation, i.bbox, i.score, i.category_id, f"{name}[{n}].segmentation") for n, i in enumerate(items)
         ]
     elif only_list:
         raise ApiError("invalid", f"{name} must be a list of COCO detections", field=name)
     else:
-        columns = _columns(_decode_in(data, protocol, schemas.Columns, name), name)
+        columns = _columns(decode_field(data, protocol, schemas.Columns, name), name)
     if len(columns) > limits.detections:
         raise ApiError("invalid", f"{len(columns)} detections; at most {limits.detections} in one request", field=name)
     specs = []
@@ -426,7 +372,7 @@ def _mask(data: bytes, protocol: Protocol, where: str) -> tuple[bytes, bytes]:
         if data[:1] not in (b"{", b"[", b'"'):
             raise _mask_error(where)
         return data, b""
-    value = _decode_in(data, protocol, Any, where)
+    value = decode_field(data, protocol, Any, where)
     if isinstance(value, bytes):
         return b"", value
     if not isinstance(value, dict | list | str):
@@ -474,19 +420,9 @@ def _is_list(data: bytes, protocol: Protocol) -> bool:
     return bool(data) and (0x90 <= data[0] <= 0x9F or data[0] in (0xDC, 0xDD))
 
 
-def _decode_in(data: bytes, protocol: Protocol, type_: type[T], name: str) -> T:
-    module = msgspec.json if protocol == "json" else msgspec.msgpack
-    try:
-        return module.decode(data, type=type_)  # type: ignore[no-any-return]
-    except msgspec.ValidationError as error:
-        raise validation_error(str(error), name) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError, ValueError) as error:
-        raise ApiError("bad_body", f"{name} does not parse: {error}", field=name) from None
-
-
 def _coco_items(raw: msgspec.Raw, protocol: Protocol, name: str) -> list[dict[str, Any]]:
     """COCO items as they were sent, unknown keys and all, since the answer repeats them in whichever form it has."""
-    items = _decode_in(bytes(raw), protocol, list[dict[str, Any]], name)
+    items = decode_field(bytes(raw), protocol, list[dict[str, Any]], name)
     try:
         items = msgspec.json.decode(msgspec.json.encode(items), type=list[dict[str, Any]])
         msgspec.msgpack.encode(items)

@@ -551,7 +551,7 @@ def test_an_onboarding_that_comes_to_nothing_is_not_waited_for_and_stalls_nobody
 
     async def full(route: str, task_id: str, data: bytes, retries: int) -> bytes:
         await asyncio.sleep(0.05)
-        return msgspec.msgpack.encode(Failure(part_id=task_id, kind="storage", detail="the disk is full"))
+        return msgspec.msgpack.encode(Failure(part_id=task_id, code="storage_full", detail="the disk is full"))
 
     def look(object_id: str) -> ObjectAnswer:
         looked_at.append(ticks)

@@ -805,7 +805,7 @@ async def test_a_failure_of_one_part_fails_the_request_and_nobody_else(tmp_path:
     async with bench(tmp_path) as one:
         bad = await one.ask("anna", "bad", 3 * PASS, large=True)
         good = await one.ask("bert", "good")
-        await one.stage.fail("bad/0", Failure(part_id="bad/0", kind="bad_data", detail="no picture", field="rgb_image"))
+        await one.stage.fail("bad/0", Failure(part_id="bad/0", code="bad_data", detail="no picture", field="rgb_image"))
         with pytest.raises(ApiError, match="no picture") as raised:
             await bad
         assert (raised.value.code, raised.value.field) == ("bad_data", "rgb_image")
@@ -917,7 +917,7 @@ async def _something(one: Bench, chance: random.Random) -> None:
     elif what < 0.16:
         await one.stage.fail(part_id, Interrupted(held=False))
     elif what < 0.2:
-        await one.stage.fail(part_id, Failure(part_id=part_id, kind="units", detail="odd"))
+        await one.stage.fail(part_id, Failure(part_id=part_id, code="units", detail="odd"))
     else:
         await one.stage.answer(part_id, seconds=0.1)
 

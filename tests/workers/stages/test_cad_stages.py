@@ -97,14 +97,14 @@ def test_a_zip_is_the_files_in_it_however_they_are_packed(inspect: InspectStage,
 def test_what_is_no_usable_mesh_is_a_failure(inspect: InspectStage, tmp_path: Path, data: bytes, kind: str) -> None:
     found = look(inspect, tmp_path / "a", "model.ply", data, "ply", "mm")
     assert isinstance(found, Failure)
-    assert found.kind == kind
+    assert found.code == kind
 
 
 def test_a_folder_that_is_gone_is_our_own_fault(inspect: InspectStage, tmp_path: Path) -> None:
     task = InspectTask(task_id="t", folder=str(tmp_path / "x"), cad_format="ply", model_unit="mm", max_faces=1)
     found = inspect.forward(task)
     assert isinstance(found, Failure)
-    assert found.kind == "internal"
+    assert found.code == "internal"
     assert str(tmp_path) not in found.detail
 
 
@@ -174,7 +174,7 @@ def test_declared_symmetries_override_those_found(inspect: InspectStage, tmp_pat
 def test_an_object_that_is_not_there_is_not_found(onboard: OnboardStage) -> None:
     answer = onboard.forward(OnboardTask(task_id="t", object_id="e" * 64))
     assert isinstance(answer, Failure)
-    assert answer.kind == "not_found"
+    assert answer.code == "unknown_object"
 
 
 def test_an_object_whose_mesh_is_broken_fails_in_words(

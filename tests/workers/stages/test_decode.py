@@ -75,7 +75,7 @@ def test_no_detections_give_no_crops_and_the_pictures_are_checked_all_the_same(
     decode: DecodeStage, asker: Asker
 ) -> None:
     assert cut(decode, asker.part(asker.job([]))).crops == []
-    assert failure(decode, asker.part(asker.job([], rgb=b"nonsense"))).kind == "bad_data"
+    assert failure(decode, asker.part(asker.job([], rgb=b"nonsense"))).code == "bad_data"
 
 
 def test_the_job_travels_on_only_where_something_is_drawn(decode: DecodeStage, asker: Asker) -> None:
@@ -92,7 +92,7 @@ def test_a_job_comes_from_a_file_too(decode: DecodeStage, asker: Asker, tmp_path
     part = Part(part_id="r1/0", start=0, stop=3, path=str(path))
     assert len(cut(decode, part).crops) == 3
     path.unlink()
-    assert failure(decode, part).kind == "internal"
+    assert failure(decode, part).code == "internal"
 
 
 def test_the_seed_depends_on_the_decoded_content_alone(decode: DecodeStage, asker: Asker) -> None:
@@ -125,13 +125,13 @@ def test_bare_float_depth_is_read_by_its_size(decode: DecodeStage, asker: Asker)
     raw = (asker.scene.depth_m * 1000).astype("<f4").tobytes()
     job = asker.job([asker.scene.instances[0].mask], depth=raw, depth_height=height, depth_width=width)
     assert pixels(only_crop(decode, asker.part(job)))[1].max() > 0.1
-    assert failure(decode, asker.part(msgspec.structs.replace(job, depth=raw[:-4]))).kind == "invalid"
+    assert failure(decode, asker.part(msgspec.structs.replace(job, depth=raw[:-4]))).code == "invalid"
 
 
 def test_a_float_tiff_without_a_scale_is_refused(decode: DecodeStage, asker: Asker) -> None:
     _, tiff = cv2.imencode(".tiff", asker.scene.depth_m)
     refused = failure(decode, asker.part(asker.job(depth=tiff.tobytes(), depth_scale_mm=None)))
-    assert (refused.kind, refused.field) == ("invalid", "cam_params.depth_scale")
+    assert (refused.code, refused.field) == ("invalid", "cam_params.depth_scale")
     assert "must be given" in refused.detail
     assert len(cut(decode, asker.part(asker.job(depth_scale_mm=None))).crops) == 3  # a 16-bit PNG: 1.0
 
@@ -154,14 +154,14 @@ def test_what_spoils_a_request_is_a_failure_with_its_field(
     decode: DecodeStage, asker: Asker, changes: dict[str, Any], kind: str, field: str | None
 ) -> None:
     found = failure(decode, asker.part(asker.job(**changes)))
-    assert (found.kind, found.field) == (kind, field)
+    assert (found.code, found.field) == (kind, field)
     assert found.part_id == "r1/0"
 
 
 def test_garbage_instead_of_a_job_is_our_own_fault_in_words(
     decode: DecodeStage, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert failure(decode, Part(part_id="x", start=0, stop=1, job=b"garbage")).kind == "internal"
+    assert failure(decode, Part(part_id="x", start=0, stop=1, job=b"garbage")).code == "internal"
     line = json.loads(capfd.readouterr().err.splitlines()[-1])
     assert (line["event"], line["part_id"], line["level"]) == ("internal_error", "x", "error")
     assert "Traceback" in line["traceback"]
@@ -190,7 +190,7 @@ def test_detections_that_cannot_be_used_say_why(decode: DecodeStage, asker: Aske
 
 def test_depth_in_the_wrong_unit_is_refused_with_advice(decode: DecodeStage, asker: Asker) -> None:
     refused = failure(decode, asker.part(asker.job(depth_scale_mm=0.001)))
-    assert (refused.kind, refused.field) == ("units", "cam_params.depth_scale")
+    assert (refused.code, refused.field) == ("units", "cam_params.depth_scale")
     assert "1000" in refused.detail
 
 

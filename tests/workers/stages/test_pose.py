@@ -118,7 +118,7 @@ def test_a_pose_has_the_same_bits_alone_and_in_company(pose: PoseStage, cut: Cut
 
 
 def test_failures_pass_through_and_the_others_are_answered(pose: PoseStage, cut: Cutter) -> None:
-    earlier = Failure(part_id="x", kind="bad_data", detail="broken")
+    earlier = Failure(part_id="x", code="bad_data", detail="broken")
     answers = pose.forward([earlier, cut((0,))])
     assert answers[0] is earlier
     assert solved(answers[1]).rows[0].status == "ok"
@@ -130,7 +130,7 @@ def test_a_part_past_its_deadline_costs_nothing(pose: PoseStage, cut: Cutter) ->
     late = msgspec.structs.replace(cut((0, 1)), deadline_unix=time.time() - 1)
     first, second = pose.forward([late, cut((2,), "b")])
     assert isinstance(first, Failure)
-    assert (first.kind, first.part_id) == ("deadline", "r1/0")
+    assert (first.code, first.part_id) == ("deadline", "r1/0")
     assert [record.detections for record in solved(second).passes] == [1]
 
 
@@ -322,4 +322,4 @@ def test_large_crops_come_out_of_a_file_beside_their_job(
     lost = pose.deserialize_ipc(encoded)  # given up meanwhile, and its files are gone
     pose.state.release_all()
     assert isinstance(lost, Failure)
-    assert (lost.part_id, lost.kind) == ("r1/0", "internal")
+    assert (lost.part_id, lost.code) == ("r1/0", "internal")

@@ -120,7 +120,7 @@ def test_both_ways_in_give_one_kind_of_message(respond: RespondStage, rows_and_j
     encoded = msgspec.msgpack.encode(rows_and_job[0])
     assert respond.deserialize_ipc(encoded) == respond.deserialize(encoded) == rows_and_job[0]
     respond.state.release_all()
-    failure = Failure(part_id="x", kind="deadline", detail="too late")
+    failure = Failure(part_id="x", code="deadline", detail="too late")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(failure), type=RespondInput) == failure
     assert respond.forward(failure) is failure
 
@@ -133,7 +133,7 @@ def test_a_full_disk_is_told_without_a_path(
 
     monkeypatch.setattr(os, "fsync", full)
     failure = ask(output_dir=str(tmp_path / "out"))
-    assert (failure.kind, failure.field) == ("storage", "output_dir")
+    assert (failure.code, failure.field) == ("storage_full", "output_dir")
     assert "full" in failure.detail
     assert str(tmp_path) not in failure.detail
     assert list((tmp_path / "out").iterdir()) == []
@@ -143,11 +143,11 @@ def test_a_full_disk_is_told_without_a_path(
 def test_an_output_folder_that_cannot_be_made_is_told(ask: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     failure = ask(output_dir=str(tmp_path / "file" / "below"))
-    assert failure.kind == "storage"
+    assert failure.code == "storage_full"
     assert str(tmp_path) not in failure.detail
 
 
 def test_a_job_whose_file_is_gone_harms_nothing(respond: RespondStage, tmp_path: Path) -> None:
     answer = respond.forward(FinishPart(part_id="f", path=str(tmp_path / "gone"), rows=[]))
     assert isinstance(answer, Failure)
-    assert answer.kind == "internal"
+    assert answer.code == "internal"
