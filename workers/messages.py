@@ -129,6 +129,7 @@ class FinishPart(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
 
 # ------------------------------------------------------------------------------------------------ failures of requests
 
+
 class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
     """The whole request cannot be answered; travels to the end of the pipeline as a value."""
 

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.service.prometheus import Prometheus, running_prometheus
 from pem import rle
 from serve.gateway import keys
-from serve.telemetry.metrics import route_label
+from serve.gateway.routes import find
 from tests.running import RunningServer, register
 from tests.serve.tiny import FULL, HEIGHT, NAMES, POSE, SEG, WIDTH, masks_of, one, tiny_question, tiny_scene
 
@@ -37,7 +37,7 @@ class Watched:
         """Any request; its answer is counted."""
         headers = {"X-API-Key": self.key if key is None else key, **content.pop("headers", {})}
         answer = httpx.request(method, self.server.url + path, headers=headers, timeout=120, **content)
-        self.answers[route_label(path), answer.status_code] += 1
+        self.answers[find(path).label, answer.status_code] += 1
         return answer
 
     def ask(self, tree: Any, route: str = POSE, **how: Any) -> httpx.Response:

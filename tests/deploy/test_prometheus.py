@@ -23,7 +23,8 @@ import yaml
 
 from posekit.engine import REJECT_CODES
 from serve.gateway import keys
-from serve.telemetry.metrics import POSE_ROUTES, ROUTES, Metrics
+from serve.gateway.routes import ROUTES, find
+from serve.telemetry.metrics import Metrics
 from serve.telemetry.processes import STAGES
 from tests.deploy.conftest import Watched, every_kind_of_request
 from tests.deploy.documented import PAGE, families, family_of
@@ -163,7 +164,7 @@ def test_prometheus_counts_what_the_clients_saw(watched: Watched) -> None:
 
     grown = {key: value - before.get(key, 0) for key, value in requests().items()}
     assert {key: value for key, value in grown.items() if value} == watched.answers
-    solved = sum(n for (route, code), n in watched.answers.items() if route in POSE_ROUTES and code == 200)
+    solved = sum(n for (route, code), n in watched.answers.items() if find(route).timed and code == 200)
     assert total("pose_request_duration_seconds_count") - took == solved
     assert watched.rows["ok"] == total("pose_score_count") - sums["pose_score_count"] == 5
     assert prometheus.one(f'pose_score_count{{object="{NAMES[0]}"}}') - named == watched.sure[NAMES[0]] == 3
@@ -325,7 +326,10 @@ async def hammer(watched: Watched, *, cheap: int, poses: int, seed: int) -> int:
             lambda word: send("PATCH", POSE, word.encode()),
             lambda word: send(word[:6].upper().translate(str.maketrans("0123456789", "ABCDEFGHIJ")), "/livez"),
             lambda word: send(
-                "GET", chance.choice([path for path in ROUTES if path.startswith("/v2") or path == "/livez"])
+                "GET",
+                chance.choice(
+                    [route.path for route in ROUTES if route.path.startswith("/v2") or route.path == "/livez"]
+                ),
             ),
             lambda word: send("GET", "/api/v1/status", traceparent=word),
         ]

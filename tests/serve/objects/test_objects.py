@@ -30,8 +30,9 @@ from serve.backend.mosec import Backend
 from serve.backend.run_dir import RunDir
 from serve.engine_choice import choose
 from serve.errors import ApiError
-from serve.gateway.app import Gateway
 from serve.gateway.exchange import Answer, Call
+from serve.gateway.object_routes import _registered
+from serve.gateway.service import Service
 from serve.objects import catalogue as serve_objects
 from serve.objects.catalogue import Objects
 from tests.running import ANSWER_S, START_LIMIT_S, RunningServer, paused, running, wait_until
@@ -538,11 +539,11 @@ def test_an_onboarding_that_comes_to_nothing_is_not_waited_for_and_stalls_nobody
     settings = serve_settings.load(environment=values)
     run_dir = RunDir(Path(settings.spool_dir))
     stages = settings.stages(run_dir=run_dir.path, devices=("cpu",), engines=("geometric",))
-    gateway = Gateway(settings, Backend(stages, run_dir.path), run_dir, offer=choose(settings), device="cpu")
+    service = Service(settings, Backend(stages, run_dir.path), run_dir, offer=choose(settings), device="cpu")
     store = ObjectStore(settings.objects_path)
     store.commit(store.stage(), stored(1, None))
     objects, call = (
-        gateway.objects,
+        service.objects,
         Call.of({"type": "http", "method": "POST", "path": OBJECTS, "headers": []}, nothing),
     )
     objects.load()
@@ -569,11 +570,11 @@ def test_an_onboarding_that_comes_to_nothing_is_not_waited_for_and_stalls_nobody
 
     async def run() -> Answer:
         ticking = asyncio.create_task(tick())
-        answer = await gateway._registered(call, registered(), 1.0)
+        answer = await _registered(service, call, registered(), 1.0)
         ticking.cancel()
         return answer
 
-    monkeypatch.setattr(gateway.backend, "call_with_retries", full)
+    monkeypatch.setattr(service.backend, "call_with_retries", full)
     monkeypatch.setattr(objects, "get", look)
     answer = asyncio.run(run())
     run_dir.remove()

@@ -22,8 +22,9 @@ from serve.backend.mosec import Interrupted, Refused
 from serve.backend.run_dir import RunDir
 from serve.errors import ApiError
 from serve.scheduling import queue
-from serve.scheduling.queue import PoseQueue, Solution
+from serve.scheduling.queue import Queue
 from serve.settings import Queue as QueueSettings
+from serve.tasks.pose.work import UNIT, PoseWork, Solution, solve
 from workers.jobs import BESIDE, INLINE_BYTES
 from workers.messages import Failure, FinishPart, Job, MaskSpec, Part, PartAnswer, PassRecord, Row
 from workers.settings import Pose, Stages
@@ -68,6 +69,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """No pauses, and time goes as the test says."""
     one = Clock()
     monkeypatch.setattr("serve.scheduling.queue.time", one)
+    monkeypatch.setattr("serve.tasks.pose.work.time", one)
     monkeypatch.setattr("serve.scheduling.queue._PAUSE_BEFORE_RETRY_S", 0.0)
     return one
 
@@ -162,11 +164,11 @@ class Bench:
         self.run_dir = RunDir(folder)
         self.parts: list[PartAnswer] = []
         self.dispatched: list[str] = []
-        self.queue = PoseQueue(
+        self.queue = Queue(
             stage,  # type: ignore[arg-type]
             self.run_dir,
             QueueSettings(**{"passes_in_flight": 1, **settings}),
-            pass_detections=PASS,
+            pass_cost=PASS,
             on_part=lambda answer, waited_s: self.parts.append(answer),
             on_dispatch=self.dispatched.append,
         )
@@ -187,7 +189,7 @@ class Bench:
             deadline_unix=time.time() + deadline_s,
             **job,
         )
-        task = asyncio.create_task(self.queue.solve(request, client, queue.time.monotonic() + deadline_s))
+        task = asyncio.create_task(solve(self.queue, PoseWork(request), client, queue.time.monotonic() + deadline_s))
         self.tasks.append(task)
         await settled()
         return task
@@ -207,7 +209,7 @@ async def bench(folder: Path, stage: Stage | None = None, **settings: Any) -> As
     for task in one.tasks:
         if not task.cancelled():
             task.exception()
-    assert (one.queue.requests, one.queue.detections, one.queue.waiting_detections) == (0, 0, 0)
+    assert (one.queue.requests, one.queue.cost, one.queue.waiting) == (0, 0, 0)
     assert one.spooled() == []
     one.run_dir.remove()
 
@@ -464,7 +466,7 @@ async def test_nothing_is_sent_to_a_stage_that_is_away_and_everything_when_it_is
         one.stage.is_ready = False
         tasks = [await one.ask(f"client{index}", f"r{index}", 2) for index in range(6)]
         assert one.stage.sent == []
-        assert one.queue.waiting_detections == 12
+        assert one.queue.waiting == 12
         one.stage.is_ready = True
         one.queue.wake()
         await settled()
@@ -489,7 +491,7 @@ async def test_a_stage_that_stays_away_is_given_up(tmp_path: Path) -> None:
 def refused(one: Bench, client: str, count: int, deadline_s: float) -> ApiError:
     """Why a request would not be let in."""
     with pytest.raises(ApiError) as raised:
-        one.queue.admit(client, count, deadline_s, "geometric")
+        one.queue.admit(client, count, deadline_s, "geometric", UNIT)
     return raised.value
 
 
@@ -499,11 +501,11 @@ async def test_little_work_is_let_in_beside_a_flood_with_long_deadlines(tmp_path
         one.stage.info = {"detections_per_second": {"geometric": 10.0}}
         for index in range(6):
             await one.ask("flood", f"f{index}", 40)
-        assert one.queue.detections == 240
-        one.queue.admit("other", 1, 2.0, "geometric")  # 4 inside and one turn of the flood: half a second
-        one.queue.admit("flood", 1, 2.0, "geometric")  # goes before its own client's larger ones
+        assert one.queue.cost == 240
+        one.queue.admit("other", 1, 2.0, "geometric", UNIT)  # 4 inside and one turn of the flood: half a second
+        one.queue.admit("flood", 1, 2.0, "geometric", UNIT)  # goes before its own client's larger ones
         assert refused(one, "flood", 40, 20.0).code == "over_capacity", "there are 236 like it before it"
-        one.queue.admit("flood", 10, 300.0, "geometric")
+        one.queue.admit("flood", 10, 300.0, "geometric", UNIT)
         task = await one.ask("other", "o", 1)
         await one.stage.answer("f0/0")
         assert "o/0" in one.stage.inside, "as promised"
@@ -531,30 +533,30 @@ async def test_what_was_promised_at_the_door_is_kept_among_many_clients(tmp_path
 async def test_the_ceiling_stops_who_floods_and_lets_others_in_up_to_their_share(tmp_path: Path) -> None:
     async with bench(tmp_path, ceiling_detections=40) as one:
         await one.ask("flood", "f", 44)
-        assert one.queue.waiting_detections == 40
+        assert one.queue.waiting == 40
         error = refused(one, "flood", 1, 900.0)
         assert error.code == "over_capacity"
-        assert error.retry_after_s == pytest.approx(1 / one.queue.detections_per_second("geometric"))
-        one.queue.admit("other", 20, 900.0, "geometric")
+        assert error.retry_after_s == pytest.approx(1 / one.queue.per_second("geometric"))
+        one.queue.admit("other", 20, 900.0, "geometric", UNIT)
         assert refused(one, "other", 21, 900.0).code == "over_capacity"
         await one.ask("other", "o", 20)
         assert refused(one, "other", 1, 900.0).code == "over_capacity"
         assert refused(one, "third", 14, 900.0).code == "over_capacity"
-        one.queue.admit("third", 13, 900.0, "geometric")
+        one.queue.admit("third", 13, 900.0, "geometric", UNIT)
         one.queue.fail_all(ApiError("draining", "over"))
-        one.queue.admit("flood", 1000, 900.0, "geometric")  # whoever finds the queue empty is let in
+        one.queue.admit("flood", 1000, 900.0, "geometric", UNIT)  # whoever finds the queue empty is let in
 
 
 @alone
 async def test_429_says_when_to_come_back(tmp_path: Path) -> None:
     async with bench(tmp_path) as one:
         one.stage.info = {"detections_per_second": {"geometric": 10.0}}
-        assert one.queue.detections_per_second("geometric") == pytest.approx(10.0)
+        assert one.queue.per_second("geometric") == pytest.approx(10.0)
         await one.ask("anna", "a", 100)
         error = refused(one, "anna", 100, 15.0)
         assert error.code == "over_capacity"
         assert error.retry_after_s == pytest.approx(10 + 10 - 12)  # 100 ahead, 100 of its own, a fifth of 15 s to spare
-        one.queue.admit("anna", 100, 25.5, "geometric")
+        one.queue.admit("anna", 100, 25.5, "geometric", UNIT)
 
 
 @alone
@@ -592,9 +594,9 @@ async def test_a_dead_worker_is_not_reckoned_with_until_it_is_back(tmp_path: Pat
     stage = Stage(devices=2)
     async with bench(tmp_path, stage, passes_in_flight=1) as one:
         stage.info = {"detections_per_second": {"geometric": 10.0}}
-        assert one.queue.detections_per_second("geometric") == 20.0
+        assert one.queue.per_second("geometric") == 20.0
         stage.ready_workers = 1
-        assert one.queue.detections_per_second("geometric") == 10.0
+        assert one.queue.per_second("geometric") == 10.0
         await one.ask("anna", "a", 4 * PASS)
         assert one.stage.sent == ["a/0"]  # the one that is left takes no more at a time
         error = refused(one, "ben", 4 * PASS, 1.0)
@@ -613,12 +615,12 @@ async def test_each_engine_is_reckoned_at_its_own_speed(tmp_path: Path) -> None:
         await one.ask("anna", "a", 12, engine="sam6d")
         error = refused(one, "ben", 4, 8.0)  # 4 of hers inside and one turn: 8 s
         assert error.retry_after_s == pytest.approx(8 + 0.4 - 6.4)
-        one.queue.admit("ben", 4, 10.6, "geometric")
+        one.queue.admit("ben", 4, 10.6, "geometric", UNIT)
         with pytest.raises(ApiError, match=r"about 8\.0 s"):
-            one.queue.admit("ben", 4, 8.5, "sam6d")
+            one.queue.admit("ben", 4, 8.5, "sam6d", UNIT)
         await one.stage.answer("a/0", seconds=16.0)
-        assert one.queue.detections_per_second("sam6d") < 0.5
-        assert one.queue.detections_per_second("geometric") == pytest.approx(10.0)
+        assert one.queue.per_second("sam6d") < 0.5
+        assert one.queue.per_second("geometric") == pytest.approx(10.0)
 
 
 @alone
@@ -637,16 +639,16 @@ async def test_one_part_that_another_engine_answered_is_enough_to_say_so(tmp_pat
 async def test_a_deadline_is_called_too_short_only_by_what_was_measured_lately(tmp_path: Path, clock: Clock) -> None:
     async with bench(tmp_path) as one:
         one.stage.info = {"detections_per_second": {"geometric": 10.0}}  # the worker's own estimate is not enough
-        one.queue.admit("anna", 1000, 1.0, "geometric")
+        one.queue.admit("anna", 1000, 1.0, "geometric", UNIT)
         for index in range(3):
-            one.queue.admit("anna", 1000, 1.0, "geometric")
+            one.queue.admit("anna", 1000, 1.0, "geometric", UNIT)
             await one.ask("anna", f"a{index}")
             await one.stage.answer(f"a{index}/0", seconds=1.0)
         error = refused(one, "anna", 1000, 1.0)
         assert (error.code, error.field, error.retry_after_s) == ("deadline_too_short", "deadline_ms", None)
-        one.queue.admit("anna", 8, 1.1, "geometric")  # 2 s as measured: not surely impossible
+        one.queue.admit("anna", 8, 1.1, "geometric", UNIT)  # 2 s as measured: not surely impossible
         clock.ahead_s += 61
-        one.queue.admit("anna", 1000, 1.0, "geometric")  # or it would never be measured again
+        one.queue.admit("anna", 1000, 1.0, "geometric", UNIT)  # or it would never be measured again
         assert refused(one, "anna", 1, 0.005).code == "deadline_too_short", "whatever is measured"
 
 
@@ -656,9 +658,7 @@ async def test_recent_passes_count_more_in_the_measured_rate(tmp_path: Path) -> 
         for index, seconds in enumerate([4.0] * 5 + [0.5] * 40):
             await one.ask("anna", f"a{index}")
             await one.stage.answer(f"a{index}/0", seconds=seconds)
-        assert one.queue.detections_per_second("geometric") == pytest.approx(2 * PASS / 0.5, rel=0.1), (
-            "both devices together"
-        )
+        assert one.queue.per_second("geometric") == pytest.approx(2 * PASS / 0.5, rel=0.1), "both devices together"
 
 
 # -------------------------------------------------------------------------------------------------- workers that died
@@ -764,7 +764,7 @@ async def test_a_deadline_that_passes_while_parts_are_inside_ends_the_request(tm
         assert await code(task) == "deadline"
         assert len(one.spooled()) == 1, "a worker may still be reading it"
         assert one.queue.requests == 0
-        assert one.queue.detections == PASS
+        assert one.queue.cost == PASS
         await one.stage.work_off()
         assert one.spooled() == []
     assert one.stage.sent == ["a/0"]
@@ -779,7 +779,7 @@ async def test_a_cancelled_requests_unsent_parts_are_dropped(tmp_path: Path) -> 
         for task in (gone, waiting):
             task.cancel()
         await settled()
-        assert one.queue.waiting_detections == PASS
+        assert one.queue.waiting == PASS
         await one.stage.work_off()
         assert len((await stays).rows) == PASS
     assert one.stage.sent == ["gone/0", "stays/0"]
@@ -834,7 +834,7 @@ async def test_at_the_end_everything_is_answered_at_once(tmp_path: Path) -> None
         tasks = [await one.ask(f"client{index}", f"r{index}", 2 * PASS, large=True) for index in range(3)]
         one.queue.fail_all(ApiError("draining", "the server is shutting down"))
         assert [await code(task) for task in tasks] == ["draining"] * 3
-        assert one.queue.waiting_detections == 0
+        assert one.queue.waiting == 0
 
 
 # --------------------------------------------------------------------------------------------------------- many at once

@@ -81,20 +81,26 @@ def test_a_request_is_one_line_with_everything(lines: Lines) -> None:
 
 
 @pytest.mark.parametrize(
-    "route, status, level",
+    "quiet, status, level",
     [
-        ("/api/v1/pose_estimation", 422, "info"),
-        ("/api/v1/pose_estimation", 429, "warning"),
-        ("/api/v1/pose_estimation", 503, "warning"),
-        ("/api/v1/pose_estimation", 500, "error"),
-        ("/livez", 200, "debug"),
-        ("/readyz", 503, "debug"),
-        ("/readyz", 500, "error"),
-        ("/metrics", 401, "info"),
+        (None, 200, "info"),
+        (None, 422, "info"),
+        (None, 429, "warning"),
+        (None, 503, "warning"),
+        (None, 500, "error"),
+        ("probe", 200, "debug"),
+        ("probe", 503, "debug"),
+        ("probe", 500, "error"),
+        ("probe", 401, "info"),
+        ("watch", 200, "debug"),
+        ("watch", 404, "info"),
+        ("watch", 503, "warning"),
     ],
 )
-def test_the_level_says_whether_an_operator_should_look(lines: Lines, route: str, status: int, level: str) -> None:
-    request(route=route, status=status)
+def test_the_level_says_whether_an_operator_should_look(
+    lines: Lines, quiet: logs.Quiet, status: int, level: str
+) -> None:
+    request(quiet=quiet, status=status)
     assert lines()[0]["level"] == level
 
 
