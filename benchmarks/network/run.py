@@ -35,13 +35,13 @@ from benchmarks.network import plain as plain_network
 from benchmarks.network.parity import Golden, objects
 from benchmarks.network.plain import Stages
 from pem.bench.report import Table, write_json
-from posekit.geometric.onboard import sample_surface
 from posekit.geometry import rotation_angle_deg
 from posekit.sam6d.checkpoint.weights import load_state_dict
 from posekit.sam6d.network.config import Config
 from posekit.sam6d.network.features import normalize
 from posekit.sam6d.network.network import Network, Poses, Scene
 from posekit.sam6d.quick.fast import FastNetwork
+from posekit.surface import sample_surface
 from posekit.synthetic.shapes import SHAPES
 
 GOLDEN = generated_weights.SHARED / "golden.npz"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posekit.io import images, masks, meshes
-from posekit.units import Observation, Verdict, judge, observe
+from posekit.unit_check import Observation, Verdict, judge, observe
 
 REAL = Path(__file__).parents[2] / "../shared/real"
 F = 600.0
