@@ -1,4 +1,4 @@
-"""The pose estimation network's speed: our engine's fast setting against the plain network of plain_network.py.
+"""The pose estimation network's speed: our engine's fast setting against the plain network of plain.py.
 
     python -m benchmarks.network [--batches 1,4,8] [--threads 2] [--repeats 3] [--exact] [--weights FILE] [--json FILE]
 

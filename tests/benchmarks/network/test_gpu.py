@@ -95,7 +95,7 @@ def test_the_plain_network_has_its_own_point_operators_back() -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["network_gpu", *arguments])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.network.gpu", *arguments])
     return network_gpu.main()
 
 
