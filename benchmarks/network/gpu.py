@@ -46,7 +46,7 @@ from benchmarks.network.run import GOLDEN, OURS, Pass, Seen
 from pem.bench.report import Table, write_json
 from posekit.sam6d.checkpoint.weights import load_state_dict
 from posekit.sam6d.network.config import Config
-from posekit.sam6d.network.network import Description, Model, Network, Poses, Scene, furthest, together
+from posekit.sam6d.network.whole import Description, Model, Network, Poses, Scene, furthest, together
 from posekit.sam6d.quick.gpu import BUCKETS, PASS, PRECISIONS, GpuNetwork, Runner, captured, keep_float32
 
 Run = Callable[[Scene, Sequence[Model]], Poses]  # of instances, each with its object's model

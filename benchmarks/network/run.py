@@ -39,8 +39,8 @@ from posekit.geometry import rotation_angle_deg
 from posekit.sam6d.checkpoint.weights import load_state_dict
 from posekit.sam6d.network.config import Config
 from posekit.sam6d.network.features import normalize
-from posekit.sam6d.network.network import Network, Poses, Scene
-from posekit.sam6d.quick.fast import FastNetwork
+from posekit.sam6d.network.whole import Network, Poses, Scene
+from posekit.sam6d.quick.cpu import FastNetwork
 from posekit.surface import sample_surface
 from posekit.synthetic.shapes import SHAPES
 

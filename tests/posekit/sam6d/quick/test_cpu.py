@@ -17,10 +17,10 @@ from posekit.sam6d.network.coarse import Pose
 from posekit.sam6d.network.config import Config
 from posekit.sam6d.network.features import FeatureExtraction
 from posekit.sam6d.network.fine import PositionEncoding, start_at
-from posekit.sam6d.network.network import Model, Network, Scene, take
 from posekit.sam6d.network.structure import GeometricStructureEmbedding
+from posekit.sam6d.network.whole import Model, Network, Scene, take
 from posekit.sam6d.quick import fast as fast_module
-from posekit.sam6d.quick.fast import (
+from posekit.sam6d.quick.cpu import (
     TABLE_UNITS,
     FastNetwork,
     FoldedAttention,
