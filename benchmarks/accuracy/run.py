@@ -181,7 +181,11 @@ def _service(bench: Bench, rows: list[Row], options: argparse.Namespace, report:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     which = made.add_argument_group("what is asked")
     which.add_argument("--scenes", type=int, default=40, help="scenes of 3 to 6 objects (40)")
     which.add_argument("--objects", type=int, default=24, help="objects that they are made of (24)")
