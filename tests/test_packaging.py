@@ -83,14 +83,6 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("package", LAYERS)
-def test_imports_point_one_way(package):
-    above = LAYERS[LAYERS.index(package) + 1 :]
-    for path in sorted((ROOT / package).rglob("*.py")):
-        above_it = set(above) if path.name == "bench.py" else {*above, "benchmarks"}
-        assert not set(imports_of(path)) & above_it, f"{path.relative_to(ROOT)} imports a package above its own"
-
-
-@pytest.mark.parametrize("package", LAYERS)
 def test_every_library_that_is_imported_is_declared(package):
     extras = [*EXTRAS["server"], *EXTRAS["otel"]]
     declared = {canonical(Requirement(text).name) for text in [*PROJECT["dependencies"], *extras]}

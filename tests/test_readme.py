@@ -27,7 +27,7 @@ import pytest
 
 from pem.ports import free_port
 from posekit.synthetic.scenes import demo_scene
-from posekit.units import Observation, judge
+from posekit.unit_check import Observation, judge
 from serve.commands import demo
 from serve.errors import CODES
 from serve.telemetry.metrics import Metrics

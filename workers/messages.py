@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posekit.engine import Symmetries
+from posekit.units import m_to_mm, mm_to_m, transform_m_to_mm, transform_mm_to_m
 
 # ------------------------------------------------------------------------------------------------ arrays on the wire
 
@@ -345,13 +346,9 @@ OnboardAnswer = Onboarded | Failure
 
 def symmetries_to_wire(symmetries: Symmetries) -> WireSymmetries:
     """Metres inside, BOP's millimetres outside."""
-    discrete = []
-    for T_obj_obj in symmetries.discrete:
-        T_mm = np.array(T_obj_obj, dtype=np.float64)
-        T_mm[:3, 3] *= 1000.0
-        discrete.append([float(x) for x in T_mm.ravel()])
+    discrete = [_numbers(transform_m_to_mm(T_obj_obj)) for T_obj_obj in symmetries.discrete]
     continuous = [
-        {"axis": [float(x) for x in axis], "offset": [float(x) * 1000.0 for x in offset_m]}
+        {"axis": _numbers(axis), "offset": _numbers(m_to_mm(np.asarray(offset_m, dtype=np.float64)))}
         for axis, offset_m in symmetries.continuous
     ]
     return WireSymmetries(symmetries_discrete=discrete, symmetries_continuous=continuous)
@@ -359,13 +356,13 @@ def symmetries_to_wire(symmetries: Symmetries) -> WireSymmetries:
 
 def symmetries_from_wire(wire: WireSymmetries) -> Symmetries:
     """BOP's millimetres outside, metres inside. Shapes are checked by the gateway before."""
-    discrete = []
-    for numbers in wire.symmetries_discrete:
-        T_obj_obj = np.array(numbers, dtype=np.float64).reshape(4, 4)
-        T_obj_obj[:3, 3] /= 1000.0
-        discrete.append(T_obj_obj)
+    discrete = tuple(transform_mm_to_m(numbers) for numbers in wire.symmetries_discrete)
     continuous = tuple(
-        (np.array(entry["axis"], dtype=np.float64), np.array(entry["offset"], dtype=np.float64) / 1000.0)
+        (np.array(entry["axis"], dtype=np.float64), mm_to_m(np.array(entry["offset"], dtype=np.float64)))
         for entry in wire.symmetries_continuous
     )
-    return Symmetries(discrete=tuple(discrete), continuous=continuous)
+    return Symmetries(discrete=discrete, continuous=continuous)
+
+
+def _numbers(values: npt.ArrayLike) -> list[float]:
+    return [float(x) for x in np.asarray(values).ravel()]

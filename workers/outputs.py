@@ -19,6 +19,7 @@ from posekit.engine import Float64, Mesh, UInt8
 from posekit.errors import StoreError, StoreFull
 from posekit.io import images, masks
 from posekit.store import ObjectStore, write_atomically
+from posekit.units import transform_mm_to_m
 from workers.messages import OUTPUT_FILES, Job, Row
 
 DETECTIONS, POSES, PICTURE = OUTPUT_FILES
@@ -126,7 +127,7 @@ def _table(job: Job, rows: list[Row]) -> bytes:
 
 
 def _pose(row: Row) -> Float64:
-    T_cam_obj = np.eye(4)
-    T_cam_obj[:3, :3] = row.rotation
-    T_cam_obj[:3, 3] = np.array(row.translation) / 1000.0
-    return T_cam_obj
+    T_cam_obj_mm = np.eye(4)
+    T_cam_obj_mm[:3, :3] = row.rotation
+    T_cam_obj_mm[:3, 3] = row.translation
+    return transform_mm_to_m(T_cam_obj_mm)

@@ -6,6 +6,7 @@ import numpy as np
 from msgspec import UNSET, UnsetType
 
 from posekit.engine import Estimate, Float64, Outcome, Rejection
+from posekit.units import transform_m_to_mm
 from workers.messages import Crop, Row, RowError, RowEvidence, RowHypothesis
 
 
@@ -73,5 +74,5 @@ def _rotation(T_cam_obj: Float64) -> list[list[float]]:
 
 
 def _translation_mm(T_cam_obj: Float64) -> list[float]:
-    translation_mm: list[float] = (T_cam_obj[:3, 3].astype(np.float64) * 1000.0).tolist()
+    translation_mm: list[float] = transform_m_to_mm(T_cam_obj)[:3, 3].tolist()
     return translation_mm

@@ -24,12 +24,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.accuracy import page as accuracy_page
-from benchmarks.accuracy import reliability
+from benchmarks.accuracy import reliability, studies, tables
 from benchmarks.accuracy import service as accuracy_service
-from benchmarks.accuracy import studies as accuracy_studies
-from benchmarks.accuracy import tables as accuracy_tables
 from benchmarks.accuracy.cases import Bench, Row, run_masks
+from benchmarks.accuracy.page import write_page
 from benchmarks.accuracy.set import QUALITIES, load
 from benchmarks.peers import ask as peers
 from pem.bench.report import Table, write_json
@@ -93,26 +91,26 @@ def main() -> int:
     return 0
 
 
-def _gpu_batches(bench: Bench, options: argparse.Namespace, report: Report, tell: accuracy_studies.Tell) -> None:
+def _gpu_batches(bench: Bench, options: argparse.Namespace, report: Report, tell: studies.Tell) -> None:
     cpu = GeometricEngine("cpu", options.threads)
-    report.table("batches", accuracy_studies.run_batches(bench, options.masks[0], cpu, tell))
+    report.table("batches", studies.run_batches(bench, options.masks[0], cpu, tell))
 
 
-def _everything(bench: Bench, options: argparse.Namespace, report: Report, tell: accuracy_studies.Tell) -> None:
+def _everything(bench: Bench, options: argparse.Namespace, report: Report, tell: studies.Tell) -> None:
     bench.ask(bench.cut(bench.cases(options.masks[0], 0)))  # what a process pays once
     rows = [row for quality in options.masks for row in run_masks(bench, quality, options.batch, tell)]
     _engine_alone(bench, rows, options, report, tell)
     if options.wrong_objects:
-        wrong = accuracy_studies.run_wrong(bench, options.masks, options.seed, tell)
-        report.table("wrong_objects", accuracy_studies.wrong_table(wrong))
+        wrong = studies.run_wrong(bench, options.masks, options.seed, tell)
+        report.table("wrong_objects", studies.wrong_table(wrong))
         report.figures["wrong_rows"] = wrong
     if options.tracking:
-        before, after = accuracy_studies.run_tracking(bench, options.masks[0], options.seed, tell)
-        report.table("tracking", accuracy_studies.tracking_table(before, after))
+        before, after = studies.run_tracking(bench, options.masks[0], options.seed, tell)
+        report.table("tracking", studies.tracking_table(before, after))
     if options.real is not None:
-        frames = accuracy_studies.real_frames(options.real)
+        frames = studies.real_frames(options.real)
         if frames:
-            report.table("real", accuracy_studies.run_real(bench.engine, frames, tell))
+            report.table("real", studies.run_real(bench.engine, frames, tell))
         else:
             ERRORS.print(f"no real frames: {options.real} has no folder with a gt.json")
     if options.http:
@@ -128,47 +126,45 @@ def _everything(bench: Bench, options: argparse.Namespace, report: Report, tell:
             images.encode_png(reliability.draw(rows), compression=9)
         )
     if options.page:
-        path = accuracy_page.write_page(options.page, bench, rows, report.figures["title"])
+        path = write_page(options.page, bench, rows, report.figures["title"])
         ERRORS.print(f"the worst answers as pictures: {path}")
 
 
 def _engine_alone(
-    bench: Bench, rows: list[Row], options: argparse.Namespace, report: Report, tell: accuracy_studies.Tell
+    bench: Bench, rows: list[Row], options: argparse.Namespace, report: Report, tell: studies.Tell
 ) -> None:
     """The tables of the main run, and what the engine takes besides a pass's seconds."""
     if options.verbose:
         print()
         for row in rows:
             if not row.right:
-                print(accuracy_tables.failure_line(row))
-    report.table("by_quality", accuracy_tables.by_quality(rows))
-    report.table("by_object", accuracy_tables.by_object(rows, bench.onboarding_s))
-    report.table("by_visibility", accuracy_tables.by_visibility(rows))
-    report.table("reliability", accuracy_tables.reliability(rows))
+                print(tables.failure_line(row))
+    report.table("by_quality", tables.by_quality(rows))
+    report.table("by_object", tables.by_object(rows, bench.onboarding_s))
+    report.table("by_visibility", tables.by_visibility(rows))
+    report.table("reliability", tables.reliability(rows))
     report.figures["rows"] = rows
     seconds = list(bench.onboarding_s.values())
-    median, worst = accuracy_tables.percentile(seconds, 50), max(seconds)
+    median, worst = tables.percentile(seconds, 50), max(seconds)
     report.line("onboarding_s", f"onboarding: {median:.2f} s at the median, {worst:.2f} s at worst", [median, worst])
-    decode_ms = accuracy_tables.percentile(bench.decode_ms, 50)
+    decode_ms = tables.percentile(bench.decode_ms, 50)
     report.line("decode_ms", f"decoding: {decode_ms:.1f} ms an instance, pictures shared by a scene's", decode_ms)
     tell("memory")
     models = dict(list(bench.models.items())[:WORKER_OBJECTS])
     cases = [case for case in bench.cases(options.masks[0], 0) if case.asked in models]
     instances = [ask for ask in bench.cut(cases) if isinstance(ask, Instance)]
-    taken = accuracy_studies.memory(models, instances, options.device, options.threads)
+    taken = studies.memory(models, instances, options.device, options.threads)
     text = f"{taken['objects']} objects loaded: {taken['loaded_mb']:.0f} MB, {taken['pass_mb']:.0f} MB after a pass"
     report.line("memory", f"memory of a process with {text}", taken)
 
 
-def _service(
-    bench: Bench, rows: list[Row], options: argparse.Namespace, report: Report, tell: accuracy_studies.Tell
-) -> None:
+def _service(bench: Bench, rows: list[Row], options: argparse.Namespace, report: Report, tell: studies.Tell) -> None:
     """The same questions through a service that runs for as long as this takes."""
     service = accuracy_service.run_service(bench, rows, options.masks, options.device, options.threads, tell)
-    report.table("service", accuracy_tables.by_quality(service.rows))
+    report.table("service", tables.by_quality(service.rows))
     report.table("service_stages", service.stages)
     seconds = list(service.onboarding_s.values())
-    median, worst = accuracy_tables.percentile(seconds, 50), max(seconds)
+    median, worst = tables.percentile(seconds, 50), max(seconds)
     report.line(
         "service_onboarding_s",
         f"onboarding through the service: {median:.2f} s at the median, {worst:.2f} s at worst",
@@ -185,7 +181,11 @@ def _service(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     which = made.add_argument_group("what is asked")
     which.add_argument("--scenes", type=int, default=40, help="scenes of 3 to 6 objects (40)")
     which.add_argument("--objects", type=int, default=24, help="objects that they are made of (24)")

@@ -15,13 +15,14 @@ import numpy as np
 
 from benchmarks.accuracy.cases import SEED, Bench, Case, Row
 from benchmarks.accuracy.memory import resident_mb
+from benchmarks.running import own
 from pem import rle
 from pem.bench.report import Table
 from pem.client import Client, Pose
 from posekit.engine import Rejection
 from posekit.synthetic.scenes import pose_errors
 from posekit.synthetic.shapes import mesh_to_ply
-from tests.running import RunningServer
+from posekit.units import transform_mm_to_m
 
 REQUEST = 5  # instances of a request whose seconds are told
 TIMED_REQUESTS = 5, 20  # at least, at most; between them, as many as there are scenes
@@ -49,7 +50,7 @@ def run_service(
 ) -> Service:
     """Start a server, register the objects, ask for every mask, time requests of REQUEST instances, stop the server."""
     settings = {"device": device, "pose_threads": threads}
-    with tempfile.TemporaryDirectory() as folder, RunningServer(Path(folder) / "data", settings) as server:
+    with tempfile.TemporaryDirectory() as folder, own(Path(folder) / "data", settings) as server:
         with Client(server.url, "", timeout_s=ANSWER_LIMIT_S, deadline_s=ANSWER_LIMIT_S) as client:
             onboarding_s = {}
             for name in bench.models:
@@ -133,9 +134,7 @@ def _row(bench: Bench, case: Case, pose: Pose, seconds: float) -> Row:
     if not pose.ok:
         code, detail = (pose.error.code, pose.error.detail) if pose.error else (pose.status, "")
         return bench.row(case, Rejection(code=code, detail=detail), seconds)
-    T_cam_obj = pose.T_cam_obj_mm
-    T_cam_obj[:3, 3] /= 1000
-    row = bench.posed(case, T_cam_obj, seconds)
+    row = bench.posed(case, transform_mm_to_m(pose.T_cam_obj_mm), seconds)
     row.confidence, row.ambiguous = pose.confidence, pose.ambiguous
     row.evidence = msgspec.structs.asdict(pose.evidence) if pose.evidence else {}
     return row

@@ -7,7 +7,7 @@
 Everything in one run and on the same instances, those of `../shared/sam6d/golden.npz` beside the project's root and
 synthetic ones in turn, with generated weights unless a checkpoint is given:
 
-- the plain network of plain_network.py, eager and float32, with the point operators that pointnet2_ext runs here;
+- the plain network of plain.py, eager and float32, with the point operators that pointnet2_ext runs here;
 - the engine's network for GPUs in each precision, eager, in passes of one size as graphs (as the engine runs it) and in
   buckets of many sizes; `--compile` adds what torch.compile makes of it, which takes a compiler and minutes;
 - the card's own bf16 rate in a large product, and the arithmetic of an instance, counted;
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 import pointnet2_ext
-from benchmarks.kernels import points as bench_point_kernels
+from benchmarks.kernels import points as point_kernels
 from benchmarks.network import generated_weights, parity
 from benchmarks.network import plain as plain_network
 from benchmarks.network import run as network
@@ -46,7 +46,7 @@ from benchmarks.network.run import GOLDEN, OURS, Pass, Seen
 from pem.bench.report import Table, write_json
 from posekit.sam6d.checkpoint.weights import load_state_dict
 from posekit.sam6d.network.config import Config
-from posekit.sam6d.network.network import Description, Model, Network, Poses, Scene, furthest, together
+from posekit.sam6d.network.whole import Description, Model, Network, Poses, Scene, furthest, together
 from posekit.sam6d.quick.gpu import BUCKETS, PASS, PRECISIONS, GpuNetwork, Runner, captured, keep_float32
 
 Run = Callable[[Scene, Sequence[Model]], Poses]  # of instances, each with its object's model
@@ -583,11 +583,11 @@ def _stage_table(stages: list[StageTime], rows: int) -> Table:
 
 
 def _kernel_table(device: str, quick: bool) -> Table:
-    """bench_point_kernels' cases; quickly: the first."""
+    """The cases of benchmarks.kernels.points; quickly: the first."""
     table = Table(["op", "sizes", "reference ms", "kernel ms", "reference / kernel"])
     threads = torch.get_num_threads()
-    for case in itertools.islice(bench_point_kernels.cases(device), 1 if quick else None):
-        slow, fast = (bench_point_kernels.median_ms(call, threads) for call in (case.reference, case.kernel))
+    for case in itertools.islice(point_kernels.cases(device), 1 if quick else None):
+        slow, fast = (point_kernels.median_ms(call, threads) for call in (case.reference, case.kernel))
         same = torch.equal(case.kernel(), case.reference())
         table.add(case.op, case.sizes, slow, fast, f"{slow / fast:.1f}{'' if same else ', answers differ'}")
     return table

@@ -36,8 +36,8 @@ from posekit.geometry import rotation_angle_deg
 from posekit.sam6d.network.coarse import Pose, Tokens
 from posekit.sam6d.network.features import normalize
 from posekit.sam6d.network.fine import start_at
-from posekit.sam6d.network.network import Cloud, Model, Network, Scene, take
-from posekit.sam6d.quick.fast import FastNetwork
+from posekit.sam6d.network.whole import Cloud, Model, Network, Scene, take
+from posekit.sam6d.quick.cpu import FastNetwork
 from posekit.sam6d.quick.gpu import GpuNetwork, keep_float32
 
 Array = npt.NDArray[Any]

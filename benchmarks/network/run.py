@@ -1,4 +1,4 @@
-"""The pose estimation network's speed: our engine's fast setting against the plain network of plain_network.py.
+"""The pose estimation network's speed: our engine's fast setting against the plain network of plain.py.
 
     python -m benchmarks.network [--batches 1,4,8] [--threads 2] [--repeats 3] [--exact] [--weights FILE] [--json FILE]
 
@@ -35,13 +35,13 @@ from benchmarks.network import plain as plain_network
 from benchmarks.network.parity import Golden, objects
 from benchmarks.network.plain import Stages
 from pem.bench.report import Table, write_json
-from posekit.geometric.onboard import sample_surface
 from posekit.geometry import rotation_angle_deg
 from posekit.sam6d.checkpoint.weights import load_state_dict
 from posekit.sam6d.network.config import Config
 from posekit.sam6d.network.features import normalize
-from posekit.sam6d.network.network import Network, Poses, Scene
-from posekit.sam6d.quick.fast import FastNetwork
+from posekit.sam6d.network.whole import Network, Poses, Scene
+from posekit.sam6d.quick.cpu import FastNetwork
+from posekit.surface import sample_surface
 from posekit.synthetic.shapes import SHAPES
 
 GOLDEN = generated_weights.SHARED / "golden.npz"
@@ -277,7 +277,11 @@ def verdict(timed: dict[str, Timed], threads: int) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the options, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.network",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--batches", default="1,4,8", help="instances of a pass, separated by commas (1,4,8)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)

@@ -19,11 +19,11 @@ import msgspec
 
 from benchmarks.peers.environment import PYTHON, ROOT, PeerFailed, versions
 from benchmarks.peers.serving import READY, Setup, to_environment
+from benchmarks.running import runs
 from pem.bench.observe import tree
 from pem.bench.sample import Target
 from pem.child import ended_by_signals
 from pem.ports import free_port
-from tests.running import running as running_now
 from workers.settings import Stages, on_gpu
 
 _START_LIMIT_S: Final = 180.0
@@ -204,7 +204,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
             os.kill(pid, signal.SIGKILL)
     child.wait()
     end = time.monotonic() + _STOP_LIMIT_S
-    while any(running_now(pid) for pid in processes) and time.monotonic() < end:
+    while any(runs(pid) for pid in processes) and time.monotonic() < end:
         time.sleep(0.02)
 
 

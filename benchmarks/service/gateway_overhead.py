@@ -25,9 +25,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from benchmarks.running import own
 from pem.bench.report import Table, write_json
 from posekit.io import images
-from tests.running import RunningServer
 from workers.messages import Job, Part
 
 SIZES = {"10 KB": (52, 40), "1.5 MB": (640, 480)}
@@ -115,9 +115,10 @@ def main() -> int:
     worst = 0.0
     with (
         tempfile.TemporaryDirectory() as folder,
-        RunningServer(Path(folder) / "data", {"log_level": "debug"}) as server,
+        own(data := Path(folder) / "data", {"log_level": "debug"}) as server,
     ):
-        port = int(re.findall(r'"backend_started".*?"port":(\d+)', server.log())[-1])
+        log = (data / "server.log").read_text()
+        port = int(re.findall(r'"backend_started".*?"port":(\d+)', log)[-1])
         for name, size in SIZES.items():
             both = ways(size, server.port, port)
             for clients in CLIENTS:

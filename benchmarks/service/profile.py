@@ -43,9 +43,7 @@ RATE_HZ = 200  # samples a second
 PROFILED = ("gateway", "decode", "pose", "respond")
 WARMUP_S = 4.0
 _OURS = {("serve",), ("workers",), ("posekit",), ("pointnet2_ext",)}  # the packages whose functions one can change here
-_WRAPPERS = {
-    ("Linear.forward", "posekit/sam6d/quick/fast.py")
-}  # of an operator, called from everywhere: the caller counts
+_WRAPPERS = {("Linear.forward", "posekit/sam6d/quick/cpu.py")}  # of an operator, called from everywhere: callers count
 _TO_OPERATORS = "torch/_ops.py"
 _REQUESTS_PROFILED = 4
 

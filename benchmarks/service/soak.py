@@ -35,6 +35,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from benchmarks.running import Running, own
 from benchmarks.service import checks, memory
 from benchmarks.service.checks import Check
 from pem.bench import drive
@@ -46,7 +47,6 @@ from pem.bench.result import Result, summarise
 from pem.bench.sample import Question, Run, Target
 from pem.bench.server import register
 from pem.wire import MSGPACK
-from tests.running import RunningServer
 
 SIZES = ((640, 480), (1280, 720))
 STAGES = ("decode", "pose", "respond")  # the workers that are killed, in turn
@@ -172,7 +172,7 @@ class Troublemakers:
 class Killer:
     """Ends one worker after another in a thread, and waits for each to be replaced."""
 
-    def __init__(self, server: RunningServer, every_s: float, staff: Counter[str]) -> None:
+    def __init__(self, server: Running, every_s: float, staff: Counter[str]) -> None:
         self._server = server
         self._every_s = every_s
         self._staff = staff  # stage -> workers that there should be
@@ -229,7 +229,7 @@ class Snapshot:
     series: frozenset[str]  # on /metrics
 
     @classmethod
-    def of(cls, server: RunningServer) -> Snapshot:
+    def of(cls, server: Running) -> Snapshot:
         """Now."""
         pids = tree(server.pid)
         stages = stage_names(server.pid)
@@ -344,7 +344,7 @@ class Seen:
 Tell = Callable[[str], None]
 
 
-def soak(server: RunningServer, load: Load, *, seconds: float, kill_every_s: float, tell: Tell) -> Seen:
+def soak(server: Running, load: Load, *, seconds: float, kill_every_s: float, tell: Tell) -> Seen:
     """Warm-up, traffic with kills, and quiet; a row of figures goes to `tell` each minute.
 
     The warm-up has kills, too: the requests that wait out an outage take memory that a fresh server never had.
@@ -402,7 +402,7 @@ def _traffic(target: Target, load: Load, judge: Judge, *, rate_hz: float, second
     )
 
 
-def _quiet(server: RunningServer, before: Snapshot | None) -> None:
+def _quiet(server: Running, before: Snapshot | None) -> None:
     """Until nothing is worked on and, at most for _QUIET_S, nothing is there that was not `before`."""
     end = time.monotonic() + _QUIET_S
     while time.monotonic() < end:
@@ -509,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stood = shared_memory()
     with (
         tempfile.TemporaryDirectory(prefix="pem-soak-") as folder,
-        RunningServer(Path(folder) / "data", settings) as server,
+        own(Path(folder) / "data", settings) as server,
     ):
         register(Target(url=server.url), load, tell)
         seen = soak(server, load, seconds=60 * options.minutes, kill_every_s=options.kill_every, tell=tell)

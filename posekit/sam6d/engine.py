@@ -28,16 +28,16 @@ from posekit.engine import (
     Symmetries,
     UInt8,
 )
-from posekit.geometric.onboard import diameter_of, sample_surface
 from posekit.sam6d.checkpoint import weights
 from posekit.sam6d.checkpoint.version import version_of
 from posekit.sam6d.crops import NetworkInput, instance_input, template_input
 from posekit.sam6d.evidence import evidence
 from posekit.sam6d.network.config import Config
-from posekit.sam6d.network.network import Description, Model, Network, Poses, Scene, together
-from posekit.sam6d.quick.fast import FastNetwork
+from posekit.sam6d.network.whole import Description, Model, Network, Poses, Scene, together
+from posekit.sam6d.quick.cpu import FastNetwork
 from posekit.sam6d.quick.gpu import PRECISIONS, GpuNetwork, Runner, keep_float32
 from posekit.sam6d.templates import View, render_views
+from posekit.surface import diameter_of, sample_surface
 
 PRACTICE_PX = 64
 RENDERING = 0.1  # of the time that onboarding takes, for the progress

@@ -1,4 +1,4 @@
-"""The hot loops of fast.py: compiled for the CPU where that was built, else plain torch.
+"""The hot loops of quick/cpu.py: compiled for the CPU where that was built, else plain torch.
 
 `_kernels_cpu.so` in this folder registers its ops with torch when it is loaded. A kernel agrees with the plain stage of
 coarse.py, fine.py, structure.py or attention.py to the rounding of float32, `embed` to that of its 16 bits. It works on

@@ -1,6 +1,6 @@
 """The CAD models that the service knows: registered, found by path, or sent along; onboarded once, however many ask.
 
-An object's identity is its content (posekit/io/meshes.py: `content_id`). Its folder on disk is the truth
+An object's identity is its content (posekit/io/meshes/content.py: `content_id`). Its folder on disk is the truth
 (posekit/store.py); this module adds names, the onboardings in flight, and the bound on the disk. Each engine onboards
 an object by itself, the geometric one first: it takes a second, the network a minute, and a request waits only for the
 engine that it wants.

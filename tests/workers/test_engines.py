@@ -14,7 +14,8 @@ import pytest
 from posekit import geometric
 from posekit.engine import Estimate
 from posekit.errors import BrokenCheckpoint
-from workers.engines import box_instance, box_mesh, load_engine, practise, versions, with_fixed_versions
+from posekit.synthetic.box import box_instance, box_mesh
+from workers.engines import load_engine, practise, versions, with_fixed_versions
 from workers.settings import Sam6d, Stages
 
 

@@ -12,7 +12,8 @@ import torch
 from posekit.engine import ObjectModel, Symmetries
 from posekit.errors import StoreError
 from posekit.store import ObjectStore, StoredObject
-from workers.engines import box_mesh, load_engine
+from posekit.synthetic.box import box_mesh
+from workers.engines import load_engine
 from workers.models import ModelCache
 
 NAMES = ["a" * 64, "b" * 64, "c" * 64]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from posekit.engine import Estimate, Evidence, Float64, Hypothesis, Instance, Outcome, Rejection
-from workers.engines import box_instance
+from posekit.synthetic.box import box_instance
 from workers.refine import refined
 
 NETWORKS = Evidence(inlier_fraction=0.5, residual_mm=5.0, visible_overlap=0.5, free_space_violation=0.1)

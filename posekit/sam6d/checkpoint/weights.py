@@ -26,7 +26,7 @@ from torch import Tensor
 from posekit.errors import BrokenCheckpoint, StoreError
 from posekit.sam6d.checkpoint import manifest
 from posekit.sam6d.checkpoint.manifest import WeightsEntry
-from posekit.sam6d.network.network import Network
+from posekit.sam6d.network.whole import Network
 from posekit.store import write_atomically
 
 SIZE_LIMIT: Final = 4 * 2**30  # bytes of a file, and of what it unpacks to; the released checkpoint has a tenth

@@ -1,6 +1,6 @@
 """The network as a GPU is quick at it: plain torch, products on the matrix units, and no word with the host in between.
 
-Weights and answers are those of network.py. What differs from it, beside the parts taken from fast.py:
+Weights and answers are those of network/whole.py. What differs from it, beside the parts taken from cpu.py:
 
     structure of pairs        in bf16: one row of a table for a distance or an angle, no layers
     attention                 torch's fused one
@@ -40,9 +40,9 @@ from posekit.sam6d.network.coarse import (
 )
 from posekit.sam6d.network.features import MEAN, STD
 from posekit.sam6d.network.fine import FineMatching, ScoredPose, SoftMatches, explained, soft_matches
-from posekit.sam6d.network.network import Description, Model, Network, Parts, Poses, Scene, take
 from posekit.sam6d.network.structure import GeometricStructureEmbedding
-from posekit.sam6d.quick.fast import (
+from posekit.sam6d.network.whole import Description, Model, Network, Parts, Poses, Scene, take
+from posekit.sam6d.quick.cpu import (
     FastNetwork,
     FoldedAttention,
     NeighbourlyEncoding,
@@ -157,7 +157,7 @@ class SharpFineMatching(_SharpLogits, FineMatching):
 
 
 class Structure(TabledStructure):
-    """As network.py's; in bf16 the nearest row of a table instead, whose numbers no longer need a step in between."""
+    """As network/whole.py's; in bf16 the nearest row of a table instead, whose numbers need no step in between."""
 
     near_distances: Tensor  # (rows, C) bf16
     near_angles: Tensor
@@ -218,7 +218,7 @@ class Encoding(NeighbourlyEncoding):
         return out.float()
 
     def _look_around(self, mlp: Any, points: Tensor, index: Tensor) -> Tensor:
-        """mlp: folded by fast.py; points: (B, N, 3); index: (B, N, S) of a ball query -> (B, N, 128)."""
+        """mlp: folded by cpu.py; points: (B, N, 3); index: (B, N, S) of a ball query -> (B, N, 128)."""
         b, n, s = index.shape
         there = functional.linear(points, mlp.there, mlp.there_bias).flatten(0, 1)
         here = functional.linear(points, mlp.here)
@@ -347,7 +347,7 @@ class GpuNetwork(FastNetwork):
 
     @staticmethod
     def _adapt(part: nn.Module, precision: str) -> None:
-        """Give a part of network.py, which keeps its weights, the ways of its twin here."""
+        """Give a part of network/whole.py, which keeps its weights, the ways of its twin here."""
         if type(part) is MultiHeadAttention:
             part.__class__ = FusedAttention
         elif type(part) is CoarseMatching:

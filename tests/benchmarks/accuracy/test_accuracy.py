@@ -14,10 +14,8 @@ import pytest
 import torch
 
 from benchmarks.accuracy import page as accuracy_page
-from benchmarks.accuracy import reliability
+from benchmarks.accuracy import reliability, studies, tables
 from benchmarks.accuracy import run as accuracy
-from benchmarks.accuracy import studies as accuracy_studies
-from benchmarks.accuracy import tables as accuracy_tables
 from benchmarks.accuracy.cases import Bench, Row, cut, run_masks
 from benchmarks.accuracy.set import load
 from posekit.engine import Instance, Rejection, Symmetries
@@ -118,7 +116,7 @@ def test_every_mask_has_a_row_in_order_and_most_are_right(bench: Bench, rows: li
 
 
 def test_the_size_of_a_pass_changes_no_answer(bench: Bench, rows: list[Row]) -> None:
-    table = accuracy_studies.run_batches(bench, "exact", GeometricEngine("cpu"), lambda text: None, sizes=(64,))
+    table = studies.run_batches(bench, "exact", GeometricEngine("cpu"), lambda text: None, sizes=(64,))
     peer, ours = table.as_dicts()
     assert (peer["vs. cpu"], ours["instances"]) == (1.0, len(rows))
     assert (ours["most deg"], ours["most mm"], ours["other status"]) == (0.0, 0.0, 0)
@@ -135,15 +133,15 @@ def test_a_shape_is_not_its_own_stranger_nor_that_of_a_twin_in_other_colours_and
     colours = None if carton.mesh.vertex_colors is None else 255 - carton.mesh.vertex_colors
     mesh = replace(carton.mesh, vertices_m=turned, vertex_colors=colours)
     twin = Shape(name="twin", mesh=mesh, symmetries=Symmetries())
-    others = accuracy_studies.other_shapes([carton, gear, twin])
+    others = studies.other_shapes([carton, gear, twin])
     assert others == {"carton": ["gear"], "twin": ["gear"], "gear": ["carton", "twin"]}
 
 
 def test_wrong_objects_are_asked_for_every_mask(bench: Bench) -> None:
-    found = accuracy_studies.run_wrong(bench, ["exact"], 0, lambda text: None)
+    found = studies.run_wrong(bench, ["exact"], 0, lambda text: None)
     assert found
     assert all(one.asked != one.object and not one.right for one in found)
-    (line,) = accuracy_studies.wrong_table(found).as_dicts()
+    (line,) = studies.wrong_table(found).as_dicts()
     assert line["rejected"] == sum(one.status != "ok" for one in found)
 
 
@@ -152,25 +150,25 @@ def test_a_disturbed_pose_is_5_mm_and_5_degrees_away() -> None:
     T[:3, :3] = rotation((1, 0, 2), 130)
     T[:3, 3] = 0.1, -0.2, 0.8
     middle_m = np.array([0.3, 0.0, 0.1])
-    moved = accuracy_studies.disturbed(T, middle_m, np.random.default_rng(0))
+    moved = studies.disturbed(T, middle_m, np.random.default_rng(0))
     shift = np.append(middle_m, 1) @ (moved - T).T
     assert np.linalg.norm(shift[:3]) == pytest.approx(0.005)
     assert pose_errors(moved, T, Symmetries())[0] == pytest.approx(5.0)
 
 
 def test_tracking_brings_disturbed_poses_nearer(bench: Bench) -> None:
-    before, after = accuracy_studies.run_tracking(bench, "exact", 0, lambda text: None)
-    table = accuracy_studies.tracking_table(before, after).as_dicts()
+    before, after = studies.run_tracking(bench, "exact", 0, lambda text: None)
+    table = studies.tracking_table(before, after).as_dicts()
     assert table[1]["MSSD mm"] < 0.7 * table[0]["MSSD mm"]
 
 
 def test_without_real_frames_there_are_none(tmp_path: Path) -> None:
-    assert accuracy_studies.real_frames(tmp_path / "nowhere") == []
+    assert studies.real_frames(tmp_path / "nowhere") == []
 
 
 def test_memory_is_that_of_a_process_with_the_models(bench: Bench) -> None:
     instances = [ask for ask in bench.cut(bench.cases("exact", 0)) if isinstance(ask, Instance)]
-    found = accuracy_studies.memory(bench.models, instances, "cpu", 1)
+    found = studies.memory(bench.models, instances, "cpu", 1)
     assert found["objects"] == len(bench.models)
     assert 100 < found["loaded_mb"] <= found["pass_mb"] < 4000
 
@@ -185,7 +183,7 @@ def test_the_table_of_qualities_adds_up() -> None:
         row(0.30, ar=0.6, right=True, mssd_mm=4.0, angle_deg=3.0, seconds=0.3, ambiguous=True),
         row(0.0, status="no_fit", quality="noisy", seconds=0.4),
     ]
-    exact, noisy, both = accuracy_tables.by_quality(found).as_dicts()
+    exact, noisy, both = tables.by_quality(found).as_dicts()
     assert exact["AR"] == pytest.approx(0.6)
     assert exact["right"] == pytest.approx(2 / 3)
     assert (exact["mm"], exact["deg"]) == (3.0, 2.0)
@@ -197,17 +195,17 @@ def test_the_table_of_qualities_adds_up() -> None:
 
 
 def test_a_confidence_of_one_lies_in_the_last_bin_and_a_rejection_in_none() -> None:
-    found = accuracy_tables.bins([row(1.0, right=True), row(0.91), row(0.0, status="no_fit")])
+    found = tables.bins([row(1.0, right=True), row(0.91), row(0.0, status="no_fit")])
     assert [one.answers for one in found] == [0] * 9 + [2]
     assert (found[-1].right, found[-1].confidence) == (0.5, pytest.approx(0.955))
 
 
 def test_the_line_of_a_failure_says_where_what_and_how_far() -> None:
     wrong = row(scene=7, index=2, mssd_mm=41.2, shift_mm=3.0, angle_deg=178.0, evidence={"residual_mm": 0.4})
-    line = accuracy_tables.failure_line(wrong)
+    line = tables.failure_line(wrong)
     for word in ("7 #2", "mug", "exact", "41.2 mm", "178.0 deg", "confidence 0.90", "residual_mm 0.4"):
         assert word in line
-    assert accuracy_tables.failure_line(row(status="no_fit", detail="why")).endswith("no_fit: why")
+    assert tables.failure_line(row(status="no_fit", detail="why")).endswith("no_fit: why")
 
 
 @pytest.mark.parametrize(

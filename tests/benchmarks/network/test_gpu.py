@@ -19,7 +19,7 @@ from benchmarks.network.gpu import Company, Rate, StageTime, Work, arithmetic, c
 from benchmarks.network.parity import Check
 from benchmarks.network.run import GOLDEN, OURS
 from posekit.sam6d.network.config import Config
-from posekit.sam6d.network.network import Model, Poses, Scene, furthest
+from posekit.sam6d.network.whole import Model, Poses, Scene, furthest
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_the_plain_network_has_its_own_point_operators_back() -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["network_gpu", *arguments])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.network.gpu", *arguments])
     return network_gpu.main()
 
 

@@ -26,8 +26,8 @@ from benchmarks.network.run import (
     table_of,
     verdict,
 )
-from posekit.sam6d.network.network import Network
-from posekit.sam6d.quick.fast import FastNetwork
+from posekit.sam6d.network.whole import Network
+from posekit.sam6d.quick.cpu import FastNetwork
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import torch
 from benchmarks.network import generated_weights, parity
 from benchmarks.network.parity import Check, Golden, Posed, against_exact
 from posekit.sam6d.checkpoint import weights
-from posekit.sam6d.network.network import Network
+from posekit.sam6d.network.whole import Network
 from posekit.synthetic.shapes import rotation
 
 GOLDEN = Path(__file__).parents[3] / "../shared/sam6d/golden.npz"

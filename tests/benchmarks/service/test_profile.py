@@ -19,8 +19,8 @@ def test_a_compiled_kernel_is_told_by_the_function_that_calls_it() -> None:
 
 def test_a_layer_that_everything_calls_is_told_with_its_caller() -> None:
     stack = "MLP.forward (posekit/sam6d/network/vit.py:50);_call_impl (torch/nn/modules/module.py:1);"
-    stack += "Linear.forward (posekit/sam6d/quick/fast.py:58);OpOverloadPacket.__call__ (torch/_ops.py:1269)"
-    assert place(stack) == ("MLP.forward (sam6d/vit.py) > Linear.forward (sam6d/fast.py)", "vit.py:50")
+    stack += "Linear.forward (posekit/sam6d/quick/cpu.py:58);OpOverloadPacket.__call__ (torch/_ops.py:1269)"
+    assert place(stack) == ("MLP.forward (network/vit.py) > Linear.forward (quick/cpu.py)", "vit.py:50")
 
 
 def test_a_function_of_this_project_is_told_by_itself() -> None:

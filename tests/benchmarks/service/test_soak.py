@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from benchmarks.running import Running
 from benchmarks.service import checks, memory, soak
 from pem.bench.mix import FORMATS, Load, Mix, prepare
 from pem.bench.sample import Target
@@ -195,7 +196,7 @@ def test_a_short_soak_of_a_running_server_leaves_nothing_behind(
     server = start_server()
     register(Target(url=server.url), load)
     rows: list[str] = []
-    one = soak.soak(server, load, seconds=9.0, kill_every_s=4.0, tell=rows.append)
+    one = soak.soak(Running(url=server.url, pid=server.pid), load, seconds=9.0, kill_every_s=4.0, tell=rows.append)
     assert server.stop() == 0
     found = soak.judged(one, sorted(soak.shared_memory() - stood))
     told = [*checks.table(found).as_dicts(), *soak.details(one, [])]

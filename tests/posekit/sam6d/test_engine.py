@@ -22,7 +22,7 @@ from posekit.sam6d.checkpoint.version import version_of
 from posekit.sam6d.crops import instance_input
 from posekit.sam6d.engine import Sam6dEngine
 from posekit.sam6d.network.config import Config
-from posekit.sam6d.network.network import Description, Poses
+from posekit.sam6d.network.whole import Description, Poses
 from posekit.sam6d.templates import View
 from posekit.store import ObjectStore
 from posekit.synthetic.shapes import SHAPES, rotation

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from posekit.engine import Evidence, Float32, Float64, Instance
-from posekit.geometric.onboard import sample_surface
 from posekit.render import depth_to_points, render
 from posekit.sam6d.evidence import NEAR, evidence
+from posekit.surface import sample_surface
 from posekit.synthetic.shapes import SHAPES, rotation
 
 K = np.array([[600.0, 0, 149.5], [0, 600.0, 149.5], [0, 0, 1]])

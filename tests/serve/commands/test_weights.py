@@ -1,4 +1,4 @@
-"""`pem weights` as a user types it. What is taken and what is refused: tests/posekit/sam6d/test_weights.py."""
+"""`pem weights` as a user types it. What is refused, and why: tests/posekit/sam6d/checkpoint/test_weights.py."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import pytest
 
 from posekit.engine import ObjectModel
 from posekit.store import ObjectStore, StoredObject
+from posekit.synthetic.box import box_mesh
 from tests.workers.support import ascii_ply, register
-from workers.engines import box_mesh
 from workers.messages import Failure, Inspected, InspectTask, Onboarded, OnboardTask
 from workers.settings import Stages
 from workers.stages.inspect_cad import InspectStage

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from pem.rle import encode_rle
+from posekit import crops
 from posekit.engine import Instance
 from posekit.io.images import encode_png
 from posekit.sam6d.crops import NetworkInput, instance_input
 from tests.workers.support import Asker
-from workers import cropping
 from workers.messages import Crop, Cut, Failure, MaskSpec, Part
 from workers.stages.decode import DecodeStage
 from workers.work import Work
@@ -223,7 +223,7 @@ def test_a_huge_crop_is_thinned_out_and_its_camera_follows(
 ) -> None:
     mask = asker.scene.instances[0].mask
     fine = only_crop(decode, asker.part(asker.job([mask])))
-    monkeypatch.setattr(cropping, "CROP_PIXELS", 2000)
+    monkeypatch.setattr(crops, "CROP_PIXELS", 2000)
     coarse = only_crop(decode, asker.part(asker.job([mask])))
     step = round(fine.K[0] / coarse.K[0])
     assert step > 1
@@ -235,7 +235,7 @@ def test_a_huge_crop_is_thinned_out_and_its_camera_follows(
 def test_a_thinned_crop_lies_in_the_image_thinned_out_the_same_way(
     decode: DecodeStage, asker: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cropping, "CROP_PIXELS", 2000)
+    monkeypatch.setattr(crops, "CROP_PIXELS", 2000)
     crop = only_crop(decode, asker.part(asker.job([asker.scene.instances[0].mask])))
     rgb, K = pixels(crop)[0], np.reshape(crop.K, (3, 3))
     assert crop.image_size_px is not None

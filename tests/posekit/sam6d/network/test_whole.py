@@ -27,11 +27,11 @@ from posekit.sam6d.network.coarse import (
 from posekit.sam6d.network.config import Config
 from posekit.sam6d.network.features import ImageNetwork, normalize
 from posekit.sam6d.network.fine import explained, neighbourhoods, soft_matches, start_at, subset
-from posekit.sam6d.network.network import Description, Model, Network, furthest, in_radii, together
 from posekit.sam6d.network.structure import GeometricStructureEmbedding, SinusoidalEmbedding
+from posekit.sam6d.network.whole import Description, Model, Network, furthest, in_radii, together
 from tests.posekit.sam6d.support import Posed, filled, posed, random, rotations, sphere, uniform
 
-STATE_DICT = Path(__file__).parents[3] / "../shared/sam6d/state_dict.json"
+STATE_DICT = Path(__file__).parents[4] / "../shared/sam6d/state_dict.json"
 
 
 # --------------------------------------------------------------------------------------------------- names and numbers

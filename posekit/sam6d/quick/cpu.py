@@ -1,4 +1,4 @@
-"""The network of network.py with its costly parts rewritten: the same weights, the same answers, less work.
+"""The network of network/whole.py with its costly parts rewritten: the same weights, the same answers, less work.
 
     part                       plain                                       here
     features of points         every pixel's, then those wanted            those wanted
@@ -43,8 +43,8 @@ from posekit.sam6d.network.fine import (
     explained,
     solve,
 )
-from posekit.sam6d.network.network import Network, Parts
 from posekit.sam6d.network.structure import GeometricStructureEmbedding
+from posekit.sam6d.network.whole import Network, Parts
 
 TABLE_STEPS = 128  # rows per unit of a table; between two of them it is off by less than 1e-5
 TABLE_UNITS = 16  # angles end at 12, distances within a cloud at 12 or little more

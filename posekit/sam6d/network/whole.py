@@ -1,7 +1,7 @@
 """SAM-6D's pose estimation network (Lin et al., CVPR 2024), inference only, in the reference's arithmetic.
 
 `describe` makes of an object's points and features all that depends on the object alone; `forward` makes poses of
-scenes and such descriptions. fast.py holds the same network with its costly parts rewritten.
+scenes and such descriptions. quick/cpu.py holds the same network with its costly parts rewritten.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Poses(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The parts that fast.py has twins of."""
+    """The parts that quick/cpu.py has twins of."""
 
     features: type[FeatureExtraction] = FeatureExtraction
     structure: type[GeometricStructureEmbedding] = GeometricStructureEmbedding

@@ -17,10 +17,10 @@ from posekit.sam6d.network.coarse import Pose
 from posekit.sam6d.network.config import Config
 from posekit.sam6d.network.features import FeatureExtraction
 from posekit.sam6d.network.fine import PositionEncoding, start_at
-from posekit.sam6d.network.network import Model, Network, Scene, take
 from posekit.sam6d.network.structure import GeometricStructureEmbedding
-from posekit.sam6d.quick import fast as fast_module
-from posekit.sam6d.quick.fast import (
+from posekit.sam6d.network.whole import Model, Network, Scene, take
+from posekit.sam6d.quick import cpu
+from posekit.sam6d.quick.cpu import (
     TABLE_UNITS,
     FastNetwork,
     FoldedAttention,
@@ -233,7 +233,7 @@ def test_the_voting_comes_to_the_same_pose(kernel: str, far: float, scene: int, 
 
 def test_the_voting_without_kernels_takes_some_hypotheses_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_compiled", False)
-    monkeypatch.setattr(fast_module, "DISTANCES_AT_A_TIME", 7 * 2 * 60 * 80)
+    monkeypatch.setattr(cpu, "DISTANCES_AT_A_TIME", 7 * 2 * 60 * 80)
     plain, fast = both()
     known = posed(2, 60, 80)
     arguments = (known.logits, known.scene, known.model, known.surface, uniform(2, 3 * 400))

@@ -16,9 +16,9 @@ from posekit.sam6d.network import coarse
 from posekit.sam6d.network.coarse import Pose
 from posekit.sam6d.network.config import Config
 from posekit.sam6d.network.fine import start_at
-from posekit.sam6d.network.network import Model, Network, Poses, Scene, together
+from posekit.sam6d.network.whole import Model, Network, Poses, Scene, together
 from posekit.sam6d.quick import gpu
-from posekit.sam6d.quick.fast import FastNetwork
+from posekit.sam6d.quick.cpu import FastNetwork
 from posekit.sam6d.quick.gpu import GpuNetwork, Linear, Runner, matrix_units
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

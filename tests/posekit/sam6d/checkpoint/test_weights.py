@@ -22,7 +22,7 @@ from torch import Tensor
 from posekit.errors import BrokenCheckpoint, StoreFull
 from posekit.sam6d.checkpoint import manifest, weights
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 STATE_DICT = ROOT / "../shared/sam6d/state_dict.json"
 Tensors = dict[str, Tensor]
 

@@ -1,0 +1,33 @@
+"""An object's id: what its files hold, and nothing else.
+
+A mesh's content id is a sha256 over: the line `posekit-object-1`, the resolved unit, the number of files, and for each
+file in the order of its name's UTF-8 bytes the name and the content. Every string and content is preceded by its
+length in bytes, numbers being eight bytes, little-endian. A single file goes by the name `model.<format>`, so that a
+client's name for it does not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping
+
+from posekit.io.meshes.formats import suffix
+from posekit.io.meshes.inspection import Unit
+
+
+def content_id(unit: Unit, files: Mapping[str, bytes]) -> str:
+    """The object's id: sha256 (64 hex characters) over unit, names and contents; the module's text has the layout."""
+    digest = hashlib.sha256(b"posekit-object-1\n")
+
+    def add(content: bytes) -> None:
+        digest.update(struct.pack("<Q", len(content)))
+        digest.update(content)
+
+    add(unit.encode())
+    digest.update(struct.pack("<Q", len(files)))
+    for name in sorted(files, key=lambda name: name.encode("utf-8", "surrogatepass")):
+        shown = f"model.{suffix(name)}" if len(files) == 1 else name
+        add(shown.encode("utf-8", "surrogatepass"))
+        add(files[name])
+    return digest.hexdigest()
