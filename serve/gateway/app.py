@@ -20,11 +20,12 @@ import msgspec
 import structlog
 
 from pem import contract as schemas
+from posekit import registry
 from posekit.errors import PoseError
 from serve import __version__
 from serve.backend.mosec import Backend
 from serve.backend.run_dir import RunDir
-from serve.engine_choice import HINT, Offer
+from serve.engine_choice import Offer
 from serve.errors import ApiError, from_posekit, internal_error
 from serve.gateway import body, openapi
 from serve.gateway.body import ClientGone
@@ -99,14 +100,19 @@ class Gateway:
     # ---------------------------------------------------------------------------------------------------- engines
 
     @property
+    def lost(self) -> dict[str, str]:
+        """Engine -> why it is not to be had, so that its stand-in answers."""
+        return self.backend.lost() | self.offer.lost
+
+    @property
     def degraded(self) -> str | None:
-        """Why the geometric engine stands in for the network; None where it does not have to."""
-        return self.offer.lost or self.backend.lost().get("sam6d")
+        """Why another engine stands in for the one that `auto` means; None where none has to."""
+        return self.lost.get(self.offer.wanted)
 
     @property
     def engine(self) -> str:
         """What `engine: auto` means now."""
-        return "geometric" if self.degraded else next(iter(self.releases))
+        return registry.standing_in(self.offer.wanted, self.lost)
 
     @property
     def release(self) -> str:
@@ -116,24 +122,27 @@ class Gateway:
     @property
     def answering(self) -> dict[str, str]:
         """Engine -> release of those that answer now."""
-        return {name: release for name, release in self.releases.items() if name == self.engine or not self.degraded}
+        lost = self.lost
+        return {name: release for name, release in self.releases.items() if name not in lost}
 
     @property
     def checkpoint(self) -> str | None:
         """The name of the weights in use; None where the engine has none."""
-        return self.settings.weights_path.stem if self.engine == "sam6d" else None
+        path = self.settings.weights_path(self.engine)
+        return path.stem if path is not None else None
 
     @property
     def sha256(self) -> str | None:
         """Of the weights in use."""
-        return self.offer.sha256 if self.engine == "sam6d" else None
+        return self.offer.sha256.get(self.engine)
 
     # ----------------------------------------------------------------------------------------------------- events
 
     async def backend_ready(self) -> None:
         """The backend can be called (again)."""
-        if self.degraded:
-            log.error("degraded", reason=self.degraded, weights=str(self.settings.weights_path), hint=HINT)
+        for name, reason in self.lost.items():
+            weights, hint = self.settings.weights_path(name), registry.spec(name).hint
+            log.error("degraded", reason=reason, weights=weights and str(weights), hint=hint)
         if not self.warm:
             await self.objects.warm_up()
             self.warm = True
@@ -416,7 +425,8 @@ class Gateway:
                         await one
 
     async def _solve(self, call: Call, question: Question, deadline: float) -> Answer:
-        engine, reason = self._engine(question.engine)
+        asked = self.offer.wanted if question.engine == registry.AUTO else question.engine
+        engine, reason = self._engine(asked)
         output_dir = self._output_dir(question.output_dir)
         whole = question.template_dir is not None
         count = max(len(question.detections), 1 if whole else 0)
@@ -424,9 +434,10 @@ class Gateway:
         try:
             resolved = await self._resolve(call, question, deadline, engine)
         except ApiError as error:
-            if error.code != "onboarding_failed" or engine != "sam6d" or not self.settings.sam6d.fallback:
+            stand_in = self.settings.stand_in(engine)
+            if error.code != "onboarding_failed" or stand_in is None:
                 raise
-            engine, reason = "geometric", error.detail
+            engine, reason = stand_in, error.detail
             resolved = await self._resolve(call, question, deadline, engine)
         ism_ms: float | None = None
         if whole:
@@ -453,10 +464,11 @@ class Gateway:
             raise
         if output_dir is not None and solution.output_written:
             self.outputs.wrote(output_dir)
-        if engine == "sam6d" and solution.engine != engine:  # lost on the way
-            reason = self.degraded or "the network could not be used"
+        if solution.engine != engine:  # lost on the way
+            reason = self.lost.get(engine) or f"{registry.spec(engine).words} could not be used"
         if reason is not None:
-            solution.warnings.append(f"degraded: the geometric engine stood in for the network: {reason}")
+            who, whom = registry.spec(solution.engine).words, registry.spec(asked).words
+            solution.warnings.append(f"degraded: {who} stood in for {whom}: {reason}")
         call.engine, call.release = solution.engine, self.releases[solution.engine]
         found = await asyncio.to_thread(answers.found_detections, question, solution.rows) if whole else None
         return answers.pose_answer(
@@ -479,17 +491,15 @@ class Gateway:
 
     def _engine(self, asked: str) -> tuple[str, str | None]:
         """The engine for a request, and why it is not the one that the request would have had."""
-        lost = self.degraded
-        if lost is not None and asked != "geometric":
-            return "geometric", lost
-        name = self.engine if asked == "auto" else asked
-        if name not in self.releases:
+        lost = self.lost
+        engine = registry.standing_in(asked, lost)
+        if engine not in self.releases:
             raise ApiError(
                 "invalid",
-                f"the engine {name!r} is not configured here; there is {', '.join(self.releases)}",
+                f"the engine {asked!r} is not configured here; there is {', '.join(self.releases)}",
                 field="engine",
             )
-        return name, None
+        return engine, lost.get(asked)
 
     def _output_dir(self, text: str | None) -> Path | None:
         if text is None:
@@ -532,7 +542,7 @@ class Gateway:
         deadline: float,
     ) -> Job:
         limits = self.settings.limits
-        refine = ("icp" if engine == "geometric" else "none") if question.refine == "auto" else question.refine
+        refine = registry.spec(engine).refine if question.refine == "auto" else question.refine
         height, width = answers.bare_depth_size(question)
         return Job(
             request_id=f"{call.request_id}-{secrets.token_hex(4)}",  # a client may send one id twice

@@ -16,6 +16,7 @@ from typing import Final, Literal
 import msgspec
 
 from pem import contract as schemas
+from posekit import registry
 from posekit.engine import REJECT_CODES
 from serve.errors import CODES
 from serve.gateway.openapi_words import EXAMPLES, FIELDS, IMAGES, REQUEST, SCHEMAS, Json
@@ -639,16 +640,9 @@ def page() -> bytes:
     return _PAGE.read_bytes()
 
 
-#: engine -> terms of its code and of its weights
-_LICENCES: Final = {
-    "geometric": ("Apache-2.0", "none: this engine has no weights"),
-    "sam6d": ("Apache-2.0", "not stated by their authors: ask them before commercial use"),
-}
-
-
 def model_metadata(*, version: str, release: str, engine: str) -> schemas.ModelMetadata:
     """`GET /v2/models/pem`: what goes in and out, and under which terms. Shapes use -1 for any number."""
-    engine_licence, weights_licence = _LICENCES[engine]
+    spec = registry.spec(engine)
     return schemas.ModelMetadata(
         name="pem",
         versions=[release],
@@ -668,8 +662,8 @@ def model_metadata(*, version: str, release: str, engine: str) -> schemas.ModelM
         parameters={
             "server_version": version,
             "engine": engine,
-            "engine_licence": engine_licence,
-            "weights_licence": weights_licence,
+            "engine_licence": spec.licence,
+            "weights_licence": spec.weights_licence,
             "lengths": "mm",
             "frame": "object to camera, OpenCV camera frame",
             "endpoint": "/api/v1/pose_estimation",
