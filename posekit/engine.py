@@ -1,23 +1,28 @@
-"""What an engine is: two verbs, `onboard` and `estimate`, and what goes in and comes out.
+"""What an engine is: two verbs, `onboard` and `estimate`, what goes in and comes out, and one row in the registry.
 
 Lengths are metres, rotations object-to-camera in the OpenCV camera frame: `p_cam = R p_obj + t`.
-This module imports numpy only, so that every process can afford it.
+This module imports numpy and msgspec only, so that every process can afford it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from posekit.settings import Table
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
+
+Refine = Literal["icp", "none"]  # whether poses are polished against the depth readings
 
 #: The closed list of reasons for which a detection has no pose; answer rows and metrics share it.
 REJECT_CODES = (
@@ -85,7 +90,7 @@ class Instance:
     mask: Bool  # (h, w)
     K: Float64  # (3, 3), pixels
     seed: int
-    refine: Literal["icp", "none"] = "icp"
+    refine: Refine = "icp"
     hypotheses: int = 0  # runners-up to return
     init_T_cam_obj: Float64 | None = None  # (4, 4): refine this pose, no search
     origin_px: tuple[int, int] = (0, 0)  # column and row of the crop's first pixel in its image, in the crop's pixels
@@ -136,7 +141,7 @@ Progress = Callable[[float], None]  # 0..1
 class Engine(Protocol):
     """What `workers/stages/pose.py` and `workers/stages/onboard.py` need of an engine."""
 
-    name: str  # "geometric", "sam6d"
+    name: str  # as in its EngineSpec
     version: str  # part of the stored model's file name: a new version onboards anew
     device: str
 
@@ -158,3 +163,51 @@ class Engine(Protocol):
         Raises nothing for bad data (that is a Rejection); out-of-memory passes through, for the caller to halve.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The file that an engine computes with; its settings, a `WeightsTable`, say where it lies."""
+
+    licence: str
+    problem: Callable[[Path], str | None]  # what is wrong with it as far as a glance tells, without its path
+    sha256: Callable[[Path], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """All that the rest of the program knows of one engine: its row in `posekit/registry.py`.
+
+    `load`, `version` and `kernels` import what they need when they are called; a row by itself imports no torch.
+    `load` and `version` get the engine's table of settings, None where it has none.
+    """
+
+    name: str  # lower-case letters, digits and _: it is part of file names, routes, variables and labels
+    words: str  # what sentences call it: "the network"
+    load: Callable[[Any, str, int], Engine]  # table, device ("cpu", "cuda:0"), CPU threads: takes seconds
+    version: Callable[[Any], str]  # of the models that it would store with this table; quick
+    kernels: Callable[[str], Mapping[str, str]] = lambda device: {}  # operation -> "compiled" or "reference"
+    settings: type[Table] | None = None  # its table; the table's name is the engine's
+    licence: str  # of its code
+    weights: Weights | None = None
+    refine: Refine  # what `refine: auto` means
+    refiner: str | None = None  # the engine that polishes its poses and starts from given ones; None: it does so itself
+    symmetries_from: str | None = None  # the engine whose found symmetries it takes over; None: it finds its own
+    effort: float = 1.0  # what onboarding an object takes, compared with the geometric engine
+    onboard_as: str | None = None  # the stage and route of its onboarding; None: `onboard_<name>`
+    stand_in: str | None = None  # the engine that answers, degraded, where this one cannot be started
+    hint: str = "the server's log says why"  # what an operator can do where it cannot be started
+
+    @property
+    def onboard_stage(self) -> str:
+        """The stage that onboards objects for it; the route is `/` and the same."""
+        return self.onboard_as or f"onboard_{self.name}"
+
+    @property
+    def weights_licence(self) -> str:
+        """The terms of its weights."""
+        return self.weights.licence if self.weights is not None else "none: this engine has no weights"
+
+    def cannot_start(self, why: str) -> str:
+        """What an operator reads where the server does not start for want of this engine."""
+        return f"the engine {self.name} cannot be started: {why}; {self.hint}"

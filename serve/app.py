@@ -4,7 +4,7 @@
     /finish                              respond      overlay and files of a request that was split
     /inspect         inspect                          is this mesh usable, in which unit, how healthy
     /onboard         onboard                          build the geometric engine's model of an object
-    /onboard_sam6d   onboard_sam6d                    build the network's, where it is among the engines
+    /onboard_sam6d   onboard_sam6d                    build the network's; one such route for each engine of this start
 
 `python -m serve.app --path DIR --port N --address 127.0.0.1 --timeout MS --capacity N --max-request-size BYTES`, with
 the settings in `PEM_STAGES` and, where it must not outlive its parent, the parent's pid in `PEM_PARENT_PID`.
@@ -22,11 +22,12 @@ from mosec import Runtime, Server, Worker
 from mosec.runtime import RsRuntimeManager
 from mosec.utils import get_mosec_path
 
+from posekit import registry
 from workers import settings
 from workers.lifecycle import die_with_parent, slot_environment, starts_dir
+from workers.stages import onboard
 from workers.stages.decode import DecodeStage
 from workers.stages.inspect_cad import InspectStage
-from workers.stages.onboard import OnboardSam6dStage, OnboardStage
 from workers.stages.pose import PoseStage
 from workers.stages.respond import RespondStage
 
@@ -50,11 +51,11 @@ def build(stages: settings.Stages) -> Server:
     )
     respond = stage(RespondStage, ["cpu"] * stages.respond.workers, threads=1)
     inspect = stage(InspectStage, ["cpu"], threads=stages.onboard.threads)
-    onboard = stage(OnboardStage, ["cpu"], threads=stages.onboard.threads)
 
-    routes = {"/pose": [decode, pose, respond], "/finish": [respond], "/inspect": [inspect], "/onboard": [onboard]}
-    if "sam6d" in stages.engines:
-        routes["/onboard_sam6d"] = [stage(OnboardSam6dStage, ["cpu"], threads=stages.onboard.threads)]
+    routes = {"/pose": [decode, pose, respond], "/finish": [respond], "/inspect": [inspect]}
+    for engine in stages.engines:
+        onboards = stage(onboard.STAGES[engine], ["cpu"], threads=stages.onboard.threads)
+        routes[f"/{registry.spec(engine).onboard_stage}"] = [onboards]
     server.register_runtime(routes)
     return server
 

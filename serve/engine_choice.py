@@ -1,89 +1,90 @@
-"""Which engines a start can offer, judged from the settings and the weights' file, without loading any of them."""
+"""Which engines a start can offer, judged without loading any of them; and which of them answers a request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-from safetensors import SafetensorError, safe_open
-
-from posekit.sam6d.checkpoint.version import sha256_of
+from posekit import registry
+from posekit.engine import EngineSpec
+from serve.backend.mosec import Backend
 from serve.errors import ApiError
 from serve.settings import Settings
+from workers.engines import versions
 from workers.settings import EngineName
-
-HINT: Final = "`pem weights import FILE` puts SAM-6D's released weights in place; --engine geometric needs none"
 
 
 class CannotStart(Exception):
     """The server cannot start; the message tells the operator why and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Offer:
     """What the workers are to load, the default first."""
 
     engines: tuple[EngineName, ...]
-    sha256: str | None = None  # of the network's weights
-    lost: str | None = (
-        None  # why the network, although it was chosen, is not among them: the geometric engine stands in
-    )
+    wanted: EngineName  # what `auto` means in requests; answered by its stand-in where it is lost
+    sha256: dict[str, str] = field(default_factory=dict)  # engine -> of its weights
+    lost: dict[str, str] = field(default_factory=dict)  # engine -> why it was chosen and is not among `engines`
 
 
 def choose(settings: Settings) -> Offer:
-    """The engines of this start. Beside the network there is always the geometric engine: a request may ask for it.
+    """The engines of this start: those wanted, and beside each what it counts on; a request may ask for any of them.
 
-    Weights that are there and cannot be used are no reason to say nothing: with `engine` "auto" too the network counts
-    as lost then. Raises CannotStart where it is, and `sam6d.fallback` is false.
+    `engine` "auto" wants every engine whose weights are there, or that needs none. Weights that are there and cannot be
+    used are no reason to say nothing: the engine counts as lost then. Raises CannotStart where it is, and the settings
+    allow no stand-in (`fallback = false`).
     """
-    path = settings.weights_path
-    if settings.engine == "geometric" or (settings.engine == "auto" and not path.exists()):
-        return Offer(engines=("geometric",))
-    problem = _problem(path)
-    if problem is None:
-        return Offer(("sam6d", "geometric"), sha256=sha256_of(path))
-    if not settings.sam6d.fallback:
-        raise CannotStart(f"the engine sam6d cannot be started: {problem} ({path}); {HINT}")
-    return Offer(("geometric",), lost=problem)
+    if settings.engine == registry.AUTO:
+        wanted = [one.name for one in registry.ENGINES if _is_there(settings, one)]
+    else:
+        wanted = [settings.engine]
+    engines: dict[str, None] = {}
+    sha256: dict[str, str] = {}
+    lost: dict[str, str] = {}
+    for name in dict.fromkeys(other for each in wanted for other in registry.company(each)):
+        path, weights = settings.weights_path(name), registry.spec(name).weights
+        if path is None or weights is None:
+            engines[name] = None
+        elif (problem := weights.problem(path)) is None:
+            engines[name] = None
+            sha256[name] = weights.sha256(path)
+        elif settings.stand_in(name) is None:
+            raise CannotStart(registry.spec(name).cannot_start(f"{problem} ({path})"))
+        else:
+            lost[name] = problem
+    return Offer(engines=tuple(engines), wanted=wanted[0], sha256=sha256, lost=lost)
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with a file of weights as far as its header tells; clients may read it, so it names no path."""
-    try:
-        with safe_open(path, framework="np") as file:
-            return None if file.keys() else "the network's weights are an empty file"
-    except FileNotFoundError:
-        return "the network's weights are missing"
-    except (SafetensorError, ValueError):
-        return "the network's weights are cut short, damaged or no safetensors file"
-    except OSError as error:
-        return f"the network's weights cannot be read: {error.strerror or 'it is no file'}"
+def _is_there(settings: Settings, engine: EngineSpec) -> bool:
+    path = settings.weights_path(engine.name)
+    return path is None or path.exists()
 
 
 class Engines:
-    """Which engine answers a request, and why not the one that it would have had."""
+    """Which engine answers a request, and why it is not the one that the request would have had."""
 
-    def __init__(
-        self, settings: Settings, offer: Offer, versions: Mapping[str, str], lost: Callable[[], Mapping[str, str]]
-    ) -> None:
-        """`versions` of those of this start, the default first; `lost` says which of them workers could not start."""
-        self.versions = versions
-        self.releases = {name: f"{name}-{version}" for name, version in versions.items()}
+    def __init__(self, settings: Settings, offer: Offer, backend: Backend) -> None:
+        self.versions = versions(backend.stages)  # engine -> version, the default first
+        self.releases = {name: f"{name}-{version}" for name, version in self.versions.items()}
         self._settings = settings
         self._offer = offer
-        self._lost = lost
+        self._backend = backend
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Engine -> why it is not to be had, so that its stand-in answers."""
+        return self._backend.lost() | self._offer.lost
 
     @property
     def degraded(self) -> str | None:
-        """Why the geometric engine stands in for the network; None where it does not have to."""
-        return self._offer.lost or self._lost().get("sam6d")
+        """Why another engine stands in for the one that `auto` means; None where none has to."""
+        return self.lost.get(self._offer.wanted)
 
     @property
     def engine(self) -> str:
         """What `engine: auto` means now."""
-        return "geometric" if self.degraded else next(iter(self.releases))
+        return registry.standing_in(self._offer.wanted, self.lost)
 
     @property
     def release(self) -> str:
@@ -93,26 +94,63 @@ class Engines:
     @property
     def answering(self) -> dict[str, str]:
         """Engine -> release of those that answer now."""
-        return {name: release for name, release in self.releases.items() if name == self.engine or not self.degraded}
+        lost = self.lost
+        return {name: release for name, release in self.releases.items() if name not in lost}
 
-    def refine(self, engine: str) -> Literal["icp", "none"]:
-        """What `refine: auto` means for an engine."""
-        return "icp" if engine == "geometric" else "none"
+    @property
+    def checkpoint(self) -> str | None:
+        """The name of the weights in use; None where the engine has none."""
+        path = self._settings.weights_path(self.engine)
+        return path.stem if path is not None else None
 
-    def stand_in(self, engine: str) -> str | None:
-        """What answers, degraded, where this engine cannot."""
-        return "geometric" if engine == "sam6d" and self._settings.sam6d.fallback else None
+    @property
+    def sha256(self) -> str | None:
+        """Of the weights in use."""
+        return self._offer.sha256.get(self.engine)
 
-    def pick(self, asked: str) -> tuple[str, str | None]:
-        """The engine for a request, and why it is not the one that the request would have had."""
-        lost = self.degraded
-        if lost is not None and asked != "geometric":
-            return "geometric", lost
-        name = self.engine if asked == "auto" else asked
-        if name not in self.releases:
+    def pick(self, asked: str) -> Pick:
+        """The engine for a request that asked for this one, or for "auto". ApiError where it is not configured."""
+        wanted = self._offer.wanted if asked == registry.AUTO else asked
+        lost = self.lost
+        engine = registry.standing_in(wanted, lost)
+        if engine not in self.releases:
             raise ApiError(
                 "invalid",
-                f"the engine {name!r} is not configured here; there is {', '.join(self.releases)}",
+                f"the engine {wanted!r} is not configured here; there is {', '.join(self.releases)}",
                 field="engine",
             )
-        return name, None
+        return Pick(wanted, engine, lost.get(wanted))
+
+    def instead(self, pick: Pick, reason: str) -> Pick | None:
+        """What answers where the engine picked cannot onboard a CAD; None where nothing may stand in for it."""
+        stand_in = self._settings.stand_in(pick.engine)
+        return None if stand_in is None else Pick(pick.wanted, stand_in, reason)
+
+    def answered(self, pick: Pick, engine: str) -> Pick:
+        """The pick as it came out: workers that had lost the engine let another one answer."""
+        if engine == pick.engine:
+            return pick
+        words = registry.spec(pick.engine).words
+        return Pick(pick.wanted, engine, self.lost.get(pick.engine) or f"{words} could not be used")
+
+
+@dataclass(frozen=True)
+class Pick:
+    """An engine for one request."""
+
+    wanted: str  # that the request would have had
+    engine: str
+    reason: str | None  # why it is another one
+
+    @property
+    def refine(self) -> Literal["icp", "none"]:
+        """What `refine: auto` means for it."""
+        return registry.spec(self.engine).refine
+
+    @property
+    def warning(self) -> str | None:
+        """What the client is told of it."""
+        if self.reason is None:
+            return None
+        who, whom = registry.spec(self.engine).words, registry.spec(self.wanted).words
+        return f"degraded: {who} stood in for {whom}: {self.reason}"

@@ -30,7 +30,7 @@ from serve import __version__
 from serve.backend.mosec import Backend
 from serve.backend.run_dir import RunDir
 from serve.backend.watched import watched
-from serve.engine_choice import HINT, CannotStart, Offer, choose
+from serve.engine_choice import CannotStart, Offer, choose
 from serve.errors import ApiError
 from serve.gateway import routes
 from serve.gateway.app import Gateway
@@ -195,7 +195,7 @@ class _StopSignals:
 
     def cannot_start(self, reason: str) -> None:
         """What the settings ask for is not to be had: trying again would change nothing."""
-        self.reason = f"{reason}; {HINT}"
+        self.reason = reason
         self.failed()
 
     def _signalled(self, number: int) -> None:

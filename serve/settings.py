@@ -10,28 +10,33 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from pem.machine import usable_cores, usable_memory_mb
+from posekit import registry
+from posekit.settings import Table, WeightsTable
 from workers.settings import (
     Count,
     Decode,
     EngineName,
+    EngineTables,
     Megabytes,
     Onboard,
     Pose,
     Respond,
-    Sam6d,
     Seconds,
     Stages,
-    Table,
     fitted,
     pose_workers,
 )
 
+if TYPE_CHECKING:
+    EngineChoice = str  # checked where settings are read
+else:
+    EngineChoice = Literal[registry.choices()]
 Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
 
 
@@ -91,8 +96,8 @@ class Metrics(Table, frozen=True):
     objects: tuple[str, ...] = ()  # registered names that may be a label; everything else is `other`
 
 
-class Settings(Table, frozen=True):
-    """Everything `pem serve` can be told."""
+class Settings(EngineTables, frozen=True):
+    """Everything `pem serve` can be told; the tables of engines, such as `[sam6d]`, are beside the engines."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65_535)] = 8003  # 0: any free one, printed at start
@@ -101,7 +106,7 @@ class Settings(Table, frozen=True):
     output_root: str | None = None  # output_dir must lie inside; default <data_dir>/outputs
     keys_file: str | None = None  # default <data_dir>/keys.json
     checkpoints_dir: str = "checkpoints"  # the weights that `pem weights import` keeps
-    engine: Literal["geometric", "sam6d", "auto"] = "auto"  # auto: sam6d where its weights are, else geometric
+    engine: EngineChoice = registry.AUTO  # auto: sam6d where its weights are, else geometric
     device: str = "auto"  # auto | cpu | cuda | cuda:0,1
     drain_s: Seconds = 30.0  # after SIGTERM requests in flight may finish for this long
     spool_dir: str = "/dev/shm"  # large requests pass through here to the workers; no room: through a socket
@@ -114,7 +119,6 @@ class Settings(Table, frozen=True):
     metrics: Metrics = Metrics()
     decode: Decode = Decode()
     pose: Pose = Pose()
-    sam6d: Sam6d = Sam6d()
     respond: Respond = Respond()
     onboard: Onboard = Onboard()
 
@@ -148,26 +152,33 @@ class Settings(Table, frozen=True):
         """The folder of weights; absolute."""
         return Path(self.checkpoints_dir).expanduser().resolve()
 
-    @property
-    def weights_path(self) -> Path:
-        """The file of the network's weights; absolute."""
-        return (self.checkpoints_path / Path(self.sam6d.weights).expanduser()).resolve()
+    def weights_path(self, engine: str) -> Path | None:
+        """The file of an engine's weights; absolute. None where it has none."""
+        own = self.own(engine)
+        if not isinstance(own, WeightsTable):
+            return None
+        return (self.checkpoints_path / Path(own.weights).expanduser()).resolve()
+
+    def resolved(self, engine: str) -> Table | None:
+        """The table of an engine with the absolute path of its weights, as it is loaded with."""
+        own, path = self.own(engine), self.weights_path(engine)
+        return own if own is None or path is None else msgspec.structs.replace(own, weights=str(path))
 
     def stages(self, *, run_dir: Path, devices: tuple[str, ...], engines: tuple[EngineName, ...]) -> Stages:
         """The workers' share, with devices, engines and weights resolved, and numbers that fit this machine."""
         cores, memory_mb = usable_cores(), usable_memory_mb()
+        tables = {name: table for name in registry.names() if (table := self.resolved(name)) is not None}
         stages = Stages(
             objects_dir=str(self.objects_path),
             run_dir=str(run_dir),
             devices=tuple(one for one in devices for _ in range(pose_workers(self.pose, one, cores, memory_mb))),
             engines=engines,
-            sam6d=msgspec.structs.replace(self.sam6d, weights=str(self.weights_path)),
             decode=self.decode,
             pose=self.pose,
             respond=self.respond,
             onboard=self.onboard,
         )
-        return fitted(stages, cores)
+        return fitted(msgspec.structs.replace(stages, **tables), cores)
 
 
 class SettingsError(Exception):

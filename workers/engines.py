@@ -1,103 +1,56 @@
-"""The engines by name, and a first exercise for them. Asking for versions is cheap, loading an engine is not."""
+"""Engines with the settings of this start, and a first exercise for them.
+
+Asking for versions is cheap, loading an engine is not.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
 
 import pointnet2_ext
+from posekit import registry
 from posekit.engine import Engine, Instance, ObjectModel
 from posekit.errors import BrokenCheckpoint, StoreError
 from posekit.store import ObjectStore
 from posekit.synthetic.box import box_instance, box_mesh
 from workers.settings import Stages
 
-Loader = Callable[[Stages, str, int], Engine]
-
-
-def _geometric(stages: Stages, device: str, threads: int) -> Engine:
-    from posekit.geometric.engine import GeometricEngine
-
-    return GeometricEngine(device=device, threads=threads)
-
-
-def _geometric_version(stages: Stages) -> str:
-    from posekit.geometric import VERSION
-
-    return VERSION
-
-
-def _sam6d(stages: Stages, device: str, threads: int) -> Engine:
-    from posekit.sam6d.engine import Sam6dEngine
-
-    if stages.sam6d_version not in (None, _version_of_the_weights(stages)):  # its models would be read by nobody
-        raise BrokenCheckpoint("the weights were replaced since the server started; start it again")
-    own = stages.sam6d
-    precision = own.precision
-    if precision == "auto":
-        precision = "bf16" if device.startswith("cuda") and not own.exact else "float32"
-    return Sam6dEngine(
-        weights_file=Path(own.weights),
-        device=device,
-        threads=threads,
-        exact=own.exact,
-        precision=precision,
-        views=own.views,
-    )
-
-
-def _sam6d_version(stages: Stages) -> str:
-    return stages.sam6d_version or _version_of_the_weights(stages)
-
-
-def _version_of_the_weights(stages: Stages) -> str:
-    from posekit.sam6d.checkpoint.version import version_of
-
-    return version_of(Path(stages.sam6d.weights), stages.sam6d.views)
-
-
-_ENGINES: dict[str, tuple[Loader, Callable[[Stages], str]]] = {
-    "geometric": (_geometric, _geometric_version),
-    "sam6d": (_sam6d, _sam6d_version),
-}
-
 
 def load_engine(name: str, stages: Stages | None = None, *, device: str, threads: int) -> Engine:
-    """The engine `name` on `device` ("cpu", "cuda:0"), with `threads` CPU threads. Imports what it needs: seconds."""
-    return _known(name)[0](stages or Stages(), device, threads)
+    """The engine `name` on `device` ("cpu", "cuda:0"), with `threads` CPU threads. Imports what it needs: seconds.
+
+    Raises BrokenCheckpoint where its version is no longer that of the server's start: nobody would read its models.
+    """
+    stages = stages or Stages()
+    one, own = registry.spec(name), stages.own(name)
+    if name in stages.versions and one.version(own) != stages.versions[name]:
+        raise BrokenCheckpoint("the weights were replaced since the server started; start it again")
+    return one.load(own, device, threads)
 
 
 def versions(stages: Stages) -> dict[str, str]:
     """Engine name -> version, part of the stored model's file name, the default first. Imports no torch."""
-    return {name: _known(name)[1](stages) for name in stages.engines}
+    return {name: stages.versions.get(name) or registry.spec(name).version(stages.own(name)) for name in stages.engines}
 
 
 def with_fixed_versions(stages: Stages) -> Stages:
-    """The same with the version of the weights that are there now: workers that start later load no others."""
-    return msgspec.structs.replace(stages, sam6d_version=versions(stages).get("sam6d"))
+    """The same with the versions as they are now: workers that start later load no other weights."""
+    return msgspec.structs.replace(stages, versions=versions(stages))
 
 
-def kernels(device: str, engines: Iterable[str] = ("geometric",)) -> dict[str, str]:
+def kernels(device: str, engines: Collection[str]) -> dict[str, str]:
     """Operation -> "compiled" or "reference": what these engines run on `device`. Imports torch."""
-    from posekit.geometric import kernels as geometric
-
-    found: dict[str, str] = {**pointnet2_ext.kernels(device), **geometric.kernels(device)}
-    if "sam6d" in engines:
-        from posekit.sam6d import kernels as sam6d
-
-        found |= sam6d.kernels(device)
+    found: dict[str, str] = {**pointnet2_ext.kernels(device)}
+    for one in registry.by_effort():
+        if one.name in engines:
+            found |= one.kernels(device)
     return found
-
-
-def _known(name: str) -> tuple[Loader, Callable[[Stages], str]]:
-    if name not in _ENGINES:
-        raise ValueError(f"there is no engine {name!r}; there are: {', '.join(_ENGINES)}")
-    return _ENGINES[name]
 
 
 # ------------------------------------------------------------------------------------------------------ first exercise

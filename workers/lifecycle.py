@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import msgspec
 from mosec import Worker
 
+from posekit import registry
 from posekit.errors import BrokenCheckpoint
 from workers import settings
 from workers.messages import Failure
@@ -173,21 +174,24 @@ class Stage(Worker):
 
     @contextlib.contextmanager
     def engine_start(self, name: str) -> Iterator[None]:
-        """Around the start of an engine: where the network's fails, the state tells why, under `lost`.
+        """Around the start of an engine: where one that another may stand in for fails, the state tells why in `lost`.
 
-        With `sam6d.fallback` the stage goes on without it. Otherwise, as for every other engine, the failure passes
-        through, and here `fatal` in the state asks the gateway to stop instead of trying for ever.
+        Then the stage goes on without it. Where the settings allow no stand-in (`fallback = false`) the failure passes
+        through, and `fatal` in the state asks the gateway to stop instead of trying for ever. The failure of an engine
+        that has no stand-in passes through as it is.
         """
         try:
             yield
         except Exception as error:
-            if name != "sam6d":
+            spec = registry.spec(name)
+            if spec.stand_in is None:
                 raise
             self.log.exception("engine_lost", engine=name)
-            if not self.settings.sam6d.fallback:
-                self.state.update(fatal=f"the engine sam6d cannot be started: {error or type(error).__name__}")
+            if self.settings.stand_in(name) is None:
+                self.state.update(fatal=spec.cannot_start(str(error) or type(error).__name__))
                 raise
-            self.state.update(lost={name: _for_clients(error)})
+            lost = self.state.state.info.get("lost", {})
+            self.state.update(lost={**lost, name: _for_clients(error, spec.words)})
 
     def deserialize(self, data: bytes) -> Any:
         """From the gateway."""
@@ -225,13 +229,13 @@ def item_id(message: Any) -> str:
     return identity
 
 
-def _for_clients(error: Exception) -> str:
-    """Why the network could not be started, without anything of the server's inside."""
+def _for_clients(error: Exception, engine: str) -> str:
+    """Why an engine could not be started, without anything of the server's inside; `engine` is what to call it."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return "there is not enough memory for the network"
+        return f"there is not enough memory for {engine}"
     what = "weights cannot be used" if isinstance(error, BrokenCheckpoint) else "start failed"
-    return f"the network's {what}; the server's log says why"
+    return f"{engine}'s {what}; the server's log says why"
 
 
 def _become_a_worker() -> None:

@@ -7,23 +7,53 @@ and so gets the same frozen value.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from pem.machine import usable_cores
+from posekit import registry
+from posekit.settings import Table, WeightsTable
 
 Count = Annotated[int, Meta(ge=1, le=100_000)]
 Megabytes = Annotated[int, Meta(ge=1, le=1_000_000)]
 Automatic = Annotated[int, Meta(ge=0, le=100_000)]  # 0: follows the machine
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
-EngineName = Literal["geometric", "sam6d"]
 
 
-class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A settings table; an unknown key is an error, so a typo never passes silently."""
+if TYPE_CHECKING:
+    EngineName = str  # checked where settings are read
+
+    class _OneTableEach(Table, frozen=True):
+        """For the type checker, which cannot know the engines."""
+else:
+    EngineName = Literal[registry.names()]
+    _OneTableEach = msgspec.defstruct(
+        "_OneTableEach",
+        [(each.name, each.settings, each.settings()) for each in registry.by_effort() if each.settings],
+        bases=(Table,),
+        module=__name__,
+        frozen=True,
+        kw_only=True,
+        forbid_unknown_fields=True,
+    )
+
+
+class EngineTables(_OneTableEach, frozen=True):
+    """Settings with a table for each registered engine that has settings, by its name: `[sam6d]`."""
+
+    def own(self, engine: str) -> Table | None:
+        """The table of an engine; None where it has none."""
+        table: Table | None = getattr(self, engine) if registry.spec(engine).settings else None
+        return table
+
+    def stand_in(self, engine: str) -> str | None:
+        """The engine that answers where this one cannot be started; None where none may."""
+        own = self.own(engine)
+        return None if isinstance(own, WeightsTable) and not own.fallback else registry.spec(engine).stand_in
 
 
 class Decode(Table, frozen=True):
@@ -59,25 +89,14 @@ class Onboard(Table, frozen=True):
     max_seconds: Seconds = 900.0
 
 
-class Sam6d(Table, frozen=True):
-    """SAM-6D's pose estimation network."""
-
-    weights: str = "sam-6d-pem-base.safetensors"  # a file in checkpoints_dir, or its path
-    fallback: bool = True  # where the network cannot be loaded the geometric engine answers, degraded; false: no start
-    exact: bool = False  # float32 and the published arithmetic, step by step: slower
-    precision: Literal["auto", "float32", "tf32", "bf16"] = "auto"  # auto: float32 on a CPU, bf16 on a GPU
-    views: Annotated[int, Meta(ge=4, le=42)] = 42  # rendered of each object; fewer onboard faster and match worse
-
-
-class Stages(Table, frozen=True):
-    """Everything a worker needs to know."""
+class Stages(EngineTables, frozen=True):
+    """Everything a worker needs to know. The weights in engines' tables are absolute paths here."""
 
     objects_dir: str = "data/objects"
     run_dir: str = "data/run"  # state files of the workers, progress files of onboarding
     devices: tuple[str, ...] = ("cpu",)  # resolved: one for each pose worker
-    engines: tuple[EngineName, ...] = ("geometric",)  # the first is the default
-    sam6d: Sam6d = Sam6d()  # its weights are an absolute path here
-    sam6d_version: str | None = None  # of the weights that the server found at its start; None: of those there are
+    engines: tuple[EngineName, ...] = (registry.needing_nothing(),)  # the first is the default
+    versions: Mapping[str, str] = msgspec.field(default_factory=dict)  # of engines, at the server's start; none: as now
     decode: Decode = Decode()
     pose: Pose = Pose()
     respond: Respond = Respond()

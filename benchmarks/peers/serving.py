@@ -18,13 +18,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import cv2
 import msgspec
 
 from pem import contract as schemas
+from posekit import registry
 from posekit.engine import Outcome
+from posekit.sam6d.settings import Sam6d
 from posekit.store import ObjectStore
 from serve.settings import Limits
 from serve.tasks.pose import question as parse
@@ -32,14 +34,13 @@ from workers.cropping import cut
 from workers.engines import load_engine, practise
 from workers.messages import Cut, Failure, Job, ObjectRef, Part, PassRecord, Row
 from workers.models import ModelCache
-from workers.settings import EngineName, Pose, Sam6d, Stages
+from workers.settings import EngineName, Pose, Stages
 from workers.work import Item, Work
 
 ROUTE: Final = "/api/v1/pose_estimation"
 READY: Final = "/readyz"
 MSGPACK: Final = "application/msgpack"
 ENVIRONMENT: Final = "PEER_SETUP"
-Refine = Literal["icp", "none"]
 _DEADLINE_S: Final = 3600.0  # peers have none; the shared work wants one
 
 
@@ -101,7 +102,7 @@ class Decoder:
         limits = Limits()
         request = parse.decode(body, "msgpack", schemas.PoseRequest)
         question = parse.pose_question(request, "msgpack", limits)
-        usual: Refine = "icp" if self._engine == "geometric" else "none"
+        usual = registry.spec(self._engine).refine
         job = Job(
             request_id="peer",
             rgb=question.rgb,

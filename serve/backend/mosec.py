@@ -24,6 +24,7 @@ import aiohttp
 import structlog
 
 from pem.ports import free_port
+from posekit import registry
 from serve.backend.watched import watched
 from workers.settings import Stages, to_environment
 from workers.state import WorkerState, read_states, remove_state
@@ -34,8 +35,7 @@ ROUTE_STAGES: Final = {
     "/pose": {"decode", "pose", "respond"},
     "/finish": {"respond"},
     "/inspect": {"inspect"},
-    "/onboard": {"onboard"},
-    "/onboard_sam6d": {"onboard_sam6d"},
+    **{f"/{engine.onboard_stage}": {engine.onboard_stage} for engine in registry.by_effort()},
 }
 _MOSEC_TIMEOUT_MS = 3_600_000  # never the one that ends a call: deadlines are ours
 _CAPACITY = 4096

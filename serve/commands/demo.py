@@ -29,6 +29,7 @@ from pem.client import Client, PemError, Pose, PoseResult
 from pem.commands import common
 from pem.commands.estimate import receipt
 from pem.rle import encode_rle
+from posekit import registry
 from posekit.synthetic.scenes import Scene, SceneInstance, demo_scene, pose_errors
 from posekit.synthetic.shapes import mesh_to_ply
 
@@ -157,7 +158,7 @@ def _demo(out: Path, keep: bool, people: Console, report: _Report) -> None:
 @contextmanager
 def _server(data: Path, report: _Report) -> Iterator[str]:
     """A server in a process of its own for as long as the block runs; ServerTrouble where it starts or ends badly."""
-    options = ["--engine", "geometric", "--device", "cpu", "--log-format", "console"]
+    options = ["--engine", registry.needing_nothing(), "--device", "cpu", "--log-format", "console"]
     child = Child.start(data, options)
     try:
         with report.timed("start"), _step(f"starting a server at {child.url}"):

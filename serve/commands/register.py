@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pem.commands import common
+from posekit import registry
 from serve import settings
 from serve.commands import keys as keys_commands
 from serve.commands import templates as templates_command
@@ -39,7 +40,7 @@ def serve(
     output_root: Annotated[
         Path | None, typer.Option(help="output_dir must lie inside.", show_default="<data dir>/outputs")
     ] = None,
-    engine: Annotated[str | None, typer.Option(help="geometric, sam6d or auto.", show_default="auto")] = None,
+    engine: Annotated[str | None, typer.Option(help=f"{registry.choices_in_words()}.", show_default="auto")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:0,1.", show_default="auto")] = None,
     config: Config = None,
     log_format: Annotated[str | None, typer.Option(help="auto, console or json.", show_default="auto")] = None,

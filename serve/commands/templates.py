@@ -39,23 +39,26 @@ def templates(
     given = settings.load(config, overrides={"data_dir": str(data_dir) if data_dir else None})
     from posekit.sam6d import templates as read  # torch: seconds that other commands do without
     from posekit.sam6d.engine import Sam6dEngine
+    from posekit.sam6d.settings import Sam6d
+    from posekit.sam6d.spec import SPEC
     from workers.stages.onboard import known_symmetries
 
     if not given.objects_path.is_dir():
         common.fail(f"there are no objects in {given.data_path}: name the server's data directory with --data-dir", 2)
     threads = len(os.sched_getaffinity(0))
+    own = given.resolved(SPEC.name)
+    assert isinstance(own, Sam6d)
     try:
         store = ObjectStore(given.objects_path)
         stored = _stored(store, which)
         mesh = store.load_mesh(stored.object_id)
-        views = read.read_folder(folder, given.sam6d.views, mesh)
+        views = read.read_folder(folder, own.views, mesh)
         with common.phases(which) as show:
             begun = time.monotonic()
             show("onboarding", 0.0)
-            engine = Sam6dEngine(
-                weights_file=given.weights_path, threads=threads, exact=given.sam6d.exact, views=given.sam6d.views
-            )
-            symmetries = known_symmetries(store, stored, engine.name)
+            engine = SPEC.load(own, "cpu", threads)
+            assert isinstance(engine, Sam6dEngine)
+            symmetries = known_symmetries(store, stored, engine.name, given)
             model = engine.onboard_views(
                 stored.object_id, mesh, views, symmetries, lambda share: show("onboarding", share)
             )

@@ -6,17 +6,12 @@ import time
 from typing import Literal
 
 from pem import contract
+from posekit import registry
 from serve import __version__
 from serve.errors import ApiError
 from serve.gateway.exchange import Answer, Call
 from serve.gateway.service import Service
 from serve.telemetry.metrics import CONTENT_TYPE
-
-#: engine -> terms of its code and of its weights
-_LICENCES = {
-    "geometric": ("Apache-2.0", "none: this engine has no weights"),
-    "sam6d": ("Apache-2.0", "not stated by their authors: ask them before commercial use"),
-}
 
 
 async def status(service: Service, call: Call) -> Answer:
@@ -60,8 +55,8 @@ async def version(service: Service, call: Call) -> Answer:
             version=__version__,
             engine=engines.engine,
             release=engines.release,
-            checkpoint=service.checkpoint,
-            sha256=service.sha256,
+            checkpoint=engines.checkpoint,
+            sha256=engines.sha256,
             engines=engines.answering,
             degraded=engines.degraded is not None,
         )
@@ -100,7 +95,7 @@ async def metrics_page(service: Service, call: Call) -> Answer:
     workers = list(backend.workers.values())
     for worker in workers:
         service.count_cache(worker)
-    metrics.model(engine=engines.engine, release=engines.release, sha256=service.sha256 or "")
+    metrics.model(engine=engines.engine, release=engines.release, sha256=engines.sha256 or "")
     metrics.ready(service.ready)
     metrics.degraded(engines.degraded is not None)
     metrics.queue(service.queue.waiting)
@@ -123,7 +118,7 @@ async def model(service: Service, call: Call) -> Answer:
 
 def model_metadata(version: str, release: str, engine: str) -> contract.ModelMetadata:
     """What goes in and out of an engine, and under which terms. Shapes use -1 for any number."""
-    engine_licence, weights_licence = _LICENCES[engine]
+    spec = registry.spec(engine)
     return contract.ModelMetadata(
         name="pem",
         versions=[release],
@@ -143,8 +138,8 @@ def model_metadata(version: str, release: str, engine: str) -> contract.ModelMet
         parameters={
             "server_version": version,
             "engine": engine,
-            "engine_licence": engine_licence,
-            "weights_licence": weights_licence,
+            "engine_licence": spec.licence,
+            "weights_licence": spec.weights_licence,
             "lengths": "mm",
             "frame": "object to camera, OpenCV camera frame",
             "endpoint": "/api/v1/pose_estimation",

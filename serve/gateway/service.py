@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 
 import structlog
 
+from posekit import registry
 from serve.backend.mosec import Backend
 from serve.backend.run_dir import RunDir
-from serve.engine_choice import HINT, Engines, Offer
+from serve.engine_choice import Engines, Offer
 from serve.errors import ApiError
 from serve.gateway.exchange import Call
 from serve.gateway.keys import KeyRing
@@ -20,7 +21,6 @@ from serve.settings import Settings
 from serve.tasks.pose.task import PoseTask
 from serve.telemetry.metrics import Metrics
 from serve.telemetry.tracing import Tracing
-from workers.engines import versions
 from workers.messages import PartAnswer
 from workers.state import WorkerState
 
@@ -43,7 +43,6 @@ class Service:
     ) -> None:
         self.settings = settings
         self.backend = backend
-        self.offer = offer
         self.device = device
         self.started = time.time()
         self.warm = False  # the backend was ready once, and every registered object onboarded
@@ -53,7 +52,7 @@ class Service:
         self.keys = KeyRing(settings.keys_path)
         self.metrics = Metrics(settings.metrics.objects, routes)
         self.tracing = tracing or Tracing()
-        self.engines = Engines(settings, offer, versions(backend.stages), backend.lost)
+        self.engines = Engines(settings, offer, backend)
         self.objects = Objects(settings, backend, self.engines.versions)
         self.objects.lost = backend.lost
         self.queue = Queue(
@@ -84,16 +83,6 @@ class Service:
         """Whether pose requests are taken."""
         return self.warm and self.backend.is_ready and not self.draining
 
-    @property
-    def checkpoint(self) -> str | None:
-        """The name of the weights in use; None where the engine has none."""
-        return self.settings.weights_path.stem if self.engines.engine == "sam6d" else None
-
-    @property
-    def sha256(self) -> str | None:
-        """Of the weights in use."""
-        return self.offer.sha256 if self.engines.engine == "sam6d" else None
-
     def kernels(self) -> dict[str, str]:
         """Operation -> kernel, as the pose worker says."""
         return dict(self.backend.pose_info().get("kernels") or {})
@@ -102,9 +91,9 @@ class Service:
 
     async def backend_ready(self) -> None:
         """The backend can be called (again)."""
-        if self.engines.degraded:
-            weights = str(self.settings.weights_path)
-            log.error("degraded", reason=self.engines.degraded, weights=weights, hint=HINT)
+        for name, reason in self.engines.lost.items():
+            weights, hint = self.settings.weights_path(name), registry.spec(name).hint
+            log.error("degraded", reason=reason, weights=weights and str(weights), hint=hint)
         if not self.warm:
             await self.objects.warm_up()
             self.warm = True

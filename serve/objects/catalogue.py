@@ -27,6 +27,7 @@ import msgspec
 import structlog
 
 from pem import contract as schemas
+from posekit import registry
 from posekit.errors import PoseError, StoreError
 from posekit.store import ObjectStore, StoredModel, StoredObject
 from serve.backend.mosec import Backend, BackendError, Interrupted
@@ -56,8 +57,6 @@ _decode_onboarded = msgspec.msgpack.Decoder(OnboardAnswer).decode
 _REMEMBERED_SOURCES = 4096
 _MAX_COMPANIONS = 64  # files that an OBJ may refer to
 _INSPECT_S = 120.0  # for reading a mesh, waiting for others included
-_ROUTES: Final = {"geometric": "/onboard", "sam6d": "/onboard_sam6d"}
-_EFFORT: Final = {"geometric": 1.0, "sam6d": 20.0}  # what an engine's onboarding weighs in an object's progress
 
 
 @dataclass
@@ -93,7 +92,7 @@ class Objects:
         self._settings = settings
         self._backend = backend
         self._default = next(iter(engine_versions))
-        self._versions = dict(sorted(engine_versions.items(), key=lambda item: _EFFORT[item[0]]))
+        self._versions = {name: engine_versions[name] for name in registry.names() if name in engine_versions}
         self.lost: Callable[[], Collection[str]] = tuple  # engines that do not answer: nothing waits for their models
         self._store = ObjectStore(settings.objects_path)
         self._known: dict[str, _Known] = {}
@@ -191,7 +190,7 @@ class Objects:
         stored = known.stored
         models = {engine: known.models[engine] for engine in self._engines}
         errors = [model.error for model in models.values() if model.error]
-        alone = self._default in models and not self._settings.sam6d.fallback  # nothing may stand in for it
+        alone = self._default in models and self._settings.stand_in(self._default) is None
         usable = models[self._default].ready if alone else any(model.ready for model in models.values())
         status: Literal["ready", "failed", "onboarding"] = "ready" if usable else "failed"
         if any(not model.ready and not model.error for model in models.values()):
@@ -236,10 +235,10 @@ class Objects:
         """Of an object with everything that onboards it, 0 to 1."""
         done = total = 0.0
         for engine in self._engines:
-            model = known.models[engine]
+            model, effort = known.models[engine], registry.spec(engine).effort
             ended = model.ready or model.error is not None
-            done += _EFFORT[engine] * (1.0 if ended else self._progress_of(known.stored.object_id, engine) or 0.0)
-            total += _EFFORT[engine]
+            done += effort * (1.0 if ended else self._progress_of(known.stored.object_id, engine) or 0.0)
+            total += effort
         return min(done / total, 0.99)
 
     def _progress_of(self, object_id: str, engine: str) -> float | None:
@@ -643,15 +642,16 @@ class Objects:
 
     async def _run_onboarding(self, known: _Known, engine: str) -> None:
         object_id, model = known.stored.object_id, known.models[engine]
-        first = self._onboarding.get((object_id, next(iter(self._versions))))
-        if first is not None and first is not asyncio.current_task():
-            await asyncio.wait({first})  # the symmetries that it finds serve this engine, too
+        spec = registry.spec(engine)
+        finding = self._onboarding.get((object_id, spec.symmetries_from or ""))
+        if finding is not None:
+            await asyncio.wait({finding})  # the symmetries that it finds serve this engine, too
         task = OnboardTask(task_id=f"onboard-{uuid.uuid4().hex}", object_id=object_id)
         begun = time.monotonic()
         error: str
         try:
             body = await self._backend.call_with_retries(
-                _ROUTES[engine], task.task_id, msgspec.msgpack.encode(task), retries=1
+                f"/{spec.onboard_stage}", task.task_id, msgspec.msgpack.encode(task), retries=1
             )
             answer = _decode_onboarded(body)
             if isinstance(answer, Failure):

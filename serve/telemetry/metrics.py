@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from posekit import registry
 from posekit.engine import REJECT_CODES
 from serve.telemetry.processes import STAGES as PROCESS_STAGES
 from serve.telemetry.processes import Processes
@@ -258,7 +259,7 @@ class Metrics:
         for route, statuses in routes.items():
             for status in statuses:
                 self.requests.labels(route, str(status))
-        for engine in ("geometric", "sam6d"):
+        for engine in registry.names():
             for status_word in ("ok", "rejected"):
                 self.detections.labels(engine, status_word)
         for reason in REJECT_CODES:

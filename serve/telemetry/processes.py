@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from posekit import registry
+
 STAGES: Final = (
     "gateway",
     "mosec",
@@ -21,8 +23,7 @@ STAGES: Final = (
     "pose",
     "respond",
     "inspect",
-    "onboard",
-    "onboard_sam6d",
+    *(engine.onboard_stage for engine in registry.by_effort()),
     "keeper",
     "starting",  # a worker before its stage is known
 )

@@ -12,11 +12,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from posekit.sam6d.checkpoint import manifest
+from posekit.sam6d.settings import Sam6d
 from serve import settings
 from serve.engine_choice import CannotStart, choose
 from tests.running import ROOT, RunningServer, register
 from tests.serve.tiny import Asker, one, tiny_scene
-from workers.settings import Sam6d
 
 
 def offer(folder: Path, **given: str) -> Any:
@@ -38,11 +38,13 @@ def test_the_weights_of_the_settings_are_those_that_an_import_leaves() -> None:
 
 def test_weights_decide_what_auto_means_and_either_engine_may_be_asked_for(tmp_path: Path) -> None:
     assert offer(tmp_path).engines == ("geometric",)
-    assert offer(tmp_path).lost is None
+    assert offer(tmp_path).wanted == "geometric"
+    assert offer(tmp_path).lost == {}
     wrong_network(tmp_path)
     there = offer(tmp_path)
     assert there.engines == ("sam6d", "geometric")
-    assert len(there.sha256) == 64
+    assert there.wanted == "sam6d"
+    assert len(there.sha256["sam6d"]) == 64
     assert offer(tmp_path, engine="sam6d") == there
     assert offer(tmp_path, engine="geometric").engines == ("geometric",)
 
@@ -57,13 +59,14 @@ def test_weights_that_cannot_be_read_are_lost_whoever_asked_for_them(
     (tmp_path / manifest.FILE_NAME).write_bytes(content)
     found = offer(tmp_path, engine=engine)
     assert found.engines == ("geometric",)
-    assert "cut short, damaged" in found.lost
+    assert found.wanted == "sam6d"
+    assert "cut short, damaged" in found.lost["sam6d"]
     with pytest.raises(CannotStart, match=r"cut short, damaged.*pem weights import"):
         offer(tmp_path, engine=engine, sam6d_fallback="false")
 
 
 def test_missing_weights_are_lost_only_where_they_were_asked_for(tmp_path: Path) -> None:
-    assert offer(tmp_path, engine="sam6d").lost == "the network's weights are missing"
+    assert offer(tmp_path, engine="sam6d").lost == {"sam6d": "the network's weights are missing"}
     with pytest.raises(CannotStart, match=r"missing.*pem weights import"):
         offer(tmp_path, engine="sam6d", sam6d_fallback="false")
     assert offer(tmp_path, sam6d_fallback="false").engines == ("geometric",)

@@ -14,9 +14,10 @@ import pytest
 from posekit import geometric
 from posekit.engine import Estimate
 from posekit.errors import BrokenCheckpoint
+from posekit.sam6d.settings import Sam6d
 from posekit.synthetic.box import box_instance, box_mesh
 from workers.engines import load_engine, practise, versions, with_fixed_versions
-from workers.settings import Sam6d, Stages
+from workers.settings import Stages
 
 
 def test_versions_are_those_of_the_engines() -> None:
@@ -25,7 +26,8 @@ def test_versions_are_those_of_the_engines() -> None:
 
 def test_asking_for_versions_imports_no_torch() -> None:
     code = (
-        "import sys; from workers.engines import versions; from workers.settings import Sam6d, Stages; "
+        "import sys; from workers.engines import versions; from posekit.sam6d.settings import Sam6d; "
+        "from workers.settings import Stages; "
         "stages = Stages(engines=('sam6d', 'geometric'), sam6d=Sam6d(weights=sys.argv[1])); "
         "print(versions(stages), 'torch' in sys.modules)"
     )
@@ -46,13 +48,13 @@ def test_weights_that_were_replaced_since_the_start_are_not_loaded(tmp_path: Pat
     before = versions(started)
     weights.write_bytes(b"others")
     assert versions(started) == before
-    assert versions(msgspec.structs.replace(started, sam6d_version=None)) != before
+    assert versions(msgspec.structs.replace(started, versions={})) != before
     with pytest.raises(BrokenCheckpoint, match="replaced since the server started; start it again"):
         load_engine("sam6d", started, device="cpu", threads=1)
 
 
-def test_without_the_network_no_version_is_fixed() -> None:
-    assert with_fixed_versions(Stages()) == Stages()
+def test_only_engines_of_the_start_have_their_version_fixed() -> None:
+    assert with_fixed_versions(Stages()).versions == {"geometric": geometric.VERSION}
 
 
 def test_an_unknown_engine_is_named_beside_those_there_are() -> None:

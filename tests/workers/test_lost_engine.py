@@ -8,12 +8,13 @@ import msgspec
 import pytest
 
 from posekit.errors import BrokenCheckpoint
+from posekit.sam6d.settings import Sam6d
 from posekit.store import StoredObject
 from tests.workers.support import Asker
 from workers import settings
 from workers.lifecycle import Stage
 from workers.messages import Cut, Failure, OnboardTask, Solved
-from workers.settings import Sam6d, Stages
+from workers.settings import Stages
 from workers.stages.decode import DecodeStage
 from workers.stages.onboard import OnboardSam6dStage
 from workers.stages.pose import PoseStage
@@ -68,7 +69,7 @@ def test_a_stage_does_without_weights_that_are_not_those_of_the_start(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     Path(without_weights.sam6d.weights).write_bytes(b"others")
-    started = msgspec.structs.replace(without_weights, sam6d_version="1.01234567")
+    started = msgspec.structs.replace(without_weights, versions={"sam6d": "1.01234567"})
     monkeypatch.setenv(settings.ENVIRONMENT, settings.to_environment(started)[settings.ENVIRONMENT])
     info = stage().state.state.info
     assert info["lost"] == {"sam6d": "the network's weights cannot be used; the server's log says why"}
@@ -83,4 +84,5 @@ def test_without_a_fallback_the_state_asks_the_gateway_to_give_up(
         PoseStage()
     [state] = read_states(Path(changed.run_dir))
     assert state.info["fatal"].startswith("the engine sam6d cannot be started: the weights gone.safetensors")
+    assert "pem weights import" in state.info["fatal"]
     assert not state.ready

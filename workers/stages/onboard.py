@@ -1,8 +1,8 @@
 """Onboard stages. In: an object in the store. Out: its symmetries, once the engine's model is on disk, or a Failure.
 
-One stage per engine, so that an object is there for the geometric engine in a second while the network's templates of
-another one take their minute. On the CPU, on few threads and at low priority, so that a new object never stalls other
-clients' poses.
+One stage per registered engine, so that an object is there for the geometric engine in a second while the network's
+templates of another one take their minute. On the CPU, on few threads and at low priority, so that a new object never
+stalls other clients' poses.
 """
 
 from __future__ import annotations
@@ -10,29 +10,28 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import msgspec
 
-from posekit import geometric
-from posekit.engine import Engine, Progress, Symmetries
+from posekit import registry
+from posekit.engine import Engine, EngineSpec, Progress, Symmetries
 from posekit.errors import PoseError, StoreError, StoreFull
 from posekit.store import ObjectStore, StoredObject
 from workers.engines import load_engine
 from workers.jobs import failure_from
 from workers.lifecycle import Stage, limit_threads
 from workers.messages import Failure, Onboarded, OnboardTask, WireSymmetries, symmetries_from_wire, symmetries_to_wire
-from workers.settings import EngineName, objects_path
+from workers.settings import EngineTables, objects_path
 from workers.state import progress_path
 
 NICENESS = 10
 
 
-class OnboardStage(Stage):
-    """The only stage of /onboard: the geometric engine's models."""
+class EngineOnboardStage(Stage):
+    """The only stage of an engine's route of onboarding: builds that engine's models."""
 
-    stage_name = "onboard"
-    engine_name: ClassVar[EngineName] = "geometric"
+    engine_name: ClassVar[str]
     receives = OnboardTask
 
     def __init__(self) -> None:
@@ -86,7 +85,7 @@ class OnboardStage(Stage):
         progress = self._progress(object_id)
         progress(0.0)
         begun = time.perf_counter()
-        symmetries = known_symmetries(self.store, stored, engine.name)
+        symmetries = known_symmetries(self.store, stored, engine.name, self.settings)
         model = engine.onboard(object_id, self.store.load_mesh(object_id), symmetries, progress)
         with contextlib.suppress(StoreError):  # `pem objects templates` put one there meanwhile: it stays
             return self.store.describe_model(object_id, engine.name, engine.version).symmetries
@@ -109,18 +108,32 @@ class OnboardStage(Stage):
         return tell
 
 
-class OnboardSam6dStage(OnboardStage):
-    """The only stage of /onboard_sam6d: the network's models."""
-
-    stage_name = "onboard_sam6d"
-    engine_name = "sam6d"
-
-
-def known_symmetries(store: ObjectStore, stored: StoredObject, engine: str) -> Symmetries | None:
-    """The user's symmetries; where there are none, those that the geometric engine found, for the other engines."""
+def known_symmetries(store: ObjectStore, stored: StoredObject, engine: str, tables: EngineTables) -> Symmetries | None:
+    """The user's symmetries; where there are none, those that another engine found, for an engine that takes them."""
     if stored.declared_symmetries is not None:
         return symmetries_from_wire(msgspec.convert(stored.declared_symmetries, WireSymmetries))
-    if engine != "geometric":
-        with contextlib.suppress(StoreError):
-            return store.describe_model(stored.object_id, "geometric", geometric.VERSION).symmetries
+    if (finder := registry.spec(engine).symmetries_from) is not None:
+        with contextlib.suppress(PoseError):
+            version = registry.spec(finder).version(tables.own(finder))
+            return store.describe_model(stored.object_id, finder, version).symmetries
     return None
+
+
+def _stage_of(spec: EngineSpec) -> type[EngineOnboardStage]:
+    """The stage of one engine: OnboardSam6dStage for the stage `onboard_sam6d`."""
+    name = "".join(word.capitalize() for word in spec.onboard_stage.split("_")) + "Stage"
+    return type(
+        name,
+        (EngineOnboardStage,),
+        {
+            "__module__": __name__,
+            "__doc__": f"The only stage of /{spec.onboard_stage}: the models of {spec.words}.",
+            "stage_name": spec.onboard_stage,
+            "engine_name": spec.name,
+        },
+    )
+
+
+#: Engine -> its stage. Each is also a name of this module: Mosec's processes import it by that name.
+STAGES: Final = {each.name: _stage_of(each) for each in registry.by_effort()}
+globals().update({stage.__name__: stage for stage in STAGES.values()})

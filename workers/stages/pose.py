@@ -17,6 +17,7 @@ from functools import partial
 
 import msgspec
 
+from posekit import registry
 from posekit.engine import Engine, Instance, ObjectModel, Outcome, Rejection
 from posekit.errors import StoreError
 from workers.engines import kernels, load_engine, practise
@@ -91,10 +92,11 @@ class PoseStage(Stage):
         return with_passes([self._answer(work) if isinstance(work, Work) else work for work in works], passes)
 
     def _for_an_engine_here(self, cut: Cut) -> Cut:
-        """A part for the network that this worker could not start, sent before that was known: for its stand-in."""
-        if cut.engine in self.state.state.info.get("lost", {}):
-            return msgspec.structs.replace(cut, engine="geometric", refine="icp")
-        return cut
+        """A part for an engine that this worker could not start, sent before that was known: for its stand-in."""
+        engine = registry.standing_in(cut.engine, self.state.state.info.get("lost", {}))
+        if engine == cut.engine:
+            return cut
+        return msgspec.structs.replace(cut, engine=engine, refine=registry.spec(engine).refine)
 
     def _take(self, waiting: deque[Item]) -> list[Item]:
         """The next pass: the first detections whose deadline has not passed."""
@@ -141,12 +143,13 @@ class PoseStage(Stage):
     def _estimate(self, engine: Engine, items: Sequence[Item]) -> list[Outcome]:
         """The engine's outcomes; detections whose object has no usable model become `no_cad`."""
         instances = [item.instance() for item in items]
-        if engine.name == "geometric":
+        refiner = registry.spec(engine.name).refiner
+        if refiner is None:
             return self._ask(engine, instances)
         return refined(
             instances,
             network=partial(self._ask, engine),
-            refiner=partial(self._ask, self.engines["geometric"]),
+            refiner=partial(self._ask, self.engines[refiner]),
             kept=lambda index, why: items[index].not_refined(why),
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import structlog
 
-from serve.engine_choice import Engines
+from serve.engine_choice import Engines, Pick
 from serve.errors import ApiError
 from serve.objects.catalogue import Objects, Resolved, inside
 from serve.scheduling.queue import Queue
@@ -60,24 +60,24 @@ class PoseTask:
 
     async def answer(self, asker: Asker, question: Question) -> Answer:
         """The answer in the dialect of the question. Raises ApiError for what spoils the whole request."""
-        engine, reason = self._engines.pick(question.engine)
+        pick = self._engines.pick(question.engine)
         output_dir = self._output_dir(question.output_dir)
         whole = question.template_dir is not None
         count = max(len(question.asked.detections), 1 if whole else 0)
-        self._admit(asker, count, engine)
+        self._admit(asker, count, pick.engine)
         try:
-            resolved = await self._resolve(asker, question, engine)
+            resolved = await self._resolve(asker, question, pick.engine)
         except ApiError as error:
-            stand_in = self._engines.stand_in(engine)
-            if error.code != "onboarding_failed" or stand_in is None:
+            other = self._engines.instead(pick, error.detail) if error.code == "onboarding_failed" else None
+            if other is None:
                 raise
-            engine, reason = stand_in, error.detail
-            resolved = await self._resolve(asker, question, engine)
+            pick = other
+            resolved = await self._resolve(asker, question, pick.engine)
         ism_ms = await self._ask_ism(asker, question) if whole else None
         if time.monotonic() >= asker.deadline:
             raise ApiError("deadline", "the deadline passed before the answer was ready")
-        self._admit(asker, len(question.asked.detections), engine)  # others came meanwhile
-        work = PoseWork(self._job(asker, question, resolved, engine, output_dir))
+        self._admit(asker, len(question.asked.detections), pick.engine)  # others came meanwhile
+        work = PoseWork(self._job(asker, question, resolved, pick, output_dir))
         if not whole:  # the work lets go of the pictures once they are spooled
             question.let_pictures_go()
         try:
@@ -92,10 +92,9 @@ class PoseTask:
             raise
         if output_dir is not None and solution.output_written:
             self.outputs.wrote(output_dir)
-        if solution.engine != engine:  # lost on the way
-            reason = self._engines.degraded or "the network could not be used"
-        if reason is not None:
-            solution.warnings.append(f"degraded: the geometric engine stood in for the network: {reason}")
+        pick = self._engines.answered(pick, solution.engine)
+        if pick.warning is not None:
+            solution.warnings.append(pick.warning)
         found = await asyncio.to_thread(found_detections, question, solution.rows) if whole else None
         return pose_answer(
             asker,
@@ -103,7 +102,7 @@ class PoseTask:
             resolved,
             solution,
             release=self._engines.releases[solution.engine],
-            degraded=reason is not None,
+            degraded=pick.reason is not None,
             ism_ms=ism_ms,
             found=found,
         )
@@ -159,15 +158,15 @@ class PoseTask:
         return (time.monotonic() - begun) * 1e3
 
     def _job(
-        self, asker: Asker, question: Question, resolved: list[Resolved], engine: str, output_dir: Path | None
+        self, asker: Asker, question: Question, resolved: list[Resolved], pick: Pick, output_dir: Path | None
     ) -> Job:
         limits = self._settings.limits
         return Job(
             **shared(Asked, question.asked),
             request_id=f"{asker.request_id}-{secrets.token_hex(4)}",  # a client may send one id twice
             objects=[one.ref for one in resolved],
-            engine=engine,
-            refine=self._engines.refine(engine) if question.refine == "auto" else question.refine,
+            engine=pick.engine,
+            refine=pick.refine if question.refine == "auto" else question.refine,
             deadline_unix=time.time() + asker.deadline - time.monotonic(),
             max_megapixels=limits.image_megapixels,
             max_mask_megapixels=limits.mask_megapixels,
