@@ -24,13 +24,14 @@ import cv2
 import msgspec
 
 from pem import contract as schemas
+from pem.contract import Row
 from posekit.engine import Outcome
 from posekit.store import ObjectStore
 from serve.settings import Limits
 from serve.tasks.pose import question as parse
 from workers.cropping import cut
 from workers.engines import load_engine, practise
-from workers.messages import Cut, Failure, Job, ObjectRef, Part, PassRecord, Row
+from workers.messages import Cut, Failure, Job, ObjectRef, Part, PassRecord
 from workers.models import ModelCache
 from workers.settings import EngineName, Pose, Sam6d, Stages
 from workers.work import Item, Work

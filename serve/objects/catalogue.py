@@ -27,6 +27,7 @@ import msgspec
 import structlog
 
 from pem import contract as schemas
+from pem.contract import Health
 from posekit.errors import PoseError, StoreError
 from posekit.store import ObjectStore, StoredModel, StoredObject
 from serve.backend.mosec import Backend, BackendError, Interrupted
@@ -35,7 +36,6 @@ from serve.settings import Settings
 from serve.tasks.pose.question import CadChoice
 from workers.messages import (
     Failure,
-    Health,
     InspectAnswer,
     Inspected,
     InspectTask,

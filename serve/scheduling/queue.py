@@ -27,12 +27,13 @@ from dataclasses import dataclass, field
 import msgspec
 import structlog
 
+from pem.contract import Row
 from serve.backend.mosec import Backend, BackendError, Interrupted
 from serve.backend.run_dir import RunDir
 from serve.errors import ApiError, from_failure, internal_error, worker_lost
 from serve.scheduling.receipt import Receipt, receipt
 from serve.settings import Queue as QueueSettings
-from workers.messages import Answer, Failure, FinishPart, Job, Part, PartAnswer, PassRecord, Row
+from workers.messages import Answer, Failure, FinishPart, Job, Part, PartAnswer, PassRecord
 from workers.settings import on_gpu
 
 log = structlog.get_logger()

@@ -10,13 +10,13 @@ import msgspec
 
 from pem import contract as schemas
 from pem import rle
+from pem.contract import Row
 from posekit.errors import PoseError
 from posekit.io import images, masks
 from serve.gateway.exchange import Answer, Call
 from serve.objects.catalogue import Resolved
 from serve.scheduling.queue import Solution
 from serve.tasks.pose.question import Question
-from workers.messages import Row
 
 
 def pose_answer(

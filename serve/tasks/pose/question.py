@@ -9,9 +9,9 @@ from __future__ import annotations
 import binascii
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -21,10 +21,12 @@ from serve.errors import ApiError
 from serve.gateway.body import Form
 from serve.settings import Limits
 from workers.messages import MaskSpec
+from workers.settings import EngineName
 
 T = TypeVar("T")
 _FOCAL_PX = (1.0, 1e6)  # of any camera
 _FARTHEST_MM = 1e6  # that an initial pose may be
+ENGINES: Final[tuple[str, ...]] = get_args(EngineName)  # that a request may name, beside "auto"
 
 Protocol = Literal["json", "msgpack"]
 Category = int | str | None
@@ -203,7 +205,8 @@ def detections_from_ism(
     assign_objects(question)
 
 
-def _common(request: schemas.Common | schemas.SegDataRequest, protocol: Protocol, limits: Limits) -> Question:
+def _common(request: schemas.Asked, protocol: Protocol, limits: Limits) -> Question:
+    check_engine(request.engine, ENGINES)
     depth_scale_mm, unit_given = _depth_scale(request)
     choices, by_category = _cad_choices(request, limits)
     return Question(
@@ -228,6 +231,12 @@ def _common(request: schemas.Common | schemas.SegDataRequest, protocol: Protocol
     )
 
 
+def check_engine(name: str, engines: Collection[str]) -> None:
+    """Refuse an engine that is neither "auto" nor among `engines`, in the words of msgspec's closed lists."""
+    if name != "auto" and name not in engines:
+        raise validation_error(f"Invalid enum value {name!r} - at `$.engine`")
+
+
 def _picture(data: bytes, name: str) -> bytes:
     if not data:
         raise ApiError("bad_data", f"{name} is empty", field=name)
@@ -238,7 +247,7 @@ def _is_tiff(data: bytes) -> bool:
     return data[:4] in (b"II*\0", b"MM\0*")
 
 
-def _depth_scale(request: schemas.Common | schemas.SegDataRequest) -> tuple[float, bool]:
+def _depth_scale(request: schemas.Asked) -> tuple[float, bool]:
     params = request.cam_params
     scale = params.depth_scale
     if scale is None:
@@ -290,9 +299,7 @@ def _is_number(value: object) -> bool:
 # ----------------------------------------------------------------------------------------------------------------- CAD
 
 
-def _cad_choices(
-    request: schemas.Common | schemas.SegDataRequest, limits: Limits
-) -> tuple[list[CadChoice], dict[str, int] | None]:
+def _cad_choices(request: schemas.Asked, limits: Limits) -> tuple[list[CadChoice], dict[str, int] | None]:
     given = [n for n in ("cad_path", "object_id", "cad", "objects") if getattr(request, n) is not None]
     if len(given) != 1:
         what = f"{' and '.join(given)} are given" if given else "none is given"
@@ -339,7 +346,7 @@ def _cad_choices(
     return choices, by_category
 
 
-def _no_unit_for(request: schemas.Common | schemas.SegDataRequest, *, by_id: bool) -> None:
+def _no_unit_for(request: schemas.Asked, *, by_id: bool) -> None:
     if by_id and request.model_unit is not None:
         raise ApiError(
             "invalid", "model_unit cannot be given with object_id: the object already has its unit", field="model_unit"

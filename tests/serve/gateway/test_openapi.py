@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import msgspec
@@ -19,12 +19,13 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from pem import contract as schemas
+from posekit.engine import REJECT_CODES
 from posekit.errors import PoseError
 from posekit.io.masks import decode_mask
 from serve.errors import CODES, ApiError
 from serve.gateway import openapi
 from serve.gateway.app import ROUTES as GATEWAY_ROUTES
-from serve.gateway.openapi_words import EXAMPLES, FIELDS
+from serve.gateway.openapi import EXAMPLES
 from serve.settings import Limits
 from serve.tasks.pose import question as parse
 from serve.telemetry.metrics import ROUTES
@@ -155,11 +156,19 @@ def test_nothing_is_said_that_only_readers_of_the_code_understand() -> None:
         assert private not in json.dumps({**DOCUMENT, "components": {"schemas": SCHEMAS}})
 
 
-def test_no_words_are_left_over() -> None:
-    for name, words in FIELDS.items():
-        everywhere = {"PoseRequest", "FullPipelineRequest", "SegDataRequest"}
-        fields = {key for one in (everywhere if name in everywhere else {name}) for key in SCHEMAS[one]["properties"]}
-        assert words.keys() <= fields
+def test_the_values_that_only_the_server_knows_are_filled_in() -> None:
+    assert "x-values" not in json.dumps(DOCUMENT)
+    for name in REQUESTS:
+        assert SCHEMAS[name]["properties"]["engine"]["enum"] == ["auto", "geometric", "sam6d"]
+        assert SCHEMAS[f"{name}Part"]["properties"]["engine"] == SCHEMAS[name]["properties"]["engine"]
+    for name in ("RowError", "RejectedDetection"):
+        assert SCHEMAS[name]["properties"]["code"]["enum"] == list(REJECT_CODES)
+
+
+def test_another_engine_is_shown_where_requests_may_name_it() -> None:
+    document = openapi.document("1.2.3", engines=("geometric", "toy"))
+    shown = document["components"]["schemas"]["PoseRequest"]["properties"]["engine"]
+    assert (shown["enum"], shown["default"]) == (["auto", "geometric", "toy"], "auto")
 
 
 @pytest.mark.parametrize("code", [code for code in CODES if code not in ("not_found", "method_not_allowed")])
@@ -388,7 +397,6 @@ def takes_detections(schema: str, body: Json) -> bool:
     "change",
     [
         {"rgb_image": None},
-        {"engine": "magic"},
         {"hypotheses": -1},
         {"min_score": 1.5},
         {"deadline_ms": 0},
@@ -403,6 +411,38 @@ def test_what_the_structs_refuse_the_document_refuses(change: Json) -> None:
     assert not accepted(component("PoseRequest"), body)
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(msgspec.json.encode(body), type=schemas.PoseRequest)
+
+
+@pytest.mark.parametrize("schema", REQUESTS)
+@pytest.mark.parametrize("engine", ["auto", "geometric", "sam6d"])
+def test_an_engine_that_the_document_names_is_taken(schema: str, engine: str) -> None:
+    body = {**next(iter(EXAMPLES[schema].values())), "engine": engine}
+    assert accepted(component(schema), body)
+    assert takes_detections(schema, body)
+
+
+@pytest.mark.parametrize("schema", REQUESTS)
+@pytest.mark.parametrize("engine", ["magic", "", "AUTO", "it's", "base64"])
+def test_another_engine_is_refused_in_the_words_of_a_closed_list(schema: str, engine: str) -> None:
+    body = {**next(iter(EXAMPLES[schema].values())), "engine": engine}
+    assert not accepted(component(schema), body)
+    struct, question = REQUESTS[schema]
+
+    class Closed(msgspec.Struct):
+        engine: Literal["auto", "geometric", "sam6d"]
+
+    with pytest.raises(ApiError) as words:
+        parse.decode(msgspec.json.encode({"engine": engine}), "json", Closed)
+    with pytest.raises(ApiError) as refusal:
+        question(parse.decode(msgspec.json.encode(body), "json", struct), "json", Limits())  # type: ignore[operator]
+    told = [(error.value.code, error.value.detail, error.value.field) for error in (words, refusal)]
+    assert told[0] == told[1]
+
+
+def test_the_engines_that_may_be_named_are_those_given() -> None:
+    parse.check_engine("toy", ("geometric", "toy"))
+    with pytest.raises(ApiError, match="Invalid enum value 'sam6d', at engine"):
+        parse.check_engine("sam6d", ("geometric", "toy"))
 
 
 # ----------------------------------------------------------------------------------------------------------------- page

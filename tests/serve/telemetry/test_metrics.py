@@ -16,10 +16,11 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pem.contract import Row, RowError, RowEvidence
 from posekit.engine import REJECT_CODES
 from serve.errors import CODES
 from serve.telemetry.metrics import CONTENT_TYPE, POSE_ROUTES, ROUTES, Metrics, mosec_families
-from workers.messages import PartAnswer, PassRecord, Row, RowError, RowEvidence
+from workers.messages import PartAnswer, PassRecord
 from workers.state import WorkerState
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
