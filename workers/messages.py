@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pem.contract import Health, Row, WireSymmetries
 from posekit.engine import Symmetries
 from posekit.units import m_to_mm, mm_to_m, transform_m_to_mm, transform_mm_to_m
 
@@ -188,46 +189,6 @@ class CutFile(msgspec.Struct, frozen=True, kw_only=True, tag="cut_file"):
 # ----------------------------------------------------------------------------------------------- pose → respond, rows
 
 
-class RowEvidence(msgspec.Struct, frozen=True, kw_only=True):
-    """Why the engine believes in a pose."""
-
-    inlier_fraction: float
-    residual_mm: float
-    visible_overlap: float
-    free_space_violation: float
-
-
-class RowError(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a detection has no pose; `code` is one of posekit.engine.REJECT_CODES."""
-
-    code: str
-    detail: str
-
-
-class RowHypothesis(msgspec.Struct, frozen=True, kw_only=True):
-    """A runner-up."""
-
-    rotation: list[list[float]]
-    translation: list[float]
-    confidence: float
-
-
-class Row(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
-    """One detection's answer, exactly as it goes to the client (api.md: a row of `poses`)."""
-
-    object_id: int | str | None
-    cad_id: str | None
-    rotation: list[list[float]] | None
-    translation: list[float] | None  # millimetres
-    confidence: float
-    bbox: tuple[float, float, float, float]
-    status: Literal["ok", "rejected"]
-    evidence: RowEvidence | msgspec.UnsetType = msgspec.UNSET
-    ambiguous: bool | msgspec.UnsetType = msgspec.UNSET
-    hypotheses: list[RowHypothesis] | msgspec.UnsetType = msgspec.UNSET
-    error: RowError | msgspec.UnsetType = msgspec.UNSET
-
-
 class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One pass of the pose stage; rides on the first request that took part, so that it is counted once."""
 
@@ -298,16 +259,6 @@ class InspectTask(msgspec.Struct, frozen=True, kw_only=True):
     max_faces: int
 
 
-class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """What the CAD looks like (api.md: `health`)."""
-
-    faces: int
-    watertight: bool
-    extents_mm: tuple[float, float, float]
-    diameter_mm: float
-    warnings: list[str] = []
-
-
 class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected"):
     """A mesh that can be used."""
 
@@ -315,13 +266,6 @@ class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected"):
     object_id: str  # sha256 over the resolved unit and the sorted names and bytes of its files
     model_unit: Literal["mm", "m"]
     health: Health
-
-
-class WireSymmetries(msgspec.Struct, frozen=True, kw_only=True):
-    """BOP's spelling, millimetres: each discrete one 16 numbers row-major, each continuous one axis and offset."""
-
-    symmetries_discrete: list[list[float]] = []
-    symmetries_continuous: list[dict[str, list[float]]] = []  # {"axis": [x,y,z], "offset": [x,y,z]}
 
 
 class OnboardTask(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from pem.contract import Row
 from pem.rle import encode_rle
 from posekit import overlay
 from posekit.engine import Float64, Mesh, UInt8
@@ -20,7 +21,7 @@ from posekit.errors import StoreError, StoreFull
 from posekit.io import images, masks
 from posekit.store import ObjectStore, write_atomically
 from posekit.units import transform_mm_to_m
-from workers.messages import OUTPUT_FILES, Job, Row
+from workers.messages import OUTPUT_FILES, Job
 
 DETECTIONS, POSES, PICTURE = OUTPUT_FILES
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from msgspec import UNSET, UnsetType
 
+from pem.contract import Row, RowError, RowEvidence, RowHypothesis
 from posekit.engine import Estimate, Float64, Outcome, Rejection
 from posekit.units import transform_m_to_mm
-from workers.messages import Crop, Row, RowError, RowEvidence, RowHypothesis
+from workers.messages import Crop
 
 
 def make_row(crop: Crop, outcome: Outcome, *, min_score: float, hypotheses: int) -> Row:

@@ -21,7 +21,8 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 
 from benchmarks.peers.serving import MSGPACK, ROUTE, Decoder, Poses, answer, from_environment
-from workers.messages import Cut, Row
+from pem.contract import Row
+from workers.messages import Cut
 
 _LONGEST_MS = 60_000  # BentoML refuses requests that it expects to last longer
 _OPEN = 256  # requests at a time

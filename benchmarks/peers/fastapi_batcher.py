@@ -18,7 +18,8 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from benchmarks.peers.serving import MSGPACK, READY, ROUTE, Decoder, Poses, answer, from_environment
-from workers.messages import Cut, Row
+from pem.contract import Row
+from workers.messages import Cut
 
 _decoder: Decoder | None = None  # of a process of the pool
 

@@ -12,7 +12,8 @@ from fastapi import Body, Response
 from litserve.utils import generate_random_zmq_address
 
 from benchmarks.peers.serving import MSGPACK, READY, ROUTE, Decoder, Poses, Setup, answer, from_environment
-from workers.messages import Cut, Row
+from pem.contract import Row
+from workers.messages import Cut
 
 Binary = Annotated[bytes, Body()]
 

@@ -24,15 +24,17 @@ import cv2
 import msgspec
 
 from pem import contract as schemas
+from pem.contract import Row
 from posekit import registry
 from posekit.engine import Outcome
 from posekit.sam6d.settings import Sam6d
 from posekit.store import ObjectStore
+from serve.decoding import decode
 from serve.settings import Limits
 from serve.tasks.pose import question as parse
 from workers.cropping import cut
 from workers.engines import load_engine, practise
-from workers.messages import Cut, Failure, Job, ObjectRef, Part, PassRecord, Row
+from workers.messages import Asked, Cut, Failure, Job, ObjectRef, Part, PassRecord, shared
 from workers.models import ModelCache
 from workers.settings import EngineName, Pose, Stages
 from workers.work import Item, Work
@@ -100,26 +102,15 @@ class Decoder:
     def decode(self, body: bytes) -> Cut:
         """The request's detections, cut out. Raises ApiError, PoseError and KeyError (an object that is not known)."""
         limits = Limits()
-        request = parse.decode(body, "msgpack", schemas.PoseRequest)
+        request = decode(body, "msgpack", schemas.PoseRequest)
         question = parse.pose_question(request, "msgpack", limits)
         usual = registry.spec(self._engine).refine
         job = Job(
+            **shared(Asked, question.asked),
             request_id="peer",
-            rgb=question.rgb,
-            depth=question.depth,
-            K=question.K,
-            depth_scale_mm=question.depth_scale_mm,
-            detections=question.detections,
             objects=[self._known[choice.object_id or ""] for choice in question.choices],
-            field_prefix=question.field_prefix,
-            field_suffix=question.field_suffix,
             engine=self._engine,
             refine=usual if question.refine == "auto" else question.refine,
-            hypotheses=question.hypotheses,
-            units=question.units,
-            depth_unit_given=question.depth_unit_given,
-            min_score=question.min_score,
-            seed=question.seed,
             deadline_unix=time.time() + _DEADLINE_S,
             max_megapixels=limits.image_megapixels,
             max_mask_megapixels=limits.mask_megapixels,

@@ -1,115 +1,39 @@
 """The contract as an OpenAPI 3.1 document, out of the structs that validate requests; and the page that shows it.
 
-The structs give types, defaults and bounds. This file adds what they cannot say: words for every field, the forms of
-the fields that are `msgspec.Raw` (FRAGMENTS), the routes, the failures each may answer with, and examples.
+The structs give types, defaults, bounds, and the words and forms of every field. This file adds the routes, the
+failures each may answer with, examples, and the values that this server knows for a field (`x-values` in the structs).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from pem import contract
+from posekit import registry
 from posekit.engine import REJECT_CODES
 from serve.errors import CODES
-from serve.gateway.openapi_words import EXAMPLES, FIELDS, IMAGES, REQUEST, SCHEMAS, Json
+from serve.gateway import examples as server_examples
 from serve.gateway.route import Route
+from serve.objects import examples as object_examples
+from serve.tasks.pose import examples as pose_examples
+
+Json = dict[str, Any]
 
 _REF: Final = "#/components/schemas/{name}"
 _JSON, _MSGPACK, _FORM = "application/json", "application/msgpack", "multipart/form-data"
 _PAGE: Final = Path(__file__).parent / "static" / "docs.html"
 
-# --------------------------------------------------------------------------------------- fields that take several forms
-
-
-def _rows(item: Json, count: int) -> Json:
-    return {"type": "array", "items": item, "minItems": count, "maxItems": count}
-
-
-_NUMBER: Final[Json] = {"type": "number"}
-_MASK: Final[Json] = {"$ref": "#/components/schemas/Mask"}
-_REASON: Final[Json] = {"type": "string", "enum": list(REJECT_CODES)}
-
-#: Component schemas of our own, beside those of the structs.
-EXTRA: Final[dict[str, Json]] = {
-    "Mask": {
-        "title": "Mask",
-        "description": "One instance mask of the image's size, in any of these forms.",
-        "anyOf": [
-            {
-                "title": "RLE",
-                "description": "COCO run-length encoding, compressed or as a list of counts.",
-                "type": "object",
-                "properties": {
-                    "size": {
-                        "description": "Height, width.",
-                        **_rows({"type": "integer", "minimum": 0}, 2),
-                    },
-                    "counts": {
-                        "description": "COCO's compressed string, or run lengths that begin with zeros.",
-                        "anyOf": [
-                            {"type": "string"},
-                            {"type": "array", "items": {"type": "integer", "minimum": 0}},
-                        ],
-                    },
-                },
-                "required": ["size", "counts"],
-            },
-            {
-                "title": "PNG",
-                "description": "PNG, inside where not zero; base64 in JSON, raw bytes in MessagePack.",
-                "type": "string",
-                "contentEncoding": "base64",
-                "contentMediaType": "image/png",
-                "pattern": r"^(data:image/png;base64,)?iVBORw0KGgo[A-Za-z0-9+/\s]+={0,2}\s*$",
-            },
-            {
-                "title": "Nested list",
-                "description": "One list for each row of the image.",
-                "type": "array",
-                "minItems": 1,
-                "items": {"type": "array", "minItems": 1, "items": {"enum": [0, 1, False, True]}},
-            },
-            {
-                "title": "Polygons",
-                "description": "`[x, y, x, y, ...]` in pixels each, (0, 0) being the image's outer corner.",
-                "type": "array",
-                "items": {"type": "array", "items": _NUMBER, "minItems": 6},
-            },
-            {"title": "Polygon", "description": "One polygon.", "type": "array", "items": _NUMBER, "minItems": 6},
-        ],
-    },
-}
-
-#: schema -> field -> its schema, where the struct says less: the forms that question.py accepts for what is
-#: msgspec.Raw there, and closed lists
-FRAGMENTS: Final[dict[str, dict[str, Json]]] = {
-    "CamParams": {
-        "cam_K": {
-            "anyOf": [
-                {"title": "flat", **_rows(_NUMBER, 9)},
-                {"title": "3x3", **_rows(_rows(_NUMBER, 3), 3)},
-            ],
-        }
-    },
-    "PoseRequest": {
-        "detections": {
-            "anyOf": [
-                {"$ref": "#/components/schemas/Columns"},
-                {"title": "SAM-6D list", "type": "array", "items": {"$ref": "#/components/schemas/Detection"}},
-            ]
-        }
-    },
-    "SegDataRequest": {"seg_data": {"type": "array", "items": {"$ref": "#/components/schemas/Detection"}}},
-    "Columns": {"masks": {"type": "array", "items": _MASK}},
-    "Detection": {"segmentation": _MASK},
-    "RowError": {"code": _REASON},
-    "RejectedDetection": {"code": _REASON},
+#: schema -> name -> an example that its struct accepts
+EXAMPLES: Final[dict[str, dict[str, Json]]] = {
+    **pose_examples.EXAMPLES,
+    **object_examples.EXAMPLES,
+    **server_examples.EXAMPLES,
 }
 
 _FIELD_AT_FAULT: Final = {
@@ -210,12 +134,13 @@ _STRUCTS: Final = (
 )
 
 
-def document(version: str, routes: Sequence[Route]) -> Json:
-    """The whole document, a new copy each time; routes without a summary are left out."""
+def document(version: str, routes: Sequence[Route], engines: Sequence[str] | None = None) -> Json:
+    """The whole document; requests may name `engines` (all there are). Routes without a summary are left out."""
+    components = _schemas(registry.names() if engines is None else engines)
     paths: Json = {}
     for route in routes:
         if route.summary:
-            paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+            paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, components)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -235,7 +160,7 @@ def document(version: str, routes: Sequence[Route]) -> Json:
         "security": [{"bearer": []}, {"key": []}, {}],
         "paths": paths,
         "components": {
-            "schemas": _schemas(),
+            "schemas": components,
             "parameters": _PARAMETERS,
             "headers": _HEADERS,
             "examples": _examples(),
@@ -249,19 +174,19 @@ def document(version: str, routes: Sequence[Route]) -> Json:
     }
 
 
-def _schemas() -> dict[str, Json]:
-    """Every component schema: the structs', with words and forms added, and the parts of forms."""
+def _schemas(engines: Sequence[str]) -> dict[str, Json]:
+    """Every component schema, out of the structs; the requests also as the JSON part of a form."""
     _, components = msgspec.json.schema_components(_STRUCTS, ref_template=_REF)
-    components = {**components, **copy.deepcopy(EXTRA)}
-    for name, fragments in FRAGMENTS.items():
-        for key, fragment in fragments.items():
-            components[name]["properties"][key] = copy.deepcopy(fragment)
-    for name, text in SCHEMAS.items():
-        components[name]["description"] = text
-    for name, words in FIELDS.items():
-        for key, text in words.items():
-            if key in components[name]["properties"]:
-                components[name]["properties"][key]["description"] = text
+    components = {**components, "Mask": contract.MASK_SCHEMA}
+    values: dict[str, Json] = {
+        "engine": {"enum": sorted([*engines, "auto"])},
+        "reject code": {"type": "string", "enum": list(REJECT_CODES)},
+    }
+    for component in components.values():
+        for schema in component.get("properties", {}).values():
+            if name := schema.pop("x-values", None):
+                del schema["type"]  # "string", which the values say better
+                schema.update(values[name])
     for name in ("PoseRequest", "FullPipelineRequest", "SegDataRequest"):
         components[f"{name}Part"] = _without_files(components[name])
     return components
@@ -287,7 +212,7 @@ def _examples() -> dict[str, Json]:
     return examples
 
 
-def _operation(route: Route) -> Json:
+def _operation(route: Route, components: Mapping[str, Json]) -> Json:
     operation: Json = {
         "operationId": _operation_id(route),
         "tags": [route.tag],
@@ -299,7 +224,7 @@ def _operation(route: Route) -> Json:
     if route.parameters:
         operation["parameters"] = [{"$ref": f"#/components/parameters/{name}"} for name in route.parameters]
     if route.request is not None:
-        operation["requestBody"] = {"required": True, "content": _request_content(route.request.__name__)}
+        operation["requestBody"] = {"required": True, "content": _request_content(route.request.__name__, components)}
     if not set(KEY_CODES) & set(route.codes):
         operation["security"] = []
     if route.curl:
@@ -312,7 +237,7 @@ def _operation_id(route: Route) -> str:
     return f"{route.method.lower()}_{words.replace('/', '_')}"
 
 
-def _request_content(schema: str) -> Json:
+def _request_content(schema: str, components: Mapping[str, Json]) -> Json:
     examples = {name: {"value": value} for name, value in EXAMPLES[schema].items()}
     if schema == "ObjectRequest":
         return {
@@ -329,10 +254,11 @@ def _request_content(schema: str) -> Json:
                 "examples": {"named": {"value": {"file": "mug.ply", "request": EXAMPLES[schema]["named"]}}},
             }
         }
+    fields = components[schema]["properties"]
     files = {
-        "rgb": {"description": IMAGES["rgb_image"], "contentMediaType": "image/png"},
-        "depth": {"description": IMAGES["depth_image"], "contentMediaType": "image/png"},
-        "cad": {"description": REQUEST["cad"], "contentMediaType": "application/octet-stream"},
+        "rgb": {"description": fields["rgb_image"]["description"], "contentMediaType": "image/png"},
+        "depth": {"description": fields["depth_image"]["description"], "contentMediaType": "image/png"},
+        "cad": {"description": fields["cad"]["description"], "contentMediaType": "application/octet-stream"},
     }
     return {
         _JSON: {"schema": {"$ref": _REF.format(name=schema)}, "examples": examples},

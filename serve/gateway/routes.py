@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Final
 
 import msgspec
@@ -51,7 +52,12 @@ _CURL_RLE: Final = '{"size": [480, 640], "counts": [96100, 200, 210900]}'
 
 async def _openapi_json(service: Service, call: Call) -> Answer:
     """`GET /openapi.json`"""
-    return Answer(200, msgspec.json.encode(openapi.document(__version__, ROUTES)))
+    return Answer(200, _document())
+
+
+@cache
+def _document() -> bytes:
+    return msgspec.json.encode(openapi.document(__version__, ROUTES))
 
 
 async def _docs(service: Service, call: Call) -> Answer:

@@ -27,6 +27,7 @@ import msgspec
 import structlog
 
 from pem import contract as schemas
+from pem.contract import Health
 from posekit import registry
 from posekit.errors import PoseError, StoreError
 from posekit.store import ObjectStore, StoredModel, StoredObject
@@ -36,7 +37,6 @@ from serve.objects.choice import CadChoice
 from serve.settings import Settings
 from workers.messages import (
     Failure,
-    Health,
     InspectAnswer,
     Inspected,
     InspectTask,

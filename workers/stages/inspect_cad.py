@@ -9,10 +9,11 @@ from __future__ import annotations
 import resource
 from pathlib import Path
 
+from pem.contract import Health
 from posekit.errors import PoseError
 from workers.jobs import failure_from
 from workers.lifecycle import Stage, limit_threads
-from workers.messages import Failure, Health, Inspected, InspectTask
+from workers.messages import Failure, Inspected, InspectTask
 from workers.settings import objects_path
 
 MEMORY_BYTES = 8 << 30

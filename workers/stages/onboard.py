@@ -14,6 +14,7 @@ from typing import ClassVar, Final
 
 import msgspec
 
+from pem.contract import WireSymmetries
 from posekit import registry
 from posekit.engine import Engine, EngineSpec, Progress, Symmetries
 from posekit.errors import PoseError, StoreError, StoreFull
@@ -21,7 +22,7 @@ from posekit.store import ObjectStore, StoredObject
 from workers.engines import load_engine
 from workers.jobs import failure_from
 from workers.lifecycle import Stage, limit_threads
-from workers.messages import Failure, Onboarded, OnboardTask, WireSymmetries, symmetries_from_wire, symmetries_to_wire
+from workers.messages import Failure, Onboarded, OnboardTask, symmetries_from_wire, symmetries_to_wire
 from workers.settings import EngineTables, objects_path
 from workers.state import progress_path
 

@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 
 from pem import contract, rle
+from pem.contract import Row
 from posekit.io import images, masks
 from serve.objects.catalogue import Resolved
 from serve.tasks.asker import Asker
 from serve.tasks.pose.question import Question
 from serve.tasks.pose.work import Solution
-from workers.messages import Row
 
 Answer = contract.PoseAnswer | contract.SegDataAnswer
 

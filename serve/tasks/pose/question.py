@@ -15,9 +15,10 @@ import msgspec
 import numpy as np
 
 from pem import contract as schemas
+from posekit import registry
 from posekit.errors import PoseError
 from posekit.io import images
-from serve.decoding import Protocol, decode_field
+from serve.decoding import Protocol, decode_field, validation_error
 from serve.errors import ApiError
 from serve.objects.choice import CadChoice
 from serve.settings import Limits
@@ -137,7 +138,8 @@ def detections_from_ism(
     assign_objects(question, specs)
 
 
-def _common(request: schemas.Common | schemas.SegDataRequest, protocol: Protocol, limits: Limits) -> Question:
+def _common(request: schemas.Asked, protocol: Protocol, limits: Limits) -> Question:
+    check_engine(request.engine)
     depth_scale_mm, unit_given = _depth_scale(request)
     choices, by_category = _cad_choices(request, limits)
     asked = Asked(
@@ -165,6 +167,12 @@ def _common(request: schemas.Common | schemas.SegDataRequest, protocol: Protocol
     )
 
 
+def check_engine(name: str) -> None:
+    """Refuse an engine that is neither "auto" nor registered, in the words of msgspec's closed lists."""
+    if name not in registry.choices():
+        raise validation_error(f"Invalid enum value {name!r} - at `$.engine`")
+
+
 def _picture(data: bytes, name: str) -> bytes:
     if not data:
         raise ApiError("bad_data", f"{name} is empty", field=name)
@@ -187,7 +195,7 @@ def _is_tiff(data: bytes) -> bool:
     return data[:4] in (b"II*\0", b"MM\0*")
 
 
-def _depth_scale(request: schemas.Common | schemas.SegDataRequest) -> tuple[float, bool]:
+def _depth_scale(request: schemas.Asked) -> tuple[float, bool]:
     params = request.cam_params
     scale = params.depth_scale
     if scale is None:
@@ -239,9 +247,7 @@ def _is_number(value: object) -> bool:
 # ----------------------------------------------------------------------------------------------------------------- CAD
 
 
-def _cad_choices(
-    request: schemas.Common | schemas.SegDataRequest, limits: Limits
-) -> tuple[list[CadChoice], dict[str, int] | None]:
+def _cad_choices(request: schemas.Asked, limits: Limits) -> tuple[list[CadChoice], dict[str, int] | None]:
     given = [n for n in ("cad_path", "object_id", "cad", "objects") if getattr(request, n) is not None]
     if len(given) != 1:
         what = f"{' and '.join(given)} are given" if given else "none is given"
@@ -288,7 +294,7 @@ def _cad_choices(
     return choices, by_category
 
 
-def _no_unit_for(request: schemas.Common | schemas.SegDataRequest, *, by_id: bool) -> None:
+def _no_unit_for(request: schemas.Asked, *, by_id: bool) -> None:
     if by_id and request.model_unit is not None:
         raise ApiError(
             "invalid", "model_unit cannot be given with object_id: the object already has its unit", field="model_unit"

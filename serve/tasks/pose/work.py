@@ -8,11 +8,12 @@ from typing import Final
 
 import msgspec
 
+from pem.contract import Row
 from serve.backend.mosec import Interrupted
 from serve.errors import from_failure, worker_lost
 from serve.scheduling.queue import Gathered, Queue
 from serve.scheduling.receipt import Receipt, receipt
-from workers.messages import Answer, Failure, FinishPart, Job, Part, PartAnswer, Row
+from workers.messages import Answer, Failure, FinishPart, Job, Part, PartAnswer
 
 UNIT: Final = "detection"  # what a pose request's cost counts
 ROUTE: Final = "/pose"

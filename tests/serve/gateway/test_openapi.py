@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import msgspec
@@ -19,19 +19,21 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from pem import contract as schemas
+from posekit.engine import REJECT_CODES
 from posekit.errors import PoseError
 from posekit.io.masks import decode_mask
+from serve.decoding import decode
 from serve.errors import CODES, ApiError
 from serve.gateway import openapi
-from serve.gateway.app import ROUTES as GATEWAY_ROUTES
-from serve.gateway.openapi_words import EXAMPLES, FIELDS
+from serve.gateway.openapi import EXAMPLES
+from serve.gateway.routes import ROUTES
+from serve.gateway.server_routes import model_metadata
 from serve.settings import Limits
 from serve.tasks.pose import question as parse
-from serve.telemetry.metrics import ROUTES
 
 Json = dict[str, Any]
 
-DOCUMENT = json.loads(msgspec.json.encode(openapi.document("1.2.3")))
+DOCUMENT = json.loads(msgspec.json.encode(openapi.document("1.2.3", ROUTES)))
 SCHEMAS: Json = DOCUMENT["components"]["schemas"]
 OPERATIONS = [
     pytest.param(path, method, operation, id=f"{method} {path}")
@@ -81,8 +83,8 @@ def test_the_document_says_which_it_is() -> None:
 
 
 def test_each_call_gives_a_document_of_its_own() -> None:
-    openapi.document("1.2.3")["paths"].clear()
-    assert openapi.document("1.2.3")["paths"]
+    openapi.document("1.2.3", ROUTES)["paths"].clear()
+    assert openapi.document("1.2.3", ROUTES)["paths"]
 
 
 def test_every_reference_leads_somewhere() -> None:
@@ -101,14 +103,9 @@ def test_every_component_is_a_schema_of_draft_2020_12(name: str) -> None:
 
 
 def test_every_route_of_the_server_is_described_with_its_methods() -> None:
-    served = {
-        ("/api/v1/objects/{id}" if path == "/api/v1/objects/" else path, method.lower())
-        for path, methods in GATEWAY_ROUTES.items()
-        for method in methods
-    }
+    served = {(route.path, route.method.lower()) for route in ROUTES}
     described = {(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods}
     assert described == {(path, method) for path, method in served if path != "/"}
-    assert {path for path, _ in described} == set(ROUTES)
 
 
 def test_operations_have_names_of_their_own_and_known_tags() -> None:
@@ -155,11 +152,19 @@ def test_nothing_is_said_that_only_readers_of_the_code_understand() -> None:
         assert private not in json.dumps({**DOCUMENT, "components": {"schemas": SCHEMAS}})
 
 
-def test_no_words_are_left_over() -> None:
-    for name, words in FIELDS.items():
-        everywhere = {"PoseRequest", "FullPipelineRequest", "SegDataRequest"}
-        fields = {key for one in (everywhere if name in everywhere else {name}) for key in SCHEMAS[one]["properties"]}
-        assert words.keys() <= fields
+def test_the_values_that_only_the_server_knows_are_filled_in() -> None:
+    assert "x-values" not in json.dumps(DOCUMENT)
+    for name in REQUESTS:
+        assert SCHEMAS[name]["properties"]["engine"]["enum"] == ["auto", "geometric", "sam6d"]
+        assert SCHEMAS[f"{name}Part"]["properties"]["engine"] == SCHEMAS[name]["properties"]["engine"]
+    for name in ("RowError", "RejectedDetection"):
+        assert SCHEMAS[name]["properties"]["code"]["enum"] == list(REJECT_CODES)
+
+
+def test_another_engine_is_shown_where_requests_may_name_it() -> None:
+    document = openapi.document("1.2.3", ROUTES, engines=("geometric", "toy"))
+    shown = document["components"]["schemas"]["PoseRequest"]["properties"]["engine"]
+    assert (shown["enum"], shown["default"]) == (["auto", "geometric", "toy"], "auto")
 
 
 @pytest.mark.parametrize("code", [code for code in CODES if code not in ("not_found", "method_not_allowed")])
@@ -216,9 +221,9 @@ def test_an_example_fits_its_schema_and_decodes_with_its_struct(schema: str, val
 @pytest.mark.parametrize("schema, value", [p for p in ALL_EXAMPLES if p.values[0] in REQUESTS])
 def test_a_request_example_is_a_question_that_the_server_takes(schema: str, value: Json) -> None:
     struct, question = REQUESTS[schema]
-    request = parse.decode(msgspec.json.encode(value), "json", struct)
+    request = decode(msgspec.json.encode(value), "json", struct)
     asked = question(request, "json", Limits())  # type: ignore[operator]
-    for spec in asked.detections:
+    for spec in asked.asked.detections:
         assert decode_mask(spec.png or spec.raw, 4, 4, None, 16).sum() == 4
 
 
@@ -245,7 +250,7 @@ def test_a_failure_example_is_a_failed_answer(schema: str, code: str) -> None:
 
 def test_the_model_metadata_fits_its_schema_and_names_both_licences() -> None:
     for engine in ("geometric", "sam6d"):
-        metadata = openapi.model_metadata(version="1", release="r", engine=engine)
+        metadata = model_metadata(version="1", release="r", engine=engine)
         value = msgspec.to_builtins(metadata)
         assert accepted(component("ModelMetadata"), value)
         assert value["parameters"]["engine_licence"]
@@ -260,7 +265,7 @@ K = [600, 0, 2, 0, 600.5, 2, 0, 0, 1]
 def takes_camera(cam_params: Json) -> bool:
     base = EXAMPLES["PoseRequest"]["registered object"]
     try:
-        request = parse.decode(msgspec.json.encode({**base, "cam_params": cam_params}), "json", schemas.PoseRequest)
+        request = decode(msgspec.json.encode({**base, "cam_params": cam_params}), "json", schemas.PoseRequest)
         parse.pose_question(request, "json", Limits())
     except ApiError:
         return False
@@ -326,8 +331,8 @@ def takes_mask(mask: Any) -> bool:
     base = EXAMPLES["PoseRequest"]["registered object"]
     body = msgspec.json.encode({**base, "detections": {"masks": [mask]}})
     try:
-        question = parse.pose_question(parse.decode(body, "json", schemas.PoseRequest), "json", Limits())
-        spec = question.detections[0]
+        question = parse.pose_question(decode(body, "json", schemas.PoseRequest), "json", Limits())
+        spec = question.asked.detections[0]
         decode_mask(spec.png or spec.raw, 4, 4, None, 16)
     except (ApiError, PoseError):
         return False
@@ -378,7 +383,7 @@ def test_the_second_dialect_takes_the_list(detections: Any, good: bool) -> None:
 def takes_detections(schema: str, body: Json) -> bool:
     struct, question = REQUESTS[schema]
     try:
-        question(parse.decode(msgspec.json.encode(body), "json", struct), "json", Limits())  # type: ignore[operator]
+        question(decode(msgspec.json.encode(body), "json", struct), "json", Limits())  # type: ignore[operator]
     except ApiError:
         return False
     return True
@@ -388,7 +393,6 @@ def takes_detections(schema: str, body: Json) -> bool:
     "change",
     [
         {"rgb_image": None},
-        {"engine": "magic"},
         {"hypotheses": -1},
         {"min_score": 1.5},
         {"deadline_ms": 0},
@@ -403,6 +407,39 @@ def test_what_the_structs_refuse_the_document_refuses(change: Json) -> None:
     assert not accepted(component("PoseRequest"), body)
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(msgspec.json.encode(body), type=schemas.PoseRequest)
+
+
+@pytest.mark.parametrize("schema", REQUESTS)
+@pytest.mark.parametrize("engine", ["auto", "geometric", "sam6d"])
+def test_an_engine_that_the_document_names_is_taken(schema: str, engine: str) -> None:
+    body = {**next(iter(EXAMPLES[schema].values())), "engine": engine}
+    assert accepted(component(schema), body)
+    assert takes_detections(schema, body)
+
+
+@pytest.mark.parametrize("schema", REQUESTS)
+@pytest.mark.parametrize("engine", ["magic", "", "AUTO", "it's", "base64"])
+def test_another_engine_is_refused_in_the_words_of_a_closed_list(schema: str, engine: str) -> None:
+    body = {**next(iter(EXAMPLES[schema].values())), "engine": engine}
+    assert not accepted(component(schema), body)
+    struct, question = REQUESTS[schema]
+
+    class Closed(msgspec.Struct):
+        engine: Literal["auto", "geometric", "sam6d"]
+
+    with pytest.raises(ApiError) as words:
+        decode(msgspec.json.encode({"engine": engine}), "json", Closed)
+    with pytest.raises(ApiError) as refusal:
+        question(decode(msgspec.json.encode(body), "json", struct), "json", Limits())  # type: ignore[operator]
+    told = [(error.value.code, error.value.detail, error.value.field) for error in (words, refusal)]
+    assert told[0] == told[1]
+
+
+def test_the_engines_that_may_be_named_are_those_registered() -> None:
+    for engine in ("auto", "geometric", "sam6d"):
+        parse.check_engine(engine)
+    with pytest.raises(ApiError, match="Invalid enum value 'toy', at engine"):
+        parse.check_engine("toy")
 
 
 # ----------------------------------------------------------------------------------------------------------------- page

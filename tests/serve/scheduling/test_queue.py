@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from pem.contract import Row
 from serve.backend.mosec import Interrupted, Refused
 from serve.backend.run_dir import RunDir
 from serve.errors import ApiError
@@ -26,7 +27,7 @@ from serve.scheduling.queue import Queue
 from serve.settings import Queue as QueueSettings
 from serve.tasks.pose.work import UNIT, PoseWork, Solution, solve
 from workers.jobs import BESIDE, INLINE_BYTES
-from workers.messages import Failure, FinishPart, Job, MaskSpec, Part, PartAnswer, PassRecord, Row
+from workers.messages import Failure, FinishPart, Job, MaskSpec, Part, PartAnswer, PassRecord
 from workers.settings import Pose, Stages
 
 PASS = 4

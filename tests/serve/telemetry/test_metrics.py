@@ -16,11 +16,12 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pem.contract import Row, RowError, RowEvidence
 from posekit.engine import REJECT_CODES
 from serve.errors import CODES
 from serve.gateway import routes
 from serve.telemetry.metrics import CONTENT_TYPE, Metrics, mosec_families
-from workers.messages import PartAnswer, PassRecord, Row, RowError, RowEvidence
+from workers.messages import PartAnswer, PassRecord
 from workers.state import WorkerState
 
 POSE_ROUTES = ["/api/v1/pose_estimation", "/api/v1/full_pipeline", "/api/v1/pose-estimation"]

@@ -16,12 +16,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from pem.contract import Row, RowError
 from posekit.engine import Instance, ObjectModel, Outcome
 from posekit.store import ObjectStore, StoredObject
 from posekit.synthetic.scenes import pose_errors
 from tests.workers.support import Asker
 from workers.lifecycle import INTERNAL_DETAIL
-from workers.messages import Cut, Failure, Part, PoseInput, Row, RowError, Solved
+from workers.messages import Cut, Failure, Part, PoseInput, Solved
 from workers.settings import Stages
 from workers.stages import pose as pose_module
 from workers.stages.decode import DecodeStage
