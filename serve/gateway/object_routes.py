@@ -22,7 +22,7 @@ async def add_object(service: Service, call: Call) -> Answer:
     if body.media_type(call.headers)[0] != FORM:
         raise ApiError("unsupported_media_type", f"send {FORM} with the mesh as the part `file`")
     wait_s = _seconds(call.query.get("wait"))
-    staged = await asyncio.to_thread(objects.stage)
+    staged = await asyncio.to_thread(objects.ingest.stage)
     registering = False
     with service.counted():
         try:
@@ -45,7 +45,7 @@ async def add_object(service: Service, call: Call) -> Answer:
             return await unless_gone(call, _registered(service, call, asyncio.shield(work), wait_s))
         finally:
             if not registering:
-                objects.discard(staged)
+                objects.ingest.discard(staged)
 
 
 async def _registered(
@@ -54,7 +54,7 @@ async def _registered(
     answer, created = await work
     end = time.monotonic() + wait_s
     while answer.status == "onboarding" and not service.draining and (left := end - time.monotonic()) > 0:
-        going_on = await service.objects.wait(answer.object_id, min(left, 0.25))
+        going_on = await service.objects.onboarding.wait(answer.object_id, min(left, 0.25))
         answer = service.objects.get(answer.object_id)
         if not going_on:  # it ended without a model and without an error of the CAD's: nothing more will come
             break

@@ -54,7 +54,7 @@ class Service:
         self.tracing = tracing or Tracing()
         self.engines = Engines(settings, offer, backend)
         self.objects = Objects(settings, backend, self.engines.versions)
-        self.objects.lost = backend.lost
+        self.objects.onboarding.lost = backend.lost
         self.queue = Queue(
             backend,
             run_dir,

@@ -16,7 +16,8 @@ import structlog
 
 from serve.engine_choice import Engines, Pick
 from serve.errors import ApiError
-from serve.objects.catalogue import Objects, Resolved, inside
+from serve.objects.catalogue import Objects, Resolved
+from serve.objects.ingest import inside
 from serve.scheduling.queue import Queue
 from serve.settings import Settings
 from serve.tasks.asker import Asker

@@ -565,7 +565,7 @@ def test_an_onboarding_that_comes_to_nothing_is_not_waited_for_and_stalls_nobody
             await asyncio.sleep(0)
 
     async def registered() -> tuple[ObjectAnswer, bool]:
-        objects._onboard_all(objects._known[f"{1:064x}"])
+        objects.onboarding.onboard_all(objects._known[f"{1:064x}"])
         return Objects.get(objects, f"{1:064x}"), True
 
     async def run() -> Answer:
