@@ -1,4 +1,12 @@
-"""The pipeline on one screen: every stage, its processes, its batch. Runs behind the gateway, on loopback only.
+"""The pipeline on one screen: every stage, its processes, its batch.
+
+Mosec runs it behind the gateway, on loopback only. Its routes are not the public ones (serve/gateway/routes.py), which
+call them through `Backend.call`:
+
+    /pose     the queue (serve/scheduling/queue.py), once for each part of a pose request
+    /finish   the task (serve/tasks/pose/parts.py), for a request that was split and wants a picture or files
+    /inspect  what comes into the CAD store (serve/objects/ingest.py)
+    /onboard  what engines make of it (serve/objects/onboarding.py); each engine has such a route
 
     /pose            decode ──▶ pose ──▶ respond      detections and CAD in, poses out
     /finish                              respond      overlay and files of a request that was split
@@ -8,7 +16,9 @@
 
 `python -m serve.app --path DIR --port N --address 127.0.0.1 --timeout MS --capacity N --max-request-size BYTES`, with
 the settings in `PEM_STAGES` and, where it must not outlive its parent, the parent's pid in `PEM_PARENT_PID`.
-Each stage has one slot more than it needs, its keeper: see `workers/lifecycle.py`.
+
+Mosec stops the whole server when the last process of a stage dies. So each stage gets one process more than it needs,
+its keeper: it sleeps, and is there while a worker that crashed is replaced (`workers/lifecycle.py`).
 """
 
 from __future__ import annotations

@@ -138,15 +138,7 @@ def circle(graph: Graph) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize(
-    "package",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="serve is being taken apart", strict=False))
-        if name == "serve"
-        else name
-        for name in FOLDERS
-    ],
-)
+@pytest.mark.parametrize("package", FOLDERS)
 def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
     here = set(inside(package))
     assert circle({module: imports_of(module) & here - above(module) for module in here}) == []
@@ -187,12 +179,10 @@ def plan(graph: Graph) -> str:
     )
 
 
-@pytest.mark.xfail(reason="serve is being taken apart", strict=False)
 def test_the_rooms_of_the_server_stand_in_no_circle() -> None:
     assert circle(rooms()) == []
 
 
-@pytest.mark.xfail(reason="serve is being taken apart", strict=False)
 def test_the_server_has_few_rooms_on_few_floors() -> None:
     graph = rooms()
     assert len(graph) <= ROOMS, sorted(graph)

@@ -29,7 +29,7 @@ from posekit import registry
 from posekit.engine import Outcome
 from posekit.sam6d.settings import Sam6d
 from posekit.store import ObjectStore
-from serve.decoding import decode
+from serve.reading import decode
 from serve.settings import Limits
 from serve.tasks.pose import question as parse
 from workers.cropping import cut

@@ -14,14 +14,15 @@ import structlog
 
 from pem import contract
 from posekit.errors import PoseError
+from serve import reading
 from serve.errors import ApiError, from_posekit, internal_error
-from serve.gateway import body, routes
-from serve.gateway.body import ClientGone
+from serve.gateway import routes
 from serve.gateway.exchange import Answer, Call, Receive, Scope, Send
 from serve.gateway.keys import KeyFileError
 from serve.gateway.route import Route
 from serve.gateway.routes import Found
 from serve.gateway.service import Service
+from serve.reading import ClientGone
 from serve.telemetry import logs
 from serve.telemetry.metrics import OTHER
 
@@ -58,7 +59,7 @@ class Gateway:
             # Whoever is still sending would never see the answer if the connection were closed under the body.
             patient = call.error != "body_timeout" and "expect" not in call.headers
             idle_s = self.service.settings.limits.body_idle_s
-            if not (patient and await body.discard(call.receive, idle_s)):
+            if not (patient and await reading.discard(call.receive, idle_s)):
                 answer.headers["Connection"] = "close"
         headers = [(b"content-type", answer.content_type.encode()), (b"content-length", str(len(answer.body)).encode())]
         headers += [

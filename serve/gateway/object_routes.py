@@ -7,26 +7,26 @@ import time
 from collections.abc import Awaitable
 
 from pem import contract
-from serve.decoding import decode
+from serve import reading
 from serve.errors import ApiError
-from serve.gateway import body
 from serve.gateway.exchange import FORM, Answer, Call
 from serve.gateway.pose_routes import unless_gone
 from serve.gateway.service import Service
+from serve.reading import decode
 
 
 async def add_object(service: Service, call: Call) -> Answer:
     """`POST /api/v1/objects`"""
     service.check_taking()
     limits, objects = service.settings.limits, service.objects
-    if body.media_type(call.headers)[0] != FORM:
+    if reading.media_type(call.headers)[0] != FORM:
         raise ApiError("unsupported_media_type", f"send {FORM} with the mesh as the part `file`")
     wait_s = _seconds(call.query.get("wait"))
     staged = await asyncio.to_thread(objects.ingest.stage)
     registering = False
     with service.counted():
         try:
-            form = await body.read_form(
+            form = await reading.read_form(
                 call.receive,
                 call.headers,
                 limit=limits.object_body_mb * 2**20,

@@ -9,12 +9,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from pem import contract
-from serve.decoding import Protocol, decode, decode_form
+from serve import reading
 from serve.errors import ApiError
-from serve.gateway import body
-from serve.gateway.body import ClientGone
 from serve.gateway.exchange import FORM, JSON, MSGPACK, Answer, Call
 from serve.gateway.service import Service
+from serve.reading import ClientGone, Protocol, decode, decode_form
 from serve.tasks.pose import question
 from serve.tasks.pose.question import Question
 
@@ -52,19 +51,19 @@ async def _read(service: Service, call: Call, kind: type[T]) -> tuple[T, Protoco
     """The typed body, in any of its three forms."""
     limits = service.settings.limits
     limit = limits.body_mb * 2**20
-    media, _ = body.media_type(call.headers)
+    media, _ = reading.media_type(call.headers)
     if media not in (JSON, MSGPACK, "application/x-msgpack", FORM):
         raise ApiError(
             "unsupported_media_type",
             f"send {JSON}, {MSGPACK} or {FORM}, not {media or 'a body without a content type'}",
         )
     if media == FORM:
-        form = await body.read_form(
+        form = await reading.read_form(
             call.receive, call.headers, limit=limit, idle_s=limits.body_idle_s, parts=question.FORM_PARTS
         )
         call.body_received = time.monotonic()
         return decode_form(form.values, question.FILE_PARTS, kind), "json"
-    data = await body.read_all(call.receive, call.headers, limit=limit, idle_s=limits.body_idle_s)
+    data = await reading.read_all(call.receive, call.headers, limit=limit, idle_s=limits.body_idle_s)
     call.body_received = time.monotonic()
     protocol: Protocol = "json" if media == JSON else "msgpack"
     return decode(data, protocol, kind), protocol

@@ -18,9 +18,9 @@ from pem import contract as schemas
 from posekit import registry
 from posekit.errors import PoseError
 from posekit.io import images
-from serve.decoding import Protocol, decode_field, validation_error
 from serve.errors import ApiError
 from serve.objects.choice import CadChoice
+from serve.reading import Protocol, decode_field, validation_error
 from serve.settings import Limits
 from workers.messages import Asked, MaskSpec
 

@@ -21,11 +21,10 @@ from serve.objects.ingest import inside
 from serve.scheduling.queue import Queue
 from serve.settings import Settings
 from serve.tasks.asker import Asker
-from serve.tasks.pose.answer import Answer, found_detections, pose_answer
 from serve.tasks.pose.ism import IsmClient
 from serve.tasks.pose.outputs import Outputs
+from serve.tasks.pose.parts import UNIT, Answer, PoseWork, found_detections, pose_answer, solve
 from serve.tasks.pose.question import Question, detections_from_ism
-from serve.tasks.pose.work import UNIT, PoseWork, solve
 from serve.telemetry.metrics import Metrics
 from serve.telemetry.tracing import Tracing
 from workers.messages import Asked, Job, shared

@@ -22,12 +22,12 @@ from pem import contract as schemas
 from posekit.engine import REJECT_CODES
 from posekit.errors import PoseError
 from posekit.io.masks import decode_mask
-from serve.decoding import decode
 from serve.errors import CODES, ApiError
 from serve.gateway import openapi
 from serve.gateway.openapi import EXAMPLES
 from serve.gateway.routes import ROUTES
 from serve.gateway.server_routes import model_metadata
+from serve.reading import decode
 from serve.settings import Limits
 from serve.tasks.pose import question as parse
 

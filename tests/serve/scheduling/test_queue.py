@@ -25,7 +25,7 @@ from serve.errors import ApiError
 from serve.scheduling import queue
 from serve.scheduling.queue import Queue
 from serve.settings import Queue as QueueSettings
-from serve.tasks.pose.work import UNIT, PoseWork, Solution, solve
+from serve.tasks.pose.parts import UNIT, PoseWork, Solution, solve
 from workers.jobs import BESIDE, INLINE_BYTES
 from workers.messages import Failure, FinishPart, Job, MaskSpec, Part, PartAnswer, PassRecord
 from workers.settings import Pose, Stages
@@ -70,7 +70,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """No pauses, and time goes as the test says."""
     one = Clock()
     monkeypatch.setattr("serve.scheduling.queue.time", one)
-    monkeypatch.setattr("serve.tasks.pose.work.time", one)
+    monkeypatch.setattr("serve.tasks.pose.parts.time", one)
     monkeypatch.setattr("serve.scheduling.queue._PAUSE_BEFORE_RETRY_S", 0.0)
     return one
 
