@@ -60,7 +60,8 @@ class Pose:
         if not self.ok:
             why = f"{self.error.code}: {self.error.detail}" if self.error else self.status
             return [str(self.index), name, "-", "-", f"{self.confidence:.2f}", why]
-        t_mm, turn = (" ".join(f"{value:.1f}" for value in v) for v in (self.t_mm, rotation_vector_deg(self.R)))
+        vectors = np.round([self.t_mm, rotation_vector_deg(self.R)], 1) + 0.0  # no -0.0
+        t_mm, turn = (" ".join(f"{value:.1f}" for value in vector) for vector in vectors)
         status = self.status + (" (ambiguous)" if self.ambiguous else "")
         return [str(self.index), name, t_mm, turn, f"{self.confidence:.2f}", status]
 

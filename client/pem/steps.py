@@ -350,7 +350,8 @@ def object_path(object_id: str) -> str:
 
 
 def _numbers(array: npt.ArrayLike) -> list[float]:
-    return np.asarray(array, dtype=np.float64).ravel().tolist()
+    numbers: list[float] = np.asarray(array, dtype=np.float64).ravel().tolist()
+    return numbers
 
 
 def _is_loopback(host: str) -> bool:
