@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             words += f"\n(request id {error.request_id}, for the server's log)"
         _leave(words, 1)
     except client.ConnectionFailed as error:
-        hint = f"\nStart one with `{common.program()} serve`, or name another with --url."
+        hint = "\nName another with --url."
+        if here.commands() is not None:
+            hint = f"\nStart one with `{common.program()} serve`, or name another with --url."
         _leave(f"{error}{'' if isinstance(error, client.TimedOut) else hint}", 1)
     except client.PemError as error:
         _leave(str(error), 1)

@@ -219,6 +219,12 @@ def test_without_pem_server_help_names_all_commands() -> None:
     assert "(with pem-server)" in done.stdout
 
 
+def test_without_pem_server_nobody_is_told_to_start_one() -> None:
+    said = without_pem_server("status", "--url", NOWHERE).stderr
+    assert "Name another with --url." in said
+    assert "pem serve" not in said
+
+
 def test_without_pem_server_scenes_that_cannot_be_drawn_point_to_a_ready_request() -> None:
     assert "--request request.msgpack" in without_pem_server("bench", "--url", NOWHERE).stderr
 

@@ -50,7 +50,7 @@ def estimate(
         Literal["mm", "m"] | None, typer.Option(help="m: raw depth x depth scale is metres (RealSense, ROS).")
     ] = None,
     model_unit: Annotated[Unit | None, typer.Option(help="Unit of --cad.", show_default="mm")] = None,
-    engine: Annotated[str | None, typer.Option(help="Which engine.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Which engine, of those that the server has.")] = None,
     refine: Annotated[Literal["auto", "icp", "none"] | None, typer.Option(help="How to refine.")] = None,
     min_score: Annotated[float | None, typer.Option(help="Reject poses of lower confidence.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
