@@ -45,7 +45,7 @@ ARG TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # The image refuses to be built without its compiled kernels, and proves that they load.
 RUN --mount=type=cache,target=/root/.cache/pip \
     if [ "${DEVICE}" = gpu ]; then export FORCE_CUDA=1; fi && \
-    REQUIRE_KERNELS=1 pip install -c constraints.txt ${PIP_ARGS} --no-build-isolation ".[server,otel]" && \
+    REQUIRE_KERNELS=1 pip install -c constraints.txt ${PIP_ARGS} --no-build-isolation ./client ".[otel]" && \
     cd / && python -c "import pointnet2_ext as p; assert p.kernel_for('cpu') == 'compiled', p.kernel_for('cpu')" && \
     python -c "from posekit.geometric import kernels as k; assert k.kernel_for('cpu') == 'compiled', k.kernel_for('cpu')" && \
     python -c "from posekit.sam6d import kernels as k; assert k.kernel_for('cpu') == 'compiled', k.kernel_for('cpu')" && \

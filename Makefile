@@ -35,6 +35,7 @@ lint: $(READY) ## Check formatting, style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy --python-version 3.10 --package pem
 
 check: lint test ## Everything CI runs: lint, then test
 

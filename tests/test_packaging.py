@@ -18,18 +18,20 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import typer
 import yaml
 from packaging.requirements import Requirement
 
-from pem.commands import common
 from serve import settings
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CLIENT = tomllib.loads((ROOT / "client/pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LAYERS = ["pointnet2_ext", "posekit", "workers", "serve"]  # each may import itself and those before it
-LOAD = "benchmarks/load"  # above them all: `pem bench` is the one command that reaches up to it
+PEM = "pem"  # the client's package, which imports none of them
+PEM_USERS = ["workers", "serve"]  # which may import it
+CLIENT_VERSION = metadata.version("pem-client")
+FOLDERS = {PEM: ROOT / "client" / PEM} | {name: ROOT / name for name in LAYERS}
 HEAVY = ["torch", "open3d", "mosec", "cv2", "trimesh", "scipy"]
 
 
@@ -52,8 +54,9 @@ def test_every_constraint_is_one_exact_public_version():
 def test_every_dependency_is_pinned_to_a_version_it_allows():
     pinned = {canonical(name): version for name, version in pins().items()}
     optional = [text for extra in ("server", "otel", "dev") for text in EXTRAS[extra]]
-    wanted = [Requirement(text) for text in [*PROJECT["dependencies"], *optional]]
-    for requirement in wanted:
+    wanted = [Requirement(text) for text in [*CLIENT["dependencies"], *PROJECT["dependencies"], *optional]]
+    ours = {"pem-client", "pem-server"}
+    for requirement in (one for one in wanted if canonical(one.name) not in ours):
         assert pinned[canonical(requirement.name)] in requirement.specifier, requirement
 
 
@@ -65,10 +68,24 @@ def test_what_is_installed_here_is_what_is_pinned():
     assert differing == {name: version for name, version in pins().items() if name in differing}
 
 
-def test_the_distribution_carries_the_version_of_the_package():
-    from serve import __version__
+def test_both_distributions_carry_one_version_and_the_server_pins_its_client():
+    import pem
+    import serve
 
-    assert metadata.version("pem-server") == __version__
+    assert pem.__version__ == serve.__version__
+    assert metadata.version("pem-server") == metadata.version("pem-client") == serve.__version__
+    assert f"pem-client=={serve.__version__}" in PROJECT["dependencies"]
+
+
+def test_the_client_is_light():
+    assert {Requirement(text).name for text in CLIENT["dependencies"]} == {"httpx", "msgspec", "numpy", "rich", "typer"}
+    assert CLIENT["requires-python"] == ">=3.10"
+
+
+def test_style_and_types_of_the_client_are_held_to_its_oldest_python():
+    ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
+    assert ruff["per-file-target-version"] == {"client/**": "py310"}
+    assert re.search(r"^\t@\$\(BIN\)/mypy --python-version 3\.10 --package pem$", (ROOT / "Makefile").read_text(), re.M)
 
 
 # ---- layers
@@ -82,26 +99,26 @@ def imports_of(path: Path) -> Iterator[str]:
             yield node.module.split(".")[0]
 
 
-@pytest.mark.parametrize("package", LAYERS)
+@pytest.mark.parametrize("package", FOLDERS)
 def test_every_library_that_is_imported_is_declared(package):
-    extras = [*EXTRAS["server"], *EXTRAS["otel"]]
-    declared = {canonical(Requirement(text).name) for text in [*PROJECT["dependencies"], *extras]}
+    texts = CLIENT["dependencies"] if package == PEM else [*PROJECT["dependencies"], *EXTRAS["server"], *EXTRAS["otel"]]
+    declared = {canonical(Requirement(text).name) for text in texts}
     brought_by = metadata.packages_distributions()
-    for path in sorted((ROOT / package).rglob("*.py")):
-        for name in set(imports_of(path)) - set(sys.stdlib_module_names) - {*LAYERS, "benchmarks"}:
+    for path in sorted(FOLDERS[package].rglob("*.py")):
+        for name in set(imports_of(path)) - set(sys.stdlib_module_names) - {*LAYERS, PEM}:
             distributions = {canonical(dist) for dist in brought_by.get(name, [name])}
             assert distributions & declared, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml leaves out"
 
 
-@pytest.mark.parametrize("package", LAYERS)
+@pytest.mark.parametrize("package", FOLDERS)
 def test_importing_a_package_is_cheap_and_it_is_typed(package):
-    assert (ROOT / package / "py.typed").exists()
+    assert (FOLDERS[package] / "py.typed").exists()
     code = f"import sys, {package}; print([name for name in {HEAVY!r} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert answer.stdout.strip() == "[]", answer.stderr
 
 
-# ---- the base install, built and imported without torch
+# ---- the two wheels, built without torch, and the client's installed alone
 
 
 def closure(names: list[str]) -> set[str]:
@@ -110,7 +127,7 @@ def closure(names: list[str]) -> set[str]:
     waiting = list(names)
     while waiting:
         name = canonical(waiting.pop())
-        if name not in found:
+        if name not in found and name != "pem-client":  # ours comes as the wheel that was built
             found.add(name)
             needs = [Requirement(text) for text in metadata.requires(name) or []]
             waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
@@ -120,12 +137,17 @@ def closure(names: list[str]) -> set[str]:
 def make_site(folder: Path, names: list[str]) -> Path:
     """A folder of links to just what installing `names` would bring: a fresh environment without a network."""
     folder.mkdir()
-    for name in closure(names):
+    make_links(folder, closure(names))
+    return folder
+
+
+def make_links(folder: Path, distributions: set[str]) -> None:
+    """Links to the files of distributions that are installed here."""
+    for name in distributions:
         for file in metadata.files(name) or []:
             top = file.parts[0]
             if top not in ("..", "__pycache__") and not (folder / top).exists():
                 (folder / top).symlink_to(Path(str(metadata.distribution(name).locate_file(top))))
-    return folder
 
 
 def python_with(site: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -134,32 +156,55 @@ def python_with(site: Path, *arguments: str, folder: Path) -> subprocess.Complet
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.fixture(scope="module")
-def plain_build(tmp_path_factory) -> tuple[Path, str]:
-    """A wheel built where there is no torch, and what the build said."""
-    work = tmp_path_factory.mktemp("plain_build")
-    tree = work / "tree"
-    tree.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, tree)
-    for name in LAYERS:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    shutil.copytree(ROOT / "benchmarks", tree / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
+def build_wheel(tree: Path, work: Path, *command: str) -> tuple[Path, str]:
+    """The wheel that a tree makes where there is no torch, and what the build said."""
     site = make_site(work / "site", ["setuptools", "wheel"])
-    answer = python_with(site, "setup.py", "-q", "bdist_wheel", "-d", str(work), folder=tree)
+    answer = python_with(site, *command, "-q", "bdist_wheel", "-d", str(work), folder=tree)
     assert answer.returncode == 0, answer.stderr
     (wheel,) = work.glob("*.whl")
     return wheel, answer.stderr
 
 
 @pytest.fixture(scope="module")
-def base_install(plain_build, tmp_path_factory) -> Path:
-    """A site folder with the wheel and its base dependencies, nothing else."""
-    names = [Requirement(text).name for text in PROJECT["dependencies"]]
-    site = make_site(tmp_path_factory.mktemp("base_install") / "site", names)
-    with zipfile.ZipFile(plain_build[0]) as wheel:
+def plain_build(tmp_path_factory) -> tuple[Path, str]:
+    """The server's wheel, and what its build said."""
+    work = tmp_path_factory.mktemp("plain_build")
+    tree = work / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tree)
+    for name in (*LAYERS, "client", "benchmarks"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info"))
+    return build_wheel(tree, work, "setup.py")
+
+
+@pytest.fixture(scope="module")
+def client_wheel(tmp_path_factory) -> Path:
+    """The client's wheel."""
+    work = tmp_path_factory.mktemp("client_build")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    shutil.copytree(ROOT / "client", work / "tree", ignore=ignored)
+    return build_wheel(work / "tree", work, "-c", "import setuptools; setuptools.setup()")[0]
+
+
+@pytest.fixture(scope="module")
+def client_install(client_wheel, tmp_path_factory) -> Path:
+    """A site folder with the client's wheel and its dependencies, nothing else."""
+    names = [Requirement(text).name for text in CLIENT["dependencies"]]
+    site = make_site(tmp_path_factory.mktemp("client_install") / "site", names)
+    with zipfile.ZipFile(client_wheel) as wheel:
         wheel.extractall(site)
     return site
+
+
+def packed_files(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+def entry_points(wheel: Path) -> str:
+    files = zipfile.ZipFile(wheel)
+    (name,) = (name for name in files.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    return files.read(name).decode()
 
 
 def test_a_build_without_torch_goes_on_and_says_so(plain_build):
@@ -170,10 +215,20 @@ def test_a_build_without_torch_goes_on_and_says_so(plain_build):
 
 
 def test_the_wheel_holds_what_the_tree_holds(plain_build):
-    packed = {name for name in zipfile.ZipFile(plain_build[0]).namelist() if ".dist-info/" not in name}
-    sources = {str(path.relative_to(ROOT)) for layer in (*LAYERS, LOAD) for path in (ROOT / layer).rglob("*.py")}
-    static = {str(path.relative_to(ROOT)) for path in (ROOT / "serve/static").rglob("*") if path.is_file()}
-    assert packed == sources | static | {f"{layer}/py.typed" for layer in LAYERS}
+    sources = {str(path.relative_to(ROOT)) for layer in LAYERS for path in (ROOT / layer).rglob("*.py")}
+    static = {str(path.relative_to(ROOT)) for path in (ROOT / "serve/gateway/static").rglob("*") if path.is_file()}
+    assert static
+    assert packed_files(plain_build[0]) == sources | static | {f"{layer}/py.typed" for layer in LAYERS}
+    assert "[pem.server]\nserver = serve.commands.register" in entry_points(plain_build[0])
+    assert "console_scripts" not in entry_points(plain_build[0]), "`pem` is the client's"
+
+
+def test_the_clients_wheel_has_one_top_level_name_the_command_and_the_licence(client_wheel):
+    assert client_wheel.name == f"pem_client-{CLIENT_VERSION}-py3-none-any.whl"
+    sources = {str(path.relative_to(ROOT / "client")) for path in (ROOT / "client/pem").rglob("*.py")}
+    assert packed_files(client_wheel) == sources | {"pem/py.typed"}
+    assert "[console_scripts]\npem = pem.cli:main" in entry_points(client_wheel)
+    assert any(name.endswith("/LICENSE") for name in zipfile.ZipFile(client_wheel).namelist())
 
 
 @pytest.mark.parametrize("variable", ["REQUIRE_KERNELS", "FORCE_CUDA"])
@@ -237,37 +292,48 @@ def test_forced_cuda_that_cannot_be_says_what_is_missing(tmp_path, cuda, missing
     assert re.search(f"FORCE_CUDA=1, but {missing}", answer.stderr)
 
 
-def test_the_base_install_brings_no_heavy_library(base_install):
-    for name in HEAVY:
-        assert not (base_install / name).exists()
+def test_the_client_alone_brings_no_heavy_library(client_install):
+    for name in (*HEAVY, *LAYERS):
+        assert not (client_install / name).exists()
 
 
-@pytest.mark.parametrize(
-    "module", ["serve", "workers", "posekit", "pointnet2_ext", "pem.client", "pem.cli", "pem.bench.cli"]
-)
-def test_the_base_install_imports(base_install, module, tmp_path):
-    answer = python_with(base_install, "-c", f"import {module}", folder=tmp_path)
+@pytest.mark.parametrize("module", ["pem", "pem.client", "pem.cli", "pem.contract", "pem.bench.cli"])
+def test_the_client_alone_imports(client_install, module, tmp_path):
+    answer = python_with(client_install, "-W", "error", "-c", f"import {module}", folder=tmp_path)
     assert answer.returncode == 0, answer.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["estimate", "--help"], ["bench", "--help"]])
-def test_the_command_line_of_the_base_install_explains_itself(base_install, arguments, tmp_path):
-    code = f"import sys; sys.argv[0] = 'pem'; from {PROJECT['scripts']['pem'].replace(':', ' import ')} as run; run()"
-    answer = python_with(base_install, "-c", code, *arguments, folder=tmp_path)
+@pytest.mark.parametrize("arguments", [["--help"], ["status", "--help"], ["estimate", "--help"], ["bench", "--help"]])
+def test_the_command_line_of_the_client_alone_explains_itself(client_install, arguments, tmp_path):
+    answer = python_with(client_install, "-m", "pem", *arguments, folder=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert "Usage: pem" in answer.stdout
 
 
-@pytest.mark.parametrize("module", [*LAYERS, "pem.bench"])
-def test_a_package_of_ours_that_is_missing_asks_for_the_project_and_not_for_a_library(module, capsys):
-    with pytest.raises(typer.Exit):
-        common.need_server_extra(ModuleNotFoundError(name=module))
-    said = capsys.readouterr().err
-    assert f"this needs {module}, a part of PEM Server that this installation lacks: to reinstall it" in said
-    broken = ImportError("cannot import name", name=module)
-    with pytest.raises(ImportError) as raised:
-        common.need_server_extra(broken)
-    assert raised.value is broken, "a bug, to be seen with its traceback"
+def test_the_client_alone_asks_a_server_and_says_what_running_one_needs(client_install, tmp_path):
+    code = (
+        "import numpy as np, pem\n"
+        "server = pem.Client('http://127.0.0.1:9', retries=0)\n"
+        "try:\n"
+        "    server.estimate(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint16), np.eye(3), [np.eye(4) > 0],"
+        " object_id='x')\n"
+        "except pem.ConnectionFailed as error:\n"
+        "    print(error)\n"
+    )
+    answer = python_with(client_install, "-c", code, folder=tmp_path)
+    assert "no server answers at http://127.0.0.1:9" in answer.stdout, answer.stderr
+    serve = python_with(client_install, "-m", "pem", "serve", "--port", "9", folder=tmp_path)
+    assert serve.returncode == 1
+    assert "this needs pem-server, which is not installed here" in serve.stderr
+
+
+def test_both_wheels_together_are_one_command_line(client_install, plain_build, tmp_path):
+    both = shutil.copytree(client_install, tmp_path / "both", symlinks=True)
+    with zipfile.ZipFile(plain_build[0]) as wheel:
+        wheel.extractall(both)
+    answer = python_with(both, "-m", "pem", "serve", "--help", folder=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "--data-dir" in answer.stdout, "without torch and mosec: these are imported when they are used"
 
 
 # ---- make and its scripts
@@ -376,9 +442,13 @@ def test_the_image_installs_the_libraries_that_make_installs():
     assert wanted <= set((ROOT / "Dockerfile").read_text().split())
 
 
+def test_the_image_installs_the_client_and_the_server():
+    assert re.search(r"pip install .*--no-build-isolation \./client \"\.\[otel\]\"", (ROOT / "Dockerfile").read_text())
+
+
 def test_the_image_is_built_from_listed_files_only():
     listed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    assert {*LAYERS, LOAD} <= set(listed)
+    assert {*LAYERS, "client"} <= set(listed)
     assert [name for name in listed if not (ROOT / name).exists()] == []
 
 

@@ -13,75 +13,29 @@ Names are imported on first use: the server's workers read the contract from her
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from pem.client import (
-        DEFAULT_URL as DEFAULT_URL,
+    from pem.client import AsyncClient, Client
+    from pem.errors import (
+        BadInput,
+        ConnectionFailed,
+        DeadlinePassed,
+        KeyRefused,
+        NoPose,
+        NotFound,
+        OnboardingFailed,
+        Overloaded,
+        PemError,
+        RequestRefused,
+        ServerFailed,
+        TimedOut,
     )
-    from pem.client import (
-        AsyncClient as AsyncClient,
-    )
-    from pem.client import (
-        BadInput as BadInput,
-    )
-    from pem.client import (
-        Client as Client,
-    )
-    from pem.client import (
-        ClientOptions as ClientOptions,
-    )
-    from pem.client import (
-        ConnectionFailed as ConnectionFailed,
-    )
-    from pem.client import (
-        DeadlinePassed as DeadlinePassed,
-    )
-    from pem.client import (
-        DetectionOptions as DetectionOptions,
-    )
-    from pem.client import (
-        Hypothesis as Hypothesis,
-    )
-    from pem.client import (
-        KeyRefused as KeyRefused,
-    )
-    from pem.client import (
-        NoPose as NoPose,
-    )
-    from pem.client import (
-        NotFound as NotFound,
-    )
-    from pem.client import (
-        ObjectOptions as ObjectOptions,
-    )
-    from pem.client import (
-        OnboardingFailed as OnboardingFailed,
-    )
-    from pem.client import (
-        Overloaded as Overloaded,
-    )
-    from pem.client import (
-        PemError as PemError,
-    )
-    from pem.client import (
-        Pose as Pose,
-    )
-    from pem.client import (
-        PoseOptions as PoseOptions,
-    )
-    from pem.client import (
-        PoseResult as PoseResult,
-    )
-    from pem.client import (
-        RequestRefused as RequestRefused,
-    )
-    from pem.client import (
-        ServerFailed as ServerFailed,
-    )
-    from pem.client import (
-        TimedOut as TimedOut,
-    )
+    from pem.options import ClientOptions, DetectionOptions, ObjectOptions, PoseOptions
+    from pem.poses import Hypothesis, Pose, PoseResult
+    from pem.rle import decode_rle, encode_rle
+    from pem.steps import DEFAULT_URL
 
 __version__ = "0.1.0"
 
@@ -108,15 +62,18 @@ __all__ = [
     "RequestRefused",
     "ServerFailed",
     "TimedOut",
+    "decode_rle",
+    "encode_rle",
 ]
+
+#: Where the names are that `pem.client` has not.
+_ELSEWHERE: Final = {"decode_rle": "pem.rle", "encode_rle": "pem.rle"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'pem' has no attribute {name!r}")
-    from pem import client
-
-    return getattr(client, name)
+    return getattr(importlib.import_module(_ELSEWHERE.get(name, "pem.client")), name)
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Final, NoReturn, Self
+from typing import Final, NoReturn
 
 from pem.client import Client
 from pem.ports import free_port
@@ -34,7 +34,7 @@ class Child:
         self._log = log
 
     @classmethod
-    def start(cls, data: Path, options: Sequence[str] = (), variables: Mapping[str, str] = {}) -> Self:
+    def start(cls, data: Path, options: Sequence[str] = (), variables: Mapping[str, str] = {}) -> Child:
         """Start it with a data directory that is there, which gets its log as `server.log`; returns at once.
 
         `variables` are added to this environment's, whose own settings are for the user's server and left out.
@@ -49,7 +49,7 @@ class Child:
                 stdout=log,
                 stderr=log,
                 env=environment | dict(variables),
-                process_group=0,  # Ctrl-C is for us, and we stop it
+                start_new_session=True,  # Ctrl-C is for us, and we stop it
             )
         return cls(process, f"http://127.0.0.1:{port}", data / "server.log")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, NoReturn
@@ -12,20 +11,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from pem import __version__, client
+from pem.bench import here
 from pem.commands import bench as bench_command
 from pem.commands import common
 from pem.commands import estimate as estimate_command
 from pem.commands import objects as objects_commands
 
-SERVER: Final = "pem.server"  # the entry points by which pem-server adds its half
-
-#: What that half is, where it is missing.
+#: The server's half of the commands, where it is missing.
 _SERVER_COMMANDS: Final = {
     "serve": "Start the server (with pem-server).",
     "demo": "From nothing to a pose on this machine (with pem-server).",
     "keys": "API keys of the server on this machine (with pem-server).",
     "weights": "Weights of the server on this machine (with pem-server).",
 }
+
+_ANYTHING: Final[dict[str, Any]] = {"ignore_unknown_options": True, "help_option_names": []}
 
 #: error code -> what to do about it on the command line; the server's own words are about the request
 _HINTS: Final[dict[str, str]] = {
@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             words += f"\n(request id {error.request_id}, for the server's log)"
         _leave(words, 1)
     except client.ConnectionFailed as error:
-        hint = f"\nStart one with `{common.program()} serve`, or name another with --url."
+        hint = "\nName another with --url."
+        if here.commands() is not None:
+            hint = f"\nStart one with `{common.program()} serve`, or name another with --url."
         _leave(f"{error}{'' if isinstance(error, client.TimedOut) else hint}", 1)
     except client.PemError as error:
         _leave(str(error), 1)
@@ -97,19 +99,20 @@ _wrong_use: tuple[type[Exception], ...] = (ValueError,)
 def _add_server_half() -> None:
     """The commands of pem-server; in its place those that say what to install."""
     global _wrong_use
-    for entry in importlib.metadata.entry_points(group=SERVER):
-        half: Any = entry.load()
+    half = here.commands()
+    if half is not None:
         half.add(app, objects_commands.app)
         _wrong_use += half.WRONG_USE
         return
     for name, words in _SERVER_COMMANDS.items():
-        app.command(name, help=words, context_settings={"ignore_unknown_options": True, "help_option_names": []})(
-            _needs_server
-        )
+        app.command(name, help=words, context_settings=_ANYTHING)(_needs_server)
+    objects_commands.app.command(
+        "templates", help="Templates of another renderer (with pem-server).", context_settings=_ANYTHING
+    )(_needs_server)
 
 
 def _needs_server(words: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
-    common.fail(f"this needs pem-server, which is not installed here: {common.INSTALL_SERVER}")
+    common.need_server()
 
 
 _add_server_half()

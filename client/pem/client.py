@@ -1,15 +1,6 @@
-"""The Python client: numpy arrays in, typed poses out. Needs only the base install (httpx, msgspec, numpy).
+"""The two clients, one that blocks and one to await: arrays, files and meshes in, typed poses out.
 
-    from pem.client import Client
-
-    with Client("http://127.0.0.1:8003") as pem:
-        pem.objects.add("mug.ply", name="mug")
-        result = pem.estimate(rgb, depth, K, [mask], object_id="mug")
-        for pose in result.poses:
-            print(pose.T_cam_obj_mm if pose.ok else pose.error)
-
-`AsyncClient` has the same verbs to await. Millimetres throughout; rotations are object-to-camera in the OpenCV camera
-frame: `p_cam = R p_obj + t`.
+Millimetres throughout; rotations are object-to-camera in the OpenCV camera frame: `p_cam = R p_obj + t`.
 
 Every verb is written once, in `client/pem/steps.py`; the two clients only differ in how they send and sleep.
 """
@@ -21,37 +12,39 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 import httpx
 
 from pem.contract import ObjectAnswer, Status, Version
-from pem.steps import DEFAULT_URL, Steps, Verbs, object_path
-from pem.wire import (
+from pem.errors import (
     BadInput,
-    Camera,
-    ClientOptions,
     ConnectionFailed,
     DeadlinePassed,
-    DetectionOptions,
-    Hypothesis,
     KeyRefused,
-    Mask,
     NoPose,
     NotFound,
-    ObjectOptions,
     OnboardingFailed,
     Overloaded,
     PemError,
-    Picture,
-    Pose,
-    PoseOptions,
-    PoseResult,
     RequestRefused,
     ServerFailed,
     TimedOut,
-    check_options,
 )
+from pem.meshfiles import Mesh
+from pem.options import (
+    Camera,
+    ClientOptions,
+    DetectionOptions,
+    Mask,
+    ObjectOptions,
+    Picture,
+    PoseOptions,
+    merged,
+    takes,
+)
+from pem.poses import Hypothesis, Pose, PoseResult
+from pem.steps import DEFAULT_URL, Steps, Verbs, object_path
 
 __all__ = [
     "DEFAULT_URL",
@@ -84,10 +77,13 @@ T = TypeVar("T")
 class Client(Verbs):
     """A connection to a PEM server; `with Client(url) as pem:` closes it. Safe to share between threads."""
 
-    def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
-        """Without `api_key` that of the variable PEM_API_KEY, where it is set ("" = no key). See ClientOptions."""
-        check_options(type(self).__name__, options, ClientOptions, "url", "api_key")
-        super().__init__(url, api_key, **options)
+    @takes(ClientOptions)
+    def __init__(
+        self, url: str = DEFAULT_URL, api_key: str | None = None, options: ClientOptions | None = None, **more: Any
+    ) -> None:
+        """Without `api_key` that of the variable PEM_API_KEY, where it is set ("" = no key)."""
+        chosen = merged(type(self).__name__, ClientOptions, options, more, "url", "api_key", "options")
+        super().__init__(url, api_key, ClientOptions(**chosen))
         self._http = httpx.Client(**self._http_arguments)
         self.objects = Objects(self)
 
@@ -103,13 +99,15 @@ class Client(Verbs):
         """Close the connections."""
         self._http.close()
 
+    @takes(DetectionOptions)
     def estimate(
         self,
         rgb: Picture,
         depth: Picture,
         K: Camera,
         masks: Sequence[Mask] | None = None,
-        **options: Unpack[DetectionOptions],
+        options: DetectionOptions | PoseOptions | None = None,
+        **more: Any,
     ) -> PoseResult:
         """The pose of each detection, in the order given.
 
@@ -117,10 +115,11 @@ class Client(Verbs):
         or `depth_unit="m"`, or a 16-bit PNG or float TIFF; 0 and NaN = no reading. K: (3, 3) pixels, or a loaded
         camera.json, a dict with `cam_K` whose `depth_scale` and `depth_unit` hold unless the options say otherwise.
         masks: each (H, W) bool, a PNG, a COCO RLE, or a list of polygons; none at all is a valid question.
-        Image files go by their path (str or Path) or as bytes. For the rest see PoseOptions and DetectionOptions.
+        Image files go by their path (str or Path) or as bytes.
         """
-        return self._run(self._estimate(rgb, depth, K, masks, options))
+        return self._run(self._estimate(rgb, depth, K, masks, options, more))
 
+    @takes(PoseOptions)
     def full_pipeline(
         self,
         rgb: Picture,
@@ -129,10 +128,12 @@ class Client(Verbs):
         *,
         template_dir: str,
         ism_cad_path: str | None = None,
-        **options: Unpack[PoseOptions],
+        options: PoseOptions | None = None,
+        **more: Any,
     ) -> PoseResult:
         """`estimate` with the ISM server's detections; `template_dir` and `ism_cad_path` are paths of that server."""
-        return self._run(self._full_pipeline(rgb, depth, K, template_dir, ism_cad_path, options))
+        paths = {"template_dir": template_dir, "ism_cad_path": ism_cad_path}
+        return self._run(self._full_pipeline(rgb, depth, K, paths, options, more))
 
     def status(self) -> Status:
         """What the server says of itself."""
@@ -179,13 +180,16 @@ class Objects:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def add(self, cad: str | Path | bytes, **options: Unpack[ObjectOptions]) -> ObjectAnswer:
-        """Register a CAD model (a file, or bytes with `cad_format`) and wait until it is ready; see ObjectOptions.
+    @takes(ObjectOptions)
+    def add(self, cad: str | Path | bytes | Mesh, options: ObjectOptions | None = None, **more: Any) -> ObjectAnswer:
+        """Register a CAD model and wait until it is ready.
 
-        Adding what the server already has is quick. Raises OnboardingFailed.
+        cad: the path of a file, its bytes with `cad_format`, a `trimesh.Trimesh` or another mesh with vertices and
+        faces, or the pair `(vertices, faces)`: (n, 3) lengths in `model_unit` and (m, 3) indices. Adding what the
+        server already has is quick. Raises OnboardingFailed.
         """
-        check_options("add", options, ObjectOptions, "cad")
-        return self._client._run(self._client._add(cad, **options))
+        chosen = ObjectOptions(**merged("add", ObjectOptions, options, more, "cad", "options"))
+        return self._client._run(self._client._add(cad, chosen))
 
     def list(self) -> list[ObjectAnswer]:
         """Every registered object."""
@@ -203,10 +207,13 @@ class Objects:
 class AsyncClient(Verbs):
     """The verbs of Client, to await: `async with AsyncClient(url) as pem:`."""
 
-    def __init__(self, url: str = DEFAULT_URL, api_key: str | None = None, **options: Unpack[ClientOptions]) -> None:
-        """Without `api_key` that of the variable PEM_API_KEY, where it is set ("" = no key). See ClientOptions."""
-        check_options(type(self).__name__, options, ClientOptions, "url", "api_key")
-        super().__init__(url, api_key, **options)
+    @takes(ClientOptions)
+    def __init__(
+        self, url: str = DEFAULT_URL, api_key: str | None = None, options: ClientOptions | None = None, **more: Any
+    ) -> None:
+        """Without `api_key` that of the variable PEM_API_KEY, where it is set ("" = no key)."""
+        chosen = merged(type(self).__name__, ClientOptions, options, more, "url", "api_key", "options")
+        super().__init__(url, api_key, ClientOptions(**chosen))
         self._http = httpx.AsyncClient(**self._http_arguments)
         self.objects = AsyncObjects(self)
 
@@ -222,17 +229,20 @@ class AsyncClient(Verbs):
         """Close the connections."""
         await self._http.aclose()
 
+    @takes(DetectionOptions)
     async def estimate(
         self,
         rgb: Picture,
         depth: Picture,
         K: Camera,
         masks: Sequence[Mask] | None = None,
-        **options: Unpack[DetectionOptions],
+        options: DetectionOptions | PoseOptions | None = None,
+        **more: Any,
     ) -> PoseResult:
         """See Client.estimate."""
-        return await self._run(self._estimate(rgb, depth, K, masks, options))
+        return await self._run(self._estimate(rgb, depth, K, masks, options, more))
 
+    @takes(PoseOptions)
     async def full_pipeline(
         self,
         rgb: Picture,
@@ -241,10 +251,12 @@ class AsyncClient(Verbs):
         *,
         template_dir: str,
         ism_cad_path: str | None = None,
-        **options: Unpack[PoseOptions],
+        options: PoseOptions | None = None,
+        **more: Any,
     ) -> PoseResult:
         """See Client.full_pipeline."""
-        return await self._run(self._full_pipeline(rgb, depth, K, template_dir, ism_cad_path, options))
+        paths = {"template_dir": template_dir, "ism_cad_path": ism_cad_path}
+        return await self._run(self._full_pipeline(rgb, depth, K, paths, options, more))
 
     async def status(self) -> Status:
         """See Client.status."""
@@ -291,10 +303,13 @@ class AsyncObjects:
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
 
-    async def add(self, cad: str | Path | bytes, **options: Unpack[ObjectOptions]) -> ObjectAnswer:
+    @takes(ObjectOptions)
+    async def add(
+        self, cad: str | Path | bytes | Mesh, options: ObjectOptions | None = None, **more: Any
+    ) -> ObjectAnswer:
         """See Objects.add."""
-        check_options("add", options, ObjectOptions, "cad")
-        return await self._client._run(self._client._add(cad, **options))
+        chosen = ObjectOptions(**merged("add", ObjectOptions, options, more, "cad", "options"))
+        return await self._client._run(self._client._add(cad, chosen))
 
     async def list(self) -> list[ObjectAnswer]:
         """See Objects.list."""

@@ -112,7 +112,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 def _unfilter(filtered: npt.NDArray[np.uint8], step: int) -> npt.NDArray[np.uint8]:
     """Undo PNG's row filters; `step` is how many bytes back the same sample of the pixel to the left is."""
-    rows = filtered[:, 1:].copy()
+    rows: npt.NDArray[np.uint8] = filtered[:, 1:].copy()
     above = np.zeros(rows.shape[1], dtype=np.uint8)
     for kind, row in zip(filtered[:, 0].tolist(), rows, strict=True):
         if kind == 1:

@@ -24,29 +24,24 @@ import numpy as np
 import numpy.typing as npt
 
 from pem import __version__
-from pem.contract import CadFormat, ObjectAnswer, ObjectList, Unit
-from pem.wire import (
+from pem.contract import ObjectAnswer, ObjectList
+from pem.encode import asked_for, pose_request
+from pem.errors import ConnectionFailed, OnboardingFailed, Overloaded, PemError, TimedOut
+from pem.meshfiles import Mesh, read_cad
+from pem.options import (
     ALREADY_KNOWN,
-    JSON,
-    MSGPACK,
     Camera,
-    ConnectionFailed,
+    ClientOptions,
     DetectionOptions,
     Mask,
-    OnboardingFailed,
-    Overloaded,
-    PemError,
+    ObjectOptions,
     Picture,
     PoseOptions,
-    PoseResult,
     Progress,
-    TimedOut,
-    check_options,
-    decoded,
-    pose_request,
-    pose_result,
-    refused,
+    merged,
 )
+from pem.poses import PoseResult, pose_result
+from pem.wire import JSON, MSGPACK, decoded, refused
 
 DEFAULT_URL: Final = "http://127.0.0.1:8003"
 KEY_VARIABLE: Final = "PEM_API_KEY"  # the API key of a client that is given none
@@ -153,17 +148,7 @@ Steps = Generator[_Send | _Sleep, httpx.Response | None, T]
 class Verbs:
     """Every verb as steps, and everything about a client that is neither sync nor async."""
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        api_key: str | None = None,
-        *,
-        timeout_s: float = 60.0,
-        retries: int = 3,
-        retry_budget_s: float = 30.0,
-        deadline_s: float | None = None,
-        use_json: bool = False,
-    ) -> None:
+    def __init__(self, url: str, api_key: str | None, options: ClientOptions) -> None:
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
@@ -171,11 +156,7 @@ class Verbs:
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise PemError(f"{url!r} is no address of a server; it looks like {DEFAULT_URL}")
         self.url = url.rstrip("/")
-        self._timeout_s = timeout_s
-        self._retries = retries
-        self._retry_budget_s = retry_budget_s
-        self._deadline_s = deadline_s
-        self._use_json = use_json
+        self._options = options
         headers = {"User-Agent": f"pem-client/{__version__}"}
         if api_key is None:
             api_key = os.environ.get(KEY_VARIABLE)
@@ -193,8 +174,8 @@ class Verbs:
     def _exchange(self, call: _Call) -> Steps[httpx.Response]:
         """The answer to a call, retried as the client was told; raises PemError for every other ending."""
         end = None if call.deadline_s is None else time.monotonic() + call.deadline_s
-        retries = self._retries if call.retries is None else call.retries
-        budget_s = self._retry_budget_s
+        retries = self._options.retries if call.retries is None else call.retries
+        budget_s = self._options.retry_budget_s
         attempt = 0
         while True:
             failure: PemError
@@ -227,7 +208,7 @@ class Verbs:
         headers = {"Accept": call.accept} | _trace_headers()
         if call.content_type:
             headers["Content-Type"] = call.content_type
-        timeout_s = self._timeout_s
+        timeout_s = self._options.timeout_s
         if end is not None:
             left_s = max(0.001, end - time.monotonic())
             headers["X-Request-Deadline-Ms"] = str(max(1, round(left_s * 1000)))
@@ -249,36 +230,42 @@ class Verbs:
 
     # Poses.
 
-    def _pose(self, path: str, body: dict[str, Any], deadline_ms: int | None) -> Steps[PoseResult]:
-        kind = JSON if self._use_json else MSGPACK
-        data = msgspec.json.encode(body) if self._use_json else msgspec.msgpack.encode(body)
-        deadline_s = self._deadline_s if deadline_ms is None else deadline_ms / 1000
+    def _pose(self, path: str, body: dict[str, Any], options: Mapping[str, Any]) -> Steps[PoseResult]:
+        kind = JSON if self._options.use_json else MSGPACK
+        data = msgspec.json.encode(body) if self._options.use_json else msgspec.msgpack.encode(body)
+        deadline_ms = options.get("deadline_ms")
+        deadline_s = self._options.deadline_s if deadline_ms is None else deadline_ms / 1000
         call = _Call(method="POST", path=path, body=data, content_type=kind, accept=kind, deadline_s=deadline_s)
-        return pose_result((yield from self._exchange(call)))
+        return pose_result((yield from self._exchange(call)), asked_for(options))
 
     def _estimate(
-        self, rgb: Picture, depth: Picture, K: Camera, masks: Sequence[Mask] | None, options: Mapping[str, Any]
+        self,
+        rgb: Picture,
+        depth: Picture,
+        K: Camera,
+        masks: Sequence[Mask] | None,
+        options: PoseOptions | None,
+        more: Mapping[str, Any],
     ) -> Steps[PoseResult]:
-        check_options("estimate", options, DetectionOptions, "rgb", "depth", "K", "masks")
-        if masks is None and options.get("detections") is None:
+        chosen = merged("estimate", DetectionOptions, options, more, "rgb", "depth", "K", "masks", "options")
+        if masks is None and chosen.get("detections") is None:
             raise ValueError("give masks, or detections as SAM-6D writes them")
-        body = pose_request(rgb, depth, K, masks, options)
-        return (yield from self._pose("/api/v1/pose_estimation", body, options.get("deadline_ms")))
+        body = pose_request(rgb, depth, K, masks, chosen)
+        return (yield from self._pose("/api/v1/pose_estimation", body, chosen))
 
     def _full_pipeline(
         self,
         rgb: Picture,
         depth: Picture,
         K: Camera,
-        template_dir: str,
-        ism_cad_path: str | None,
-        options: Mapping[str, Any],
+        ism_paths: Mapping[str, str | None],
+        options: PoseOptions | None,
+        more: Mapping[str, Any],
     ) -> Steps[PoseResult]:
-        check_options("full_pipeline", options, PoseOptions, "rgb", "depth", "K", "template_dir", "ism_cad_path")
-        body = pose_request(
-            rgb, depth, K, None, {**options, "template_dir": template_dir, "ism_cad_path": ism_cad_path}
-        )
-        return (yield from self._pose("/api/v1/full_pipeline", body, options.get("deadline_ms")))
+        named = ("rgb", "depth", "K", *ism_paths, "options")
+        chosen = merged("full_pipeline", PoseOptions, options, more, *named)
+        body = pose_request(rgb, depth, K, None, {**chosen, **ism_paths})
+        return (yield from self._pose("/api/v1/full_pipeline", body, chosen))
 
     # The server.
 
@@ -306,37 +293,21 @@ class Verbs:
 
     # Objects.
 
-    def _add(
-        self,
-        cad: str | Path | bytes,
-        *,
-        name: str | None = None,
-        model_unit: Unit | None = None,
-        cad_format: CadFormat | None = None,
-        symmetries_discrete: Sequence[npt.ArrayLike] | None = None,
-        symmetries_continuous: Sequence[Mapping[str, npt.ArrayLike]] | None = None,
-        wait: bool = True,
-        wait_timeout_s: float = 600.0,
-        on_progress: Progress | None = None,
-    ) -> Steps[ObjectAnswer]:
-        if isinstance(cad, bytes):
-            if cad_format is None:
-                raise ValueError("a CAD given as bytes needs cad_format: ply, obj, stl, glb, off or zip")
-            source: Path | bytes = cad
-            file_name = f"model.{cad_format}"
-        else:
-            source = Path(cad)
-            file_name = source.name
+    def _add(self, cad: str | Path | bytes | Mesh, options: ObjectOptions) -> Steps[ObjectAnswer]:
+        source, file_name, cad_format = read_cad(cad, options.cad_format)
+        discrete, continuous, on_progress = (
+            options.symmetries_discrete,
+            options.symmetries_continuous,
+            options.on_progress,
+        )
         request = {
-            "name": name,
-            "model_unit": model_unit,
+            "name": options.name,
+            "model_unit": options.model_unit,
             "cad_format": cad_format,
-            "symmetries_discrete": None
-            if symmetries_discrete is None
-            else [_numbers(T_obj_obj) for T_obj_obj in symmetries_discrete],
+            "symmetries_discrete": None if discrete is None else [_numbers(T_obj_obj) for T_obj_obj in discrete],
             "symmetries_continuous": None
-            if symmetries_continuous is None
-            else [{key: _numbers(vector) for key, vector in axis.items()} for axis in symmetries_continuous],
+            if continuous is None
+            else [{key: _numbers(vector) for key, vector in axis.items()} for axis in continuous],
         }
         upload = _Upload(
             source=source,
@@ -349,9 +320,9 @@ class Verbs:
         added = decoded(response, ObjectAnswer)
         if on_progress is not None and response.status_code == httpx.codes.OK:  # a new one is 201
             on_progress(ALREADY_KNOWN, 1.0)
-        if not wait:
+        if not options.wait:
             return added
-        end = time.monotonic() + wait_timeout_s
+        end = time.monotonic() + options.wait_timeout_s
         while True:
             if on_progress is not None:
                 on_progress("onboarding", added.progress)
@@ -360,8 +331,9 @@ class Verbs:
             if added.status == "failed":
                 raise OnboardingFailed(f"{added.name or added.object_id} could not be onboarded: {added.error}")
             if time.monotonic() > end:
+                waited = f"{options.wait_timeout_s:g} s"
                 raise OnboardingFailed(
-                    f"{added.name or added.object_id} is still being onboarded after {wait_timeout_s:g} s; it goes on"
+                    f"{added.name or added.object_id} is still being onboarded after {waited}; it goes on"
                 )
             yield 0.2
             added = yield from self._get(object_path(added.object_id), ObjectAnswer)
@@ -378,7 +350,8 @@ def object_path(object_id: str) -> str:
 
 
 def _numbers(array: npt.ArrayLike) -> list[float]:
-    return np.asarray(array, dtype=np.float64).ravel().tolist()
+    numbers: list[float] = np.asarray(array, dtype=np.float64).ravel().tolist()
+    return numbers
 
 
 def _is_loopback(host: str) -> bool:

@@ -187,7 +187,7 @@ def _register(client: Client, scene: Scene, report: _Report) -> dict[str, float]
                 cad_format="ply",
                 name=name,
                 wait_timeout_s=_ONBOARDING_LIMIT_S,
-                on_progress=lambda phase, fraction, done=done: progress.update(  # type: ignore[misc]
+                on_progress=lambda phase, fraction, done=done: progress.update(
                     task, completed=done + (fraction if phase == "onboarding" else 0.0)
                 ),
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from serve.commands import weights as weights_commands
 from serve.commands.options import Config, DataDir
 from serve.gateway.keys import KeyFileError
 
+if TYPE_CHECKING:
+    from serve.commands.bench_scenes import Lent
+
 #: What is said of these on standard error, with the exit code 2.
 WRONG_USE = (settings.SettingsError, KeyFileError)
 
@@ -28,6 +31,13 @@ def add(app: typer.Typer, objects: typer.Typer) -> None:
     app.add_typer(keys_commands.app, name="keys")
     app.add_typer(weights_commands.app, name="weights")
     objects.command()(templates_command.templates)
+
+
+def load_generator() -> Lent:
+    """What `pem bench` borrows: rendered scenes, settings' names, the stages of processes."""
+    from serve.commands.bench_scenes import Lent
+
+    return Lent()
 
 
 def serve(

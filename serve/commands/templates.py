@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pem.commands import common
 from pem.commands.objects import Which, model_words
 from pem.contract import ObjectModelAnswer
-from posekit.errors import PoseError
-from posekit.store import ObjectStore, StoredObject
 from serve import settings
 from serve.commands.options import Config, DataDir
+
+if TYPE_CHECKING:
+    from posekit.store import ObjectStore, StoredObject
 
 
 def templates(
@@ -37,7 +38,8 @@ def templates(
       pem objects templates mug outputs/mug/templates --data-dir data
     """
     given = settings.load(config, overrides={"data_dir": str(data_dir) if data_dir else None})
-    from posekit.sam6d import templates as read  # torch: seconds that other commands do without
+    from posekit.errors import PoseError  # not above: other commands do without posekit, and torch takes seconds
+    from posekit.sam6d import templates as read
     from posekit.sam6d.engine import Sam6dEngine
     from posekit.sam6d.settings import Sam6d
     from posekit.sam6d.spec import SPEC

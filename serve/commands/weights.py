@@ -16,7 +16,7 @@ from posekit.errors import PoseError
 from serve import settings
 from serve.commands.options import Config
 
-if TYPE_CHECKING:  # at run time torch comes with it, which the base install leaves out
+if TYPE_CHECKING:  # at run time torch comes with it, which takes seconds
     from posekit.sam6d.checkpoint.weights import Verdict
 
 app = typer.Typer(

@@ -12,8 +12,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
+from pem.procfs import read
 from posekit import registry
 
 STAGES: Final = (
@@ -29,17 +30,6 @@ STAGES: Final = (
 )
 
 KEEPER: Final = "PEM_KEEPER"  # of workers/lifecycle.py, which brings Mosec along when it is imported
-
-_TICKS_HZ: Final = os.sysconf("SC_CLK_TCK")
-_PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
-
-
-class Reading(NamedTuple):
-    """One process at one moment."""
-
-    cpu_s: float  # user and system, since it started
-    resident_bytes: int
-    started_ticks: int  # since boot: tells a process from a later one under the same pid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +72,6 @@ class Processes:
             return "gateway"
         stage = stage_of.get(pid)
         return stage if stage in self._spent else _stage_by_environment(pid)
-
-
-def read(pid: int) -> Reading | None:
-    """One process; None where it is gone (a zombie counts, its memory is 0)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    cpu_s = (int(fields[11]) + int(fields[12])) / _TICKS_HZ
-    return Reading(cpu_s=cpu_s, resident_bytes=int(fields[21]) * _PAGE_BYTES, started_ticks=int(fields[19]))
 
 
 def _may_still_run(pid: int, started_ticks: int) -> bool:

@@ -19,7 +19,7 @@ import typer
 
 from pem import __version__, cli, imagefiles
 from pem.commands import common
-from pem.commands.estimate import read_camera, rotation_vector_deg
+from pem.commands.estimate import read_camera
 from pem.rle import encode_rle
 from posekit.io import images
 from posekit.synthetic.scenes import demo_scene
@@ -67,6 +67,7 @@ def test_the_version_is_told(pem: Pem) -> None:
     [
         [],
         ["serve"],
+        ["bench"],
         ["demo"],
         ["estimate"],
         ["objects"],
@@ -119,11 +120,13 @@ def test_the_program_is_called_by_its_path_where_its_name_does_not_find_it(
     assert common.program() == str(script)
 
 
-def test_help_of_serve_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("command", [["serve", "--help"], ["status", "--help"], ["bench", "--help"]], ids=str)
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = (
-        "import sys\nfrom serve import cli\n"
-        "try:\n    cli.main(['serve', '--help'])\nexcept SystemExit:\n    pass\n"
-        "print([name for name in ('torch', 'mosec', 'open3d', 'cv2') if name in sys.modules])"
+        "import sys\nfrom pem import cli\n"
+        f"try:\n    cli.main({command})\nexcept SystemExit:\n    pass\n"
+        "heavy = ('torch', 'mosec', 'open3d', 'cv2', 'scipy', 'posekit.synthetic')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
@@ -180,6 +183,61 @@ def test_a_taken_port_is_said_in_words(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "cannot listen" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------ a robot's PC: no pem-server
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["serve", "--port", "8003"],
+        ["serve", "--help"],
+        ["demo"],
+        ["keys", "add", "robot"],
+        ["weights", "list"],
+        ["objects", "templates", "mug", "folder"],
+        ["bench"],
+        ["bench", "--set", "pose.threads=1"],
+        ["bench", "--url", NOWHERE],
+        ["bench", "--request", "request.msgpack"],
+    ],
+    ids=" ".join,
+)
+def test_without_pem_server_its_commands_say_what_to_install(command: list[str]) -> None:
+    done = without_pem_server(*command)
+    assert done.returncode == 1, done.stderr
+    assert "needs pem-server, which is not installed here: run `pip install ./client .`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_pem_server_help_names_all_commands() -> None:
+    done = without_pem_server("--help")
+    assert done.returncode == 0
+    for name in ("serve", "demo", "keys", "weights", "estimate", "bench", "status", "objects", "openapi"):
+        assert re.search(rf"^\W*{name} ", done.stdout, re.MULTILINE), name
+    assert "(with pem-server)" in done.stdout
+
+
+def test_without_pem_server_nobody_is_told_to_start_one() -> None:
+    said = without_pem_server("status", "--url", NOWHERE).stderr
+    assert "Name another with --url." in said
+    assert "pem serve" not in said
+
+
+def test_without_pem_server_scenes_that_cannot_be_drawn_point_to_a_ready_request() -> None:
+    assert "--request request.msgpack" in without_pem_server("bench", "--url", NOWHERE).stderr
+
+
+def without_pem_server(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `pem` as where no entry point of pem-server is installed."""
+    code = (
+        "import importlib.metadata, sys; importlib.metadata.entry_points = lambda **_: []\n"
+        "from pem.cli import main; main()\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- keys
@@ -291,16 +349,6 @@ def test_no_folder_is_made_outside_the_current_one(pem: Pem, files: Path, tmp_pa
         assert (done.code, "make it first" in done.err) == (2, True)
     assert pem("demo", "--out", tmp_path / "new" / "demo").code == 2
     assert not out.parent.exists()
-
-
-@pytest.mark.parametrize("vector", [[0, 0, 0], [10, -20, 30], [180, 0, 0], [0, 120, 127], [1e-4, 0, 0]], ids=str)
-def test_a_rotation_vector_is_read_off_any_rotation(vector: list[float]) -> None:
-    from scipy.spatial.transform import Rotation
-
-    R = Rotation.from_rotvec(vector, degrees=True).as_matrix()
-    found = rotation_vector_deg(R)
-    np.testing.assert_allclose(Rotation.from_rotvec(found, degrees=True).as_matrix(), R, atol=1e-7)
-    assert np.linalg.norm(found) <= 180.0 + 1e-6
 
 
 # ---------------------------------------------------------------------------------------------- against a real server

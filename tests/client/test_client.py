@@ -1,4 +1,4 @@
-"""The client: what it sends, what it makes of the answers, when it tries again; and that the base install is enough.
+"""The client: what it sends, what it makes of the answers, when it tries again.
 
 Retries and failures are tested against a small HTTP server that answers from a list; everything else against the real
 one (fixture `server`).
@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import http.server
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,15 +19,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from pem import client, imagefiles
-from pem import wire as client_wire
-from posekit.io.masks import decode_mask
+from pem import client
 from posekit.synthetic.scenes import Scene, demo_scene, pose_errors
 from posekit.synthetic.shapes import SHAPES, mesh_to_ply
 from tests.running import RunningServer
 
-ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "open3d", "mosec", "cv2", "trimesh", "scipy", "starlette", "uvicorn", "aiohttp", "pycocotools")
 K = np.array([[600.0, 0, 31.5], [0, 600.0, 23.5], [0, 0, 1]])
 RGB = np.full((48, 64, 3), 100, np.uint8)
 DEPTH = np.full((48, 64), 800, np.uint16)
@@ -250,68 +243,7 @@ def test_the_async_client_tries_again_too(script: tuple[str, Script]) -> None:
     assert len(played.seen) == 3
 
 
-# --------------------------------------------------------------------------------------------------- what a request is
-
-
-def test_arrays_become_what_the_server_reads() -> None:
-    options = {
-        "objects": {5: "can", "mug": {"cad_path": "mug.ply"}},
-        "object_ids": [np.int64(5), "mug"],
-        "scores": np.array([0.5, 1.0]),
-        "boxes": np.array([[1, 2, 3, 4], [5, 6, 7, 8]]),
-        "init_poses": [np.eye(4), None],
-        "seed": 3,
-        "engine": None,
-    }
-    body = client_wire.pose_request(RGB, DEPTH, K, [MASK, b"png"], options)
-    np.testing.assert_array_equal(imagefiles.read_png(body["rgb_image"]), RGB)
-    np.testing.assert_array_equal(imagefiles.read_png(body["depth_image"]), DEPTH)
-    assert body["cam_params"] == {"cam_K": K.ravel().tolist()}
-    columns = body["detections"]
-    np.testing.assert_array_equal(decode_mask(columns["masks"][0], 48, 64, None, 1e6), MASK)
-    assert columns["masks"][1] == b"png"
-    assert columns["object_ids"] == [5, "mug"]
-    assert (columns["scores"], columns["boxes"]) == ([0.5, 1.0], [[1, 2, 3, 4], [5, 6, 7, 8]])
-    assert body["objects"] == {5: {"object_id": "can"}, "mug": {"cad_path": "mug.ply"}}
-    assert body["init_poses"] == [{"rotation": np.eye(3).tolist(), "translation": [0, 0, 0]}, None]
-    assert body["seed"] == 3
-    assert "engine" not in body
-
-
-def test_encoded_pictures_and_the_other_mask_forms_pass_untouched() -> None:
-    rle = {"size": [48, 64], "counts": "x"}
-    polygons = [[0.0, 0.0, 5.0, 0.0, 5.0, 5.0]]
-    body = client_wire.pose_request(b"jpeg", b"png", K, [rle, polygons], {"object_id": "x"})
-    assert (body["rgb_image"], body["depth_image"]) == (b"jpeg", b"png")
-    assert body["detections"]["masks"] == [rle, polygons]
-
-
-def test_a_cad_file_brings_its_format(tmp_path: Path) -> None:
-    path = tmp_path / "Mug.PLY"
-    path.write_bytes(b"ply")
-    body = client_wire.pose_request(RGB, DEPTH, K, [], {"cad": path})
-    assert (body["cad"], body["cad_format"]) == (b"ply", "ply")
-
-
-def test_pictures_and_masks_may_be_paths(tmp_path: Path) -> None:
-    for name in ("rgb", "depth", "mask"):
-        (tmp_path / name).write_bytes(name.encode())
-    body = client_wire.pose_request(tmp_path / "rgb", str(tmp_path / "depth"), K, [tmp_path / "mask"], {})
-    assert (body["rgb_image"], body["depth_image"], body["detections"]["masks"]) == (b"rgb", b"depth", [b"mask"])
-
-
-def test_a_loaded_camera_file_is_a_camera() -> None:
-    camera = {"cam_K": K.ravel().tolist(), "depth_scale": 0.1}
-    assert client_wire.pose_request(RGB, DEPTH, camera, [], {})["cam_params"] == camera
-    told = client_wire.pose_request(RGB, DEPTH, camera, [], {"depth_scale": 2.0})["cam_params"]
-    assert told == {**camera, "depth_scale": 2.0}
-
-
-def test_float_metres_need_no_scale() -> None:
-    metres = DEPTH.astype(np.float32) / 1000
-    camera = client_wire.pose_request(RGB, metres, K, [], {"depth_unit": "m"})["cam_params"]
-    assert (camera["depth_unit"], camera["depth_scale"]) == ("m", 1.0)
-    assert "depth_scale" not in client_wire.pose_request(RGB, DEPTH, K, [], {"depth_unit": "m"})["cam_params"]
+# ------------------------------------------------------------------------------------------------------ objects, poses
 
 
 def test_an_answered_pose_can_be_an_initial_pose(script: tuple[str, Script]) -> None:
@@ -323,35 +255,9 @@ def test_an_answered_pose_can_be_an_initial_pose(script: tuple[str, Script]) -> 
         result = pem.estimate(RGB, DEPTH, K, [MASK], object_id="x")
         pem.estimate(RGB, DEPTH, K, [MASK, MASK], object_id="x", init_poses=[result.poses[0], where])
     assert msgspec.msgpack.decode(played.seen[1][3])["init_poses"] == [where, where]
-    shown = "Pose(ok, object='can', t_mm=(1.2, -2.0, 544.1), confidence=0.98)"
+    shown = "Pose(ok, object='x', t_mm=(1.2, -2.0, 544.1), confidence=0.98)"
     assert repr(result.poses[0]) == shown
     assert repr(result) == f"PoseResult(1 pose, engine=geometric)\n  0: {shown}"
-
-
-def test_an_unknown_option_is_named_with_the_nearest_known_one() -> None:
-    frame = (RGB, DEPTH, K)
-    with client.Client("http://127.0.0.1:9", retries=0) as pem:
-        with pytest.raises(TypeError, match=r"estimate\(\) has no option 'hypothesis'; did you mean 'hypotheses'\?"):
-            pem.estimate(*frame, [MASK], hypothesis=3)  # type: ignore[call-arg]
-        with pytest.raises(TypeError, match="'min_scores'; did you mean 'min_score'"):
-            pem.estimate(*frame, [MASK], min_scores=0.9)  # type: ignore[call-arg]
-        with pytest.raises(TypeError, match="'mask'; did you mean 'masks'"):
-            pem.estimate(*frame, mask=[MASK])  # type: ignore[call-arg]
-        with pytest.raises(TypeError, match="'xyz'; it takes rgb, depth"):
-            pem.full_pipeline(*frame, template_dir="t", xyz=1)  # type: ignore[call-arg]
-        with pytest.raises(TypeError, match="'unit'; did you mean 'model_unit'"):
-            pem.objects.add("mug.ply", unit="m")  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="'timeout'; did you mean 'timeout_s'"):
-        client.Client(timeout=3)  # type: ignore[call-arg]
-
-    async def ask() -> None:
-        async with client.AsyncClient("http://127.0.0.1:9") as pem:
-            with pytest.raises(TypeError, match="'min_scores'; did you mean 'min_score'"):
-                await pem.estimate(*frame, [MASK], min_scores=0.9)  # type: ignore[call-arg]
-            with pytest.raises(TypeError, match="'nam'; did you mean 'name'"):
-                await pem.objects.add("mug.ply", nam="mug")  # type: ignore[call-arg]
-
-    asyncio.run(ask())
 
 
 def test_the_key_comes_from_the_environment_where_none_is_given(
@@ -365,37 +271,6 @@ def test_the_key_comes_from_the_environment_where_none_is_given(
             pem.openapi()
     keys = [headers.get("authorization") for _, _, headers, _ in played.seen]
     assert keys == ["Bearer pem_env", "Bearer pem_given", None]
-
-
-@pytest.mark.parametrize("wrong", [{"fx": 600.0}, {}], ids=str)
-def test_a_dict_that_is_no_camera_is_named(wrong: dict[str, float]) -> None:
-    with pytest.raises(TypeError, match="without cam_K"):
-        client_wire.pose_request(RGB, DEPTH, wrong, [], {})
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"depth": DEPTH.astype(np.float32)}, "depth_scale"),
-        ({"depth": DEPTH.astype(np.uint8)}, "8-bit depth"),
-        ({"depth": DEPTH.astype(np.int64) * 100}, "16-bit"),
-        ({"depth": RGB}, r"\(H, W\)"),
-        ({"rgb": RGB.astype(np.float32)}, "uint8"),
-        ({"rgb": RGB[..., :2]}, "uint8"),
-        ({"K": np.eye(4)}, r"\(3, 3\)"),
-        ({"masks": [RGB]}, "mask"),
-        ({"masks": None}, "masks"),
-        ({"cad": b"ply"}, "cad_format"),
-        ({"detections": [{}]}, "not both"),
-        ({"init_poses": [np.eye(3)]}, r"\(4, 4\)"),
-        ({"init_poses": [{"rotation": np.eye(3)}]}, "rotation and translation"),
-        ({"init_poses": [{"rotation": np.eye(4), "translation": [0, 0, 0]}]}, r"\(3, 3\)"),
-    ],
-)
-def test_what_cannot_be_right_is_not_sent(change: dict[str, Any], words: str) -> None:
-    arguments: dict[str, Any] = {"rgb": RGB, "depth": DEPTH, "K": K, "masks": [MASK], **change}
-    with client.Client("http://127.0.0.1:9", retries=0) as pem, pytest.raises(ValueError, match=words):
-        pem.estimate(**arguments)
 
 
 def test_a_rejected_row_has_no_pose_to_mistake_for_one(script: tuple[str, Script]) -> None:
@@ -415,7 +290,7 @@ def test_a_rejected_row_has_no_pose_to_mistake_for_one(script: tuple[str, Script
     assert not pose.ok
     assert pose.error is not None
     assert pose.error.code == "mask_too_small"
-    assert repr(pose) == "Pose(rejected, object=5, error=mask_too_small)"
+    assert repr(pose) == "Pose(rejected, object='x', error=mask_too_small)"
     for name in ("R", "t_mm", "T_cam_obj_mm"):
         with pytest.raises(client.NoPose, match="mask_too_small: 12 valid"):
             getattr(pose, name)
@@ -461,59 +336,6 @@ def test_a_failed_onboarding_is_an_error(script: tuple[str, Script]) -> None:
     played.answers = [(201, {}, {**state, "status": "failed", "error": "no room"})]
     with client.Client(url) as pem, pytest.raises(client.OnboardingFailed, match="no room"):
         pem.objects.add(b"ply", cad_format="ply")
-
-
-# ---------------------------------------------------------------------------------------------- the base install
-
-
-def test_importing_the_client_and_the_command_line_pulls_in_nothing_heavy() -> None:
-    code = f"import sys, pem.client, pem.cli; print([name for name in {HEAVY} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert (done.stdout.strip(), done.stderr) == ("[]", "")
-
-
-def test_client_and_command_line_work_in_a_base_install(tmp_path: Path) -> None:
-    """A fresh environment with the base install's dependencies alone."""
-    python = base_environment(tmp_path)
-    code = (
-        "import importlib.util, numpy as np\n"
-        f"assert not [name for name in {HEAVY} if importlib.util.find_spec(name)], 'more than the base install'\n"
-        "from serve import cli, client\n"
-        "pem = client.Client('http://127.0.0.1:9', retries=0)\n"
-        "try:\n"
-        "    pem.estimate(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint16), np.eye(3), [np.eye(4) > 0],"
-        " object_id='x')\n"
-        "except client.ConnectionFailed as error:\n"
-        "    print(error)\n"
-    )
-    done = run(python, "-c", code)
-    assert "no server answers at http://127.0.0.1:9" in done.stdout, done.stderr
-    serve = run(python, "-m", "pem", "serve", "--data-dir", str(tmp_path / "data"))
-    assert serve.returncode == 1
-    assert 'pip install ".[server]"' in serve.stderr
-    assert "Traceback" not in serve.stderr
-
-
-def base_environment(folder: Path) -> Path:
-    """The python of a fresh environment that has what `pip install pem-server` brings, from pip's own cache."""
-    import tomllib
-
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    run(Path(sys.executable), "-m", "venv", "--without-pip", str(folder / "venv")).check_returncode()
-    python = folder / "venv" / "bin" / "python"
-    pins = ["-c", str(ROOT / "constraints.txt")] if (ROOT / "constraints.txt").exists() else []
-    pip = run(Path(sys.executable), "-m", "pip", "--python", str(python), "install", "-q", *pins, *wanted)
-    if pip.returncode != 0 and "No matching distribution" in pip.stderr:
-        pytest.skip(f"pip cannot get the base dependencies here: {pip.stderr.strip().splitlines()[-1]}")
-    assert pip.returncode == 0, pip.stderr
-    return python
-
-
-def run(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: text for name, text in os.environ.items() if not name.startswith(("PYTHON", "PEM_"))}
-    return subprocess.run(
-        [python, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False
-    )
 
 
 # ---------------------------------------------------------------------------------------------- the real server

@@ -12,7 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from pem.bench import drive
 from pem.bench.judge import Judge
@@ -41,7 +41,7 @@ class Slo:
     limits_ms: dict[str, float]  # by percentile as it was written, "p99" or "p99.9"
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str) -> Slo:
         """From `p99=500ms` or `p50=0.1s,p99.9=2s`. Raises ValueError with what is wrong."""
         limits: dict[str, float] = {}
         for part in text.split(","):

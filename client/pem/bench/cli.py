@@ -116,7 +116,8 @@ class _Report:
 def run(plan: Plan) -> int:
     """Do what the plan says and tell of it; 0 where every answer came and was right (429 is an answer), else 1.
 
-    ValueError for what cannot be done as it was asked for, PemError where the server refuses the objects.
+    ValueError for what cannot be done as it was asked for, PemError where the server refuses the objects, NoServerHere
+    where it takes an installed pem-server and there is none.
     """
     slo = _slo(plan)
     load = _load(plan)
@@ -166,12 +167,7 @@ def _load(plan: Plan) -> Load:
         except OSError as error:
             common.fail(f"cannot read {plan.request}: {error.strerror}", 2)
     with common.spinner("drawing the scenes"):
-        try:
-            return prepare(plan.mix)
-        except ImportError as error:
-            common.note("Scenes are drawn by what the server is made of. A request that is there already needs none of")
-            common.note("it: pem bench --url http://HOST:8003 --request request.msgpack")
-            common.need_server_half(error)
+        return prepare(plan.mix)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 from pem.bench.judge import Heard, Judge, UnreadableAnswer, Verdict, error_code, refusal_in_words
 from pem.bench.observe import Observed, Observer, key_headers
 from pem.bench.sample import Question, Run, Sample, Target
+from pem.bench.timeout import Timeout
 from pem.bench.wire import Address, Answer, Connection, NoAnswer, Pool
 
 TIMEOUT_S: Final = 60.0  # for one answer
@@ -78,7 +79,8 @@ async def closed_loop(
                 index += 1
                 if (wait_s := _wait_s(answered) + think_s) > 0:
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(stop.wait(), wait_s)
+                        async with Timeout(wait_s):
+                            await stop.wait()
         finally:
             connection.close()
 
@@ -126,7 +128,7 @@ async def open_loop(
 
     async def one(index: int, number: int, due: float) -> None:
         try:
-            async with asyncio.timeout(timeout_s):
+            async with Timeout(timeout_s):
                 await room.acquire()
         except TimeoutError:
             work.keep(index, number, due, time.monotonic(), error="never_sent")

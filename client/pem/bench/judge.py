@@ -16,8 +16,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pem.bench import here
+from pem.bench.here import Symmetries
 from pem.bench.sample import Question, Truth
-from posekit.engine import Symmetries
 
 Float64 = npt.NDArray[np.float64]
 T = TypeVar("T")
@@ -192,9 +193,7 @@ class Judge:
 def errors(T_est: Float64, T_true: Float64, symmetries: Symmetries | None) -> tuple[float, float]:
     """(degrees, millimetres) between two poses (4, 4) in metres; modulo symmetries where any are told."""
     if symmetries is not None and (symmetries.discrete or symmetries.continuous):
-        from posekit.synthetic.scenes import pose_errors  # brings OpenCV, which a remote server's load does without
-
-        return pose_errors(T_est, T_true, symmetries)
+        return here.find().pose_errors(T_est, T_true, symmetries)  # only who drew the scene knows symmetries
     delta = T_true[:3, :3].T @ T_est[:3, :3]
     sine = np.linalg.norm(delta - delta.T) / np.sqrt(8)
     degrees = float(np.degrees(np.arctan2(sine, (np.trace(delta) - 1) / 2)))

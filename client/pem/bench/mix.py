@@ -1,27 +1,25 @@
 """What is asked: requests of a chosen mix, encoded once, and the CAD of the objects in them.
 
-The pictures are rendered, so the pose of everything in them is known. Rendering needs the server extra; `read_request`
-takes a request that is there already, and needs nothing.
+The pictures are rendered, so the pose of everything in them is known. pem-server renders them (see `here`);
+`read_request` takes a request that is there already, and needs nothing.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 
+from pem.bench import here
+from pem.bench.here import Here, Picture
 from pem.bench.sample import Format, Question, Truth
 from pem.rle import encode_rle
 from pem.wire import JSON, MSGPACK
-from posekit.engine import Symmetries
-
-if TYPE_CHECKING:  # at run time OpenCV comes with it, which the base install leaves out
-    from posekit.synthetic.scenes import Scene
 
 FORMATS: Final[tuple[Format, ...]] = ("msgpack", "json", "multipart")
 MOST_MASKS: Final = 1000
@@ -66,25 +64,23 @@ class Load:
 
 
 def prepare(mix: Mix) -> Load:
-    """Render the scenes of a mix and encode its requests; ImportError without the server extra.
+    """Render the scenes of a mix and encode its requests; NoServerHere where pem-server is not installed.
 
     Neighbours in the list differ in everything that the mix varies, so that a client that goes through it meets all.
     """
-    from posekit.synthetic.shapes import SHAPES, mesh_to_ply
-
-    shapes = [replace(shape, name=f"bench-{shape.name}") for shape in (make() for make in SHAPES.values())]
+    lent = here.find()
+    names = list(lent.object_names())
     if mix.objects is not None:
-        chosen = np.random.default_rng(mix.seed).permutation(len(shapes))[: mix.objects]
-        shapes = [shapes[index] for index in sorted(chosen)]
-    pictures = {size: [_Picture.of(scene) for scene in _scenes(mix, size, shapes)] for size in mix.sizes}
+        chosen = np.random.default_rng(mix.seed).permutation(len(names))[: mix.objects]
+        names = [names[index] for index in sorted(chosen)]
+    frames = {size: [_Frame.of(picture) for picture in _pictures(lent, mix, size, names)] for size in mix.sizes}
     questions = [
-        pictures[size][number].question(mix, masks, format_, first=number)
+        frames[size][number].question(mix, masks, format_, size, first=number)
         for number in range(mix.scenes)
         for size, masks, format_ in itertools.product(mix.sizes, mix.masks, mix.formats)
     ]
     used = {truth.object_name for question in questions for truth in question.truths}
-    objects = {shape.name: mesh_to_ply(shape.mesh) for shape in shapes if shape.name in used}
-    return Load(questions=questions, objects=objects)
+    return Load(questions=questions, objects={name: lent.ply(name) for name in names if name in used})
 
 
 def read_request(path: Path) -> Question:
@@ -105,7 +101,7 @@ def read_request(path: Path) -> Question:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} does not decode: {error}") from None
     count = _masks_in(tree)
-    unknown = Truth(object_name="", T_cam_obj=None, symmetries=Symmetries())
+    unknown = Truth(object_name="", T_cam_obj=None)
     return Question(
         name=f"{path.name}, {_masks(count)}",
         body=body,
@@ -128,43 +124,37 @@ def _masks(count: int) -> str:
     return f"{count} mask{'' if count == 1 else 's'}"
 
 
-def _scenes(mix: Mix, size: tuple[int, int], shapes: list[Any]) -> list[Scene]:
-    """As many scenes as the mix wants, each with something to see; objects stand apart, so that poses are certain."""
-    from posekit.synthetic.scenes import make_scene
-
-    found: list[Scene] = []
+def _pictures(lent: Here, mix: Mix, size: tuple[int, int], names: list[str]) -> list[Picture]:
+    """As many pictures as the mix wants, each with something to see."""
+    found: list[Picture] = []
     for seed in range(mix.seed, mix.seed + mix.scenes + _TRIES):
-        scene = make_scene(seed, shapes, count=_INSTANCES, width=size[0], height=size[1], occlusion=False)
-        if scene.instances:
-            found.append(scene)
+        picture = lent.picture(seed, names, count=_INSTANCES, width=size[0], height=size[1])
+        if picture.instances:
+            found.append(picture)
         if len(found) == mix.scenes:
             return found
     raise ValueError(f"pictures of {size[0]}x{size[1]} are too small to show the objects")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Picture:
-    """A scene whose pictures and masks were encoded once, for all the requests about it."""
+class _Frame:
+    """A picture whose masks were encoded once, for all the requests about it."""
 
-    scene: Scene
-    rgb: bytes  # PNG
-    depth: bytes  # PNG
+    picture: Picture
     masks: list[dict[str, Any]]  # RLE of each instance
 
     @classmethod
-    def of(cls, scene: Scene) -> _Picture:
-        from posekit.io.images import encode_png
+    def of(cls, picture: Picture) -> _Frame:
+        return cls(picture=picture, masks=[dict(encode_rle(instance.mask)) for instance in picture.instances])
 
-        masks = [dict(encode_rle(instance.mask)) for instance in scene.instances]
-        return cls(scene=scene, rgb=encode_png(scene.rgb), depth=encode_png(scene.depth_raw), masks=masks)
-
-    def question(self, mix: Mix, count: int, format_: Format, *, first: int) -> Question:
+    def question(self, mix: Mix, count: int, format_: Format, size: tuple[int, int], *, first: int) -> Question:
         """A request for `count` detections, from instance `first` on, around and around."""
+        picture = self.picture
         indices = [(first + step) % len(self.masks) for step in range(count)]
-        instances = [self.scene.instances[index] for index in indices]
-        names = [instance.shape.name for instance in instances]
+        instances = [picture.instances[index] for index in indices]
+        names = [instance.name for instance in instances]
         tree: dict[str, Any] = {
-            "cam_params": {"cam_K": self.scene.K.ravel().tolist(), "depth_scale": self.scene.depth_scale_mm},
+            "cam_params": {"cam_K": picture.K.ravel().tolist(), "depth_scale": picture.depth_scale_mm},
             "detections": {"masks": [self.masks[index] for index in indices], "object_ids": names},
             "objects": {name: {"object_id": name} for name in sorted(set(names))},
         }
@@ -172,15 +162,13 @@ class _Picture:
             tree["engine"] = mix.engine
         if mix.deadline_ms is not None:
             tree["deadline_ms"] = mix.deadline_ms
-        height, width = self.scene.rgb.shape[:2]
-        body, content_type = _encode(tree, self.rgb, self.depth, format_)
+        body, content_type = _encode(tree, picture.rgb_png, picture.depth_png, format_)
         return Question(
-            name=f"{_masks(count)}, {width}x{height}, {format_}",
+            name=f"{_masks(count)}, {size[0]}x{size[1]}, {format_}",
             body=body,
             content_type=content_type,
             truths=tuple(
-                Truth(object_name=one.shape.name, T_cam_obj=one.T_cam_obj, symmetries=one.shape.symmetries)
-                for one in instances
+                Truth(object_name=one.name, T_cam_obj=one.T_cam_obj, symmetries=one.symmetries) for one in instances
             ),
             headers={"Accept": MSGPACK if format_ == "msgpack" else JSON},
         )

@@ -11,16 +11,15 @@ import contextlib
 import itertools
 import re
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from pem.bench.here import stage_names
 from pem.bench.sample import Gpu, Target, Usage
 from pem.bench.wire import Address, Connection, NoAnswer
-from serve.telemetry.processes import Reading, read
-from workers.state import read_states
+from pem.procfs import Reading, read
 
 _EVERY_S: Final = 1.0
 _SERIES: Final = re.compile(r"^([a-zA-Z_:][\w:]*(?:\{.*\})?)\s+(\S+)(?:\s+\d+)?$")
@@ -155,14 +154,6 @@ def tree(pid: int) -> list[int]:
     for parent in found:
         found += children.get(parent, [])
     return found
-
-
-def stage_names(server: int) -> dict[int, str]:
-    """pid -> stage of a server's workers, where what they say of themselves can be read."""
-    for base in (Path("/dev/shm"), Path(tempfile.gettempdir())):
-        for run_dir in base.glob(f"pem-server-{server}-*"):
-            return {state.pid: state.stage for state in read_states(run_dir)}
-    return {}
 
 
 def program(pid: int) -> str:

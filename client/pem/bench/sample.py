@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from posekit.engine import Symmetries
+from pem.bench.here import Symmetries
 
 Format = Literal["msgpack", "json", "multipart"]
 STAGES = ("gateway", "queue", "decode", "pose", "respond")  # where a request's time goes, by the answer's own timing
@@ -32,7 +32,7 @@ class Truth:
 
     object_name: str
     T_cam_obj: npt.NDArray[np.float64] | None  # (4, 4)
-    symmetries: Symmetries
+    symmetries: Symmetries | None = None  # None: it has none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from pem.bench import here
 from pem.bench.mix import Load
 from pem.bench.sample import Target
 from pem.child import Child, ended_by_signals
 from pem.client import Client
-from serve.settings import environment_names
 
 _ONBOARDING_LIMIT_S: Final = 600.0
 
@@ -24,8 +24,10 @@ def own_server(settings: Mapping[str, str] = {}, data: Path | None = None) -> It
 
     `settings` are its own, named as in its files or its environment ("pose.threads", "POSE_THREADS"); those of this
     process's environment are for the user's server and left out. `data`: its data directory, which stays; without one
-    it is temporary. ServerTrouble where it does not start or stop as it should, ValueError for an unknown setting.
+    it is temporary. ServerTrouble where it does not start or stop as it should, ValueError for an unknown setting,
+    NoServerHere where pem-server is not installed.
     """
+    here.find()
     variables = {variable(name): str(value) for name, value in settings.items()}
     if data is not None:
         data.mkdir(parents=True, exist_ok=True)
@@ -39,7 +41,7 @@ def own_server(settings: Mapping[str, str] = {}, data: Path | None = None) -> It
 def variable(name: str) -> str:
     """The environment variable of a setting ("pose.threads" -> "PEM_POSE_THREADS"); ValueError where there is none."""
     spelled = "PEM_" + re.sub(r"[.-]", "_", name.upper()).removeprefix("PEM_")
-    if spelled not in environment_names():
+    if spelled not in here.find().variables():
         raise ValueError(f"there is no setting {name!r}; see serve/settings.py and workers/settings.py for all of them")
     return spelled
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
 
+from pem.bench.timeout import Timeout
+
 _HEAD_LIMIT: Final = 64 * 1024  # bytes of an answer's head, or of one line between chunks
 _BODY_LIMIT: Final = 512 * 2**20
 
@@ -92,7 +94,7 @@ class Connection:
         A kept connection that the server closed in the meantime is replaced once.
         """
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with Timeout(self.timeout_s):
                 return await self._ask(head, body)
         except TimeoutError:
             self.close()

@@ -42,7 +42,7 @@ def bench(
         int | None, typer.Option(help="Different CAD models to choose from.", min=1, show_default="13")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the scenes, and of when requests come.", min=0)] = 0,
-    engine: Annotated[str, typer.Option(help="geometric, sam6d or auto, asked for in each request.")] = "auto",
+    engine: Annotated[str, typer.Option(help="Which engine, asked for in each request.")] = "auto",
     deadline_ms: Annotated[
         int | None, typer.Option(help="Of each request.", min=1, show_default="the server's own")
     ] = None,
@@ -116,13 +116,18 @@ def bench(
         if value is not None and not capacity:
             common.fail(f"{option} is what --capacity searches with; give both", 2)
     common.check_folder(json, picture)
-    try:
-        from pem.bench import cli
-        from pem.bench.judge import Limits
-        from pem.bench.mix import Mix
-        from pem.bench.sample import Format
-    except ImportError as error:
-        common.need_server_half(error)
+    from pem.bench import cli, here
+    from pem.bench.judge import Limits
+    from pem.bench.mix import Mix
+    from pem.bench.sample import Format
+
+    if here.commands() is None:
+        if url is None:
+            common.need_server("a server of one's own")
+        if request is None:
+            common.note("Scenes are drawn by what the server is made of. A request that is there already needs none of")
+            common.note("it: pem bench --url http://HOST:8003 --request request.msgpack")
+            common.need_server("drawing scenes")
     formats = {name: name for name in get_args(Format)}
     mix = Mix(
         masks=_list(masks, int, "--masks", "3 or 1,3,10"),

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pem.client import DEFAULT_URL, Client
-from pem.wire import ALREADY_KNOWN
+from pem.options import ALREADY_KNOWN
 
 Url = Annotated[str, typer.Option("--url", envvar="PEM_URL", help="Where the server is.")]
 ApiKey = Annotated[
@@ -73,11 +73,9 @@ def fail(text: str, code: int = 1) -> NoReturn:
     raise typer.Exit(code)
 
 
-def need_server_half(error: ImportError) -> NoReturn:
-    """Leave where a module is missing that pem-server brings; a broken import of what is there is a bug and passes."""
-    if not isinstance(error, ModuleNotFoundError):
-        raise error
-    fail(f"this needs {error.name}, which comes with pem-server: {INSTALL_SERVER}")
+def need_server(what: str = "this") -> NoReturn:
+    """Leave where pem-server would have to be installed."""
+    fail(f"{what} needs pem-server, which is not installed here: {INSTALL_SERVER}")
 
 
 def connect(url: str, api_key: str | None) -> Client:

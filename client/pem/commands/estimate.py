@@ -12,10 +12,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pem.client import Client, DetectionOptions, ObjectOptions, Pose, PoseResult
+from pem.client import Client
 from pem.commands import common
 from pem.contract import Unit
-from pem.wire import Float64
+from pem.poses import Float64, Pose, PoseResult, rotation_vector_deg
 
 
 def estimate(
@@ -50,7 +50,7 @@ def estimate(
         Literal["mm", "m"] | None, typer.Option(help="m: raw depth x depth scale is metres (RealSense, ROS).")
     ] = None,
     model_unit: Annotated[Unit | None, typer.Option(help="Unit of --cad.", show_default="mm")] = None,
-    engine: Annotated[Literal["geometric", "sam6d", "auto"] | None, typer.Option(help="Which engine.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Which engine, of those that the server has.")] = None,
     refine: Annotated[Literal["auto", "icp", "none"] | None, typer.Option(help="How to refine.")] = None,
     min_score: Annotated[float | None, typer.Option(help="Reject poses of lower confidence.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
@@ -99,9 +99,8 @@ def estimate(
             chosen["object_id"] = _register(client, cad, model_unit)
         elif model_unit is not None:
             common.fail("--model-unit belongs to --cad: a registered object already has its unit", 2)
-        options: DetectionOptions = {name: value for name, value in chosen.items() if value is not None}  # type: ignore[assignment]
         with common.spinner("estimating"):
-            result = client.estimate(common.read_file(rgb), common.read_file(depth), K, masks, **options)
+            result = client.estimate(common.read_file(rgb), common.read_file(depth), K, masks, **chosen)
     for text in result.warnings:
         common.warn(text)
     if out is not None and result.visualization is not None:
@@ -139,24 +138,6 @@ def receipt(result: PoseResult) -> str:
     return escape("; ".join(words) + (" - degraded: the geometric engine stood in" if result.degraded else ""))
 
 
-def rotation_vector_deg(R: Float64) -> Float64:
-    """The axis of a rotation (3, 3) times its angle in degrees, (3,); the angle is at most 180."""
-    # The quaternion is the eigenvector of the largest eigenvalue of this matrix, whatever the angle.
-    xx, yy, zz = np.diag(R)
-    x, y, z = R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]
-    xy, xz, yz = R[0, 1] + R[1, 0], R[0, 2] + R[2, 0], R[1, 2] + R[2, 1]
-    symmetric = [
-        [xx + yy + zz, x, y, z],
-        [x, xx - yy - zz, xy, xz],
-        [y, xy, yy - xx - zz, yz],
-        [z, xz, yz, zz - xx - yy],
-    ]
-    quaternion = np.linalg.eigh(np.array(symmetric))[1][:, -1]
-    w, axis = (quaternion[0], quaternion[1:]) if quaternion[0] >= 0 else (-quaternion[0], -quaternion[1:])
-    length = float(np.linalg.norm(axis))
-    return np.zeros(3) if length < 1e-12 else axis / length * np.degrees(2 * np.arctan2(length, w))
-
-
 def _cells(pose: Pose) -> list[str]:
     name = "-" if pose.object_id is None else escape(str(pose.object_id))
     if not pose.ok:
@@ -178,12 +159,8 @@ def _cells(pose: Pose) -> list[str]:
 
 def _register(client: Client, cad: Path, model_unit: Unit | None) -> str:
     """Have the server know the model: quick where it already does, with a progress bar where it does not."""
-    options: ObjectOptions = {}
-    if model_unit is not None:
-        options["model_unit"] = model_unit
     with common.phases(cad.name) as show:
-        options["on_progress"] = show
-        return client.objects.add(cad, **options).object_id
+        return client.objects.add(cad, model_unit=model_unit, on_progress=show).object_id
 
 
 def _objects_of_detections(names: list[str]) -> dict[str, Any]:

@@ -9,10 +9,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from pem.client import ObjectOptions
 from pem.commands import common
 from pem.contract import ObjectAnswer, ObjectModelAnswer, Unit
-from pem.wire import ALREADY_KNOWN
+from pem.options import ALREADY_KNOWN
 
 app = typer.Typer(help="The CAD models that a server knows.", no_args_is_help=True)
 Which = Annotated[str, typer.Argument(metavar="OBJECT", help="Name or id of the object.")]
@@ -34,11 +33,6 @@ def add(
 
       pem objects add mug.ply --name mug
     """
-    options: ObjectOptions = {"wait": wait}
-    if name is not None:
-        options["name"] = name
-    if model_unit is not None:
-        options["model_unit"] = model_unit
     told: set[str] = set()
     with common.connect(url, api_key) as client, common.phases(file.name) as show:
 
@@ -46,8 +40,7 @@ def add(
             told.add(phase)
             show(phase, fraction)
 
-        options["on_progress"] = progress
-        added = client.objects.add(file, **options)
+        added = client.objects.add(file, name=name, model_unit=model_unit, wait=wait, on_progress=progress)
     if ALREADY_KNOWN in told and json != "-":
         common.note(f"{file.name} was already known to the server")
     _show(added, json)

@@ -30,7 +30,7 @@ from tests.running import ROOT, running, wait_until
 
 MIX = Mix(masks=(1, 2), sizes=((240, 180),), scenes=1, objects=3, seed=1)
 OPTIONS = ("--masks", "1,2", "--sizes", "240x180", "--scenes", "1", "--objects", "3", "--seed", "1")
-BASE_ONLY = "import sys; sys.modules.update(dict.fromkeys(('cv2', 'torch', 'open3d', 'mosec', 'scipy', 'trimesh')))"
+CLIENT_ONLY = "import importlib.metadata; importlib.metadata.entry_points = lambda **_: []"
 
 
 def bench(*options: str, code: str = "", timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -290,12 +290,12 @@ def test_a_server_that_carries_no_robot_is_no_success(load, tmp_path):
     assert (told["robots"], told["robots_hz"], told["slo_ms"]) == (0, 10.0, {"p50": 20.0})
 
 
-def test_a_base_install_loads_a_server_elsewhere_with_a_ready_request(request_file, tmp_path):
+def test_a_client_alone_loads_a_server_elsewhere_with_a_ready_request(request_file, tmp_path):
     with PoseFake(lambda number, body: (200, {}, answer(pose()))) as fake:
         ran = bench(
             *("--url", fake.target.url, "--request", str(request_file), "--clients", "1", "--duration", "2"),
             *("--warmup", "0", "--json", "-"),
-            code=BASE_ONLY,
+            code=CLIENT_ONLY,
         )
     assert ran.returncode == 0, ran.stderr
     told = msgspec.json.decode(ran.stdout)
@@ -304,11 +304,16 @@ def test_a_base_install_loads_a_server_elsewhere_with_a_ready_request(request_fi
     assert told["questions"] == [{"name": "request.json, 1 mask", "bytes": 34, "detections": 1}]
 
 
-def test_a_base_install_is_told_what_scenes_need():
-    ran = bench("--url", "http://127.0.0.1:9", code=BASE_ONLY)
-    assert ran.returncode == 1
-    assert "--request request.msgpack" in ran.stderr
-    assert "which the base install leaves out" in ran.stderr
+def test_a_client_alone_watches_a_server_on_its_machine_by_its_programs(request_file, tmp_path):
+    with PoseFake(lambda number, body: (200, {}, answer(pose()))) as fake:
+        ran = bench(
+            *("--url", fake.target.url, "--request", str(request_file), "--clients", "1", "--duration", "1"),
+            *("--warmup", "0", "--pid", str(os.getpid()), "--json", str(tmp_path / "load.json")),
+            code=CLIENT_ONLY,
+        )
+    assert ran.returncode == 0, ran.stderr
+    (run,) = figures(tmp_path / "load.json")["runs"]
+    assert os.getpid() in [usage["pid"] for usage in run["usage"]]
 
 
 @pytest.mark.parametrize(

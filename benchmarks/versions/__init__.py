@@ -1,0 +1,1 @@
+"""Two versions of the server, asked the same questions: what differs."""
