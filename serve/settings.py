@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from pem.machine import usable_cores, usable_memory_mb
+from pem.host.machine import usable_cores, usable_memory_mb
 from posekit import registry
 from posekit.settings import Table, WeightsTable
 from workers.settings import (

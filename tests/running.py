@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from pem import rle
-from pem.ports import free_port
+from pem.host.ports import free_port
 from posekit.io import images
 from posekit.synthetic import scenes, shapes
 from workers.state import WorkerState, read_states

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import pytest
 
-from pem.ports import free_port
+from pem.host.ports import free_port
 from posekit.synthetic.scenes import demo_scene
 from posekit.unit_check import Observation, judge
 from serve.commands import demo

@@ -86,18 +86,7 @@ def inside(package: str) -> list[str]:
     return [name for name in modules() if name == package or name.startswith(f"{package}.")]
 
 
-@pytest.mark.parametrize(
-    "package",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(reason="the load generator still leans on the server", strict=False)
-            if name == "pem"
-            else (),
-        )
-        for name in MAY_IMPORT
-    ],
-)
+@pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_point_one_way(package: str) -> None:
     allowed = {package, *MAY_IMPORT[package]}
     upwards = {

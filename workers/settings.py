@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from pem.machine import usable_cores
+from pem.host.machine import usable_cores
 from posekit import registry
 from posekit.settings import Table, WeightsTable
 

@@ -22,8 +22,8 @@ from benchmarks.peers.serving import READY, Setup, to_environment
 from benchmarks.running import runs
 from pem.bench.observe import tree
 from pem.bench.sample import Target
-from pem.child import ended_by_signals
-from pem.ports import free_port
+from pem.host.child import ended_by_signals
+from pem.host.ports import free_port
 from workers.settings import Stages, on_gpu
 
 _START_LIMIT_S: Final = 180.0

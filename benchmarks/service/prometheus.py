@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import yaml
 
-from pem.ports import free_port
+from pem.host.ports import free_port
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheus.yml"
 START_LIMIT_S = 30.0

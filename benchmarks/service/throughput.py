@@ -41,8 +41,8 @@ from pem.bench.report import Table, machine_line, write_json
 from pem.bench.result import Result, summarise
 from pem.bench.sample import Question, Run, Target
 from pem.bench.server import own_server, register
-from pem.child import ServerTrouble
-from pem.machine import usable_cores, usable_memory_mb
+from pem.host.child import ServerTrouble
+from pem.host.machine import usable_cores, usable_memory_mb
 from workers.settings import Pose, Stages, fitted, pose_workers
 
 OURS = "this server"

@@ -23,7 +23,7 @@ from typing import Any, Final, Literal
 import aiohttp
 import structlog
 
-from pem.ports import free_port
+from pem.host.ports import free_port
 from posekit import registry
 from serve.backend.watched import watched
 from workers.settings import Stages, to_environment

@@ -24,10 +24,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from pem import imagefiles
-from pem.child import Child, ServerTrouble, ended_by_signals
 from pem.client import Client, PemError, Pose, PoseResult
 from pem.commands import common
 from pem.commands.estimate import receipt
+from pem.host.child import Child, ServerTrouble, ended_by_signals
 from pem.rle import encode_rle
 from posekit import registry
 from posekit.synthetic.scenes import Scene, SceneInstance, demo_scene, pose_errors

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pem.procfs import read
+from pem.host.procfs import read
 from posekit import registry
 
 STAGES: Final = (

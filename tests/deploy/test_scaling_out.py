@@ -17,7 +17,7 @@ import httpx
 import pytest
 import yaml
 
-from pem.ports import free_port
+from pem.host.ports import free_port
 from serve.settings import Settings
 from tests.running import ROOT, Question, RunningServer, post, wait_until
 from tests.serve.tiny import tiny_question

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pem.machine import usable_cores, usable_memory_mb
+from pem.host.machine import usable_cores, usable_memory_mb
 from serve.settings import Settings
 from workers.settings import Decode, Pose, Stages, fitted, pose_workers
 

@@ -24,9 +24,9 @@ from pem.bench.report import in_words, machine
 from pem.bench.result import OUTSIDE, Result, summarise
 from pem.bench.sample import STAGES, Run, Target
 from pem.bench.wire import Address
-from pem.child import ServerTrouble, ended_by_signals
 from pem.client import Client, PemError
 from pem.commands import common
+from pem.host.child import ServerTrouble, ended_by_signals
 
 if TYPE_CHECKING:
     from pem.bench.capacity import Capacity, Slo

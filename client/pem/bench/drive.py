@@ -19,8 +19,7 @@ import numpy as np
 from pem.bench.judge import Heard, Judge, UnreadableAnswer, Verdict, error_code, refusal_in_words
 from pem.bench.observe import Observed, Observer, key_headers
 from pem.bench.sample import Question, Run, Sample, Target
-from pem.bench.timeout import Timeout
-from pem.bench.wire import Address, Answer, Connection, NoAnswer, Pool
+from pem.bench.wire import Address, Answer, Connection, NoAnswer, Pool, Timeout
 
 TIMEOUT_S: Final = 60.0  # for one answer
 PATH: Final = "/api/v1/pose_estimation"

@@ -19,7 +19,7 @@ from typing import Final
 from pem.bench.here import stage_names
 from pem.bench.sample import Gpu, Target, Usage
 from pem.bench.wire import Address, Connection, NoAnswer
-from pem.procfs import Reading, read
+from pem.host.procfs import Reading, read
 
 _EVERY_S: Final = 1.0
 _SERIES: Final = re.compile(r"^([a-zA-Z_:][\w:]*(?:\{.*\})?)\s+(\S+)(?:\s+\d+)?$")

@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from pem import __version__
-from pem.machine import usable_cores, usable_memory_mb
+from pem.host.machine import usable_cores, usable_memory_mb
 
 _ROOT: Final = Path(__file__).parents[3]  # of the checkout, where this is one
 _PATIENCE_S: Final = 10.0  # with a program that tells something about the machine

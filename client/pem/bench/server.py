@@ -12,8 +12,8 @@ from typing import Final
 from pem.bench import here
 from pem.bench.mix import Load
 from pem.bench.sample import Target
-from pem.child import Child, ended_by_signals
 from pem.client import Client
+from pem.host.child import Child, ended_by_signals
 
 _ONBOARDING_LIMIT_S: Final = 600.0
 

@@ -11,13 +11,42 @@ import asyncio
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Final
 from urllib.parse import urlsplit
 
-from pem.bench.timeout import Timeout
-
 _HEAD_LIMIT: Final = 64 * 1024  # bytes of an answer's head, or of one line between chunks
 _BODY_LIMIT: Final = 512 * 2**20
+
+
+class Timeout:
+    """`async with Timeout(seconds):` cancels what the block waits for after so long; then TimeoutError comes out.
+
+    Python 3.11 has it as `asyncio.timeout`; 3.10 has only `wait_for`, which wraps each request in a task of its own.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._over = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task: asyncio.Task[object] = task
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._over and kind is asyncio.CancelledError:
+            if (uncancel := getattr(self._task, "uncancel", None)) is not None and uncancel() > 0:
+                return  # somebody else has cancelled it, too, which a time-out must not swallow
+            raise TimeoutError from None
+
+    def _end(self) -> None:
+        self._over = True
+        self._task.cancel()
 
 
 class NoAnswer(Exception):

@@ -21,10 +21,10 @@ from pem.bench import server as servers
 from pem.bench.mix import Load, Mix, prepare
 from pem.bench.report import in_words, machine
 from pem.bench.sample import STAGES
-from pem.child import ServerTrouble
 from pem.cli import main
 from pem.client import Client
 from pem.commands import common
+from pem.host.child import ServerTrouble
 from tests.client.bench.pose_fake import PoseFake, Reply, answer, pose
 from tests.running import ROOT, running, wait_until
 

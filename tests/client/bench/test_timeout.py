@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from pem.bench.timeout import Timeout
+from pem.bench.wire import Timeout
 
 
 def test_what_takes_too_long_is_a_timeout() -> None:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from pem.client import Client
-from pem.ports import free_port
+from pem.host.ports import free_port
 
 _START_LIMIT_S: Final = 180.0
 _STOP_LIMIT_S: Final = 60.0
