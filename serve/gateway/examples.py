@@ -46,4 +46,32 @@ EXAMPLES: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "Health2": {
         "default": {"status": "healthy", "model": {"loaded": True, "device": "cpu"}, "timestamp": 1750000000.0}
     },
+    "ModelMetadata": {
+        "default": {
+            "name": "pem",
+            "versions": ["geometric-2"],
+            "platform": "pem-server",
+            "inputs": [
+                {"name": "rgb_image", "datatype": "BYTES", "shape": [1]},
+                {"name": "depth_image", "datatype": "BYTES", "shape": [1]},
+                {"name": "cam_K", "datatype": "FP64", "shape": [3, 3]},
+                {"name": "masks", "datatype": "BYTES", "shape": [-1]},
+                {"name": "object_id", "datatype": "BYTES", "shape": [1]},
+            ],
+            "outputs": [
+                {"name": "rotation", "datatype": "FP64", "shape": [-1, 3, 3]},
+                {"name": "translation", "datatype": "FP64", "shape": [-1, 3]},
+                {"name": "confidence", "datatype": "FP64", "shape": [-1]},
+            ],
+            "parameters": {
+                "server_version": "0.1.0",
+                "engine": "geometric",
+                "engine_licence": "Apache-2.0",
+                "weights_licence": "none: this engine has no weights",
+                "lengths": "mm",
+                "frame": "object to camera, OpenCV camera frame",
+                "endpoint": "/api/v1/pose_estimation",
+            },
+        }
+    },
 }
