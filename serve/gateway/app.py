@@ -163,7 +163,7 @@ class Gateway:
             release=(notes.release or self.service.engines.release) if pose else None,
             timing=notes.timing,
             error=call.error,
-            quiet=found.quiet if call.method != "HEAD" or found.quiet == "probe" else None,
+            quiet=found.quiet if found.quiet != "watch" or call.method == "GET" else None,
             detail=call.detail,
             field=call.field,
             rejected=notes.rejected or None,

@@ -146,7 +146,6 @@ ROUTES: Final = (
         method="DELETE",
         path="/api/v1/objects/{id}",
         handler=object_routes.delete_object,
-        quiet="watch",
         tag=OBJECTS,
         summary="Remove an object",
         statuses={204: "It is gone."},

@@ -35,6 +35,10 @@ def test_what_machines_ask_every_few_seconds_is_quiet() -> None:
     assert not quiet & {route.path for route in routes.ROUTES if route.method != "GET" or route.timed}
 
 
+def test_nothing_that_changes_something_is_quiet() -> None:
+    assert {route.method for route in routes.ROUTES if route.quiet is not None} == {"GET"}
+
+
 def test_the_routes_of_a_path_agree_on_what_is_told_of_it() -> None:
     told: dict[str, tuple[object, ...]] = {}
     for route in routes.ROUTES:
