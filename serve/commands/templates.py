@@ -16,7 +16,8 @@ from serve import settings
 from serve.commands.options import Config, DataDir
 
 if TYPE_CHECKING:
-    from posekit.store import ObjectStore, StoredObject
+    from posekit.store import ObjectStore as Store
+    from posekit.store import StoredObject
 
 
 def templates(
@@ -43,6 +44,7 @@ def templates(
     from posekit.sam6d.engine import Sam6dEngine
     from posekit.sam6d.settings import Sam6d
     from posekit.sam6d.spec import SPEC
+    from posekit.store import ObjectStore
     from workers.stages.onboard import known_symmetries
 
     if not given.objects_path.is_dir():
@@ -75,7 +77,7 @@ def templates(
         common.note(f"{which} has these templates now: {model_words(made)}")
 
 
-def _stored(store: ObjectStore, which: str) -> StoredObject:
+def _stored(store: Store, which: str) -> StoredObject:
     """The object of this id or name in a data directory."""
     for stored in store.list():
         if which in (stored.object_id, stored.name, *stored.aliases):

@@ -329,7 +329,7 @@ def find(path: str) -> Found:
     if path in _PATHS and not path.endswith("{id}"):
         return _PATHS[path]
     for prefix, template in _TEMPLATES.items():
-        if path.startswith(prefix) and len(path) > len(prefix):
+        if path.startswith(prefix):  # with nothing behind it, too: that is no object's name
             found, name = _PATHS[template], path[len(prefix) :]
             label = found.label if "/" not in name else OTHER  # no object's name has one: a client cannot make labels
             return replace(found, label=label, name=name)
