@@ -57,7 +57,7 @@ def test_a_name_that_is_none_is_said() -> None:
         pem.Cleint  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["contract", "rle", "machine", "procfs", "ports"])
+@pytest.mark.parametrize("module", ["contract", "rle", "host.machine", "host.procfs", "host.ports"])
 def test_what_workers_import_brings_no_http_client(module: str) -> None:
     assert imported(f"import pem.{module}", CLIENTS) == "[]"
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import pem
 from pem import cli, imagefiles
 from posekit.synthetic.scenes import demo_scene
 from posekit.synthetic.shapes import mesh_to_ply
@@ -25,16 +27,19 @@ def blocks(language: str) -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the files that the README names."""
+def folder(server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with the files that the README names; the server forgets its object afterwards."""
     monkeypatch.chdir(tmp_path)
     scene = demo_scene()
     pictures = {"rgb.png": scene.rgb, "depth.png": scene.depth_raw, "mask.png": scene.instances[0].mask}
     for name, picture in pictures.items():
         Path(name).write_bytes(imagefiles.write_png(picture))
-    Path("mug.ply").write_bytes(mesh_to_ply(scene.instances[0].shape.mesh))
+    begin, _, rest = mesh_to_ply(scene.instances[0].shape.mesh).partition(b"\n")
+    Path("bracket.ply").write_bytes(begin + b"\ncomment another object than the scene's\n" + rest)
     Path("camera.json").write_text(json.dumps({"cam_K": scene.K.ravel().tolist(), "depth_scale": 1.0}))
-    return tmp_path
+    yield tmp_path
+    with pem.Client(server.url) as client:
+        client.objects.remove("bracket")
 
 
 def test_its_commands_run(
@@ -56,6 +61,6 @@ def test_its_python_runs(server: RunningServer) -> None:
     names: dict[str, Any] = {}
     exec(compile(blocks("python").replace(ADDRESS, server.url), "README.md", "exec"), names)
     (pose,) = names["result"].poses
-    assert pose.object == "mug"
+    assert pose.object == "bracket"
     assert names["result"].overlay().shape == names["rgb"].shape
     assert isinstance(names["K"], np.ndarray)
