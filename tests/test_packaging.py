@@ -329,6 +329,8 @@ def test_the_client_alone_asks_a_server_and_says_what_running_one_needs(client_i
 
 def test_both_wheels_together_are_one_command_line(client_install, plain_build, tmp_path):
     both = shutil.copytree(client_install, tmp_path / "both", symlinks=True)
+    light = make_site(tmp_path / "light", ["safetensors"])  # of what the server needs, for its settings
+    (both / "safetensors").symlink_to(light / "safetensors")
     with zipfile.ZipFile(plain_build[0]) as wheel:
         wheel.extractall(both)
     answer = python_with(both, "-m", "pem", "serve", "--help", folder=tmp_path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from posekit.engine import Engine, EngineSpec, Weights
 from posekit.sam6d.checkpoint.version import sha256_of, version_of
 from posekit.sam6d.settings import Sam6d
@@ -37,8 +39,6 @@ def _kernels(device: str) -> Mapping[str, str]:
 
 
 def _problem(weights_file: Path) -> str | None:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(weights_file, framework="np") as file:
             return None if file.keys() else "the network's weights are an empty file"
