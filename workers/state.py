@@ -131,7 +131,11 @@ def read_states(run_dir: Path) -> list[WorkerState]:
 
     Files that another process is just making, or that hold nothing valid, are left out.
     """
-    states = (_read(path) for path in sorted(states_dir(run_dir).glob("*.state")))
+    try:
+        names = sorted(name for name in os.listdir(states_dir(run_dir)) if name.endswith(".state"))
+    except FileNotFoundError:
+        return []
+    states = (_read(states_dir(run_dir) / name) for name in names)
     return [state for state in states if state is not None]
 
 
@@ -170,19 +174,29 @@ def _allocate(path: Path) -> mmap.mmap:
 
 
 def _read(path: Path) -> WorkerState | None:
-    for _ in range(_READ_TRIES):
-        try:
-            content = path.read_bytes()
-        except OSError:
-            return None
-        if len(content) == _FILE_BYTES:
-            start = _FIRST_COPY + (content[0] & 1) * COPY_BYTES
-            length, crc = _HEADER.unpack_from(content, start)
-            encoded = content[start + _HEADER.size : start + _HEADER.size + length]
-            if length and zlib.crc32(encoded) == crc:
-                try:
-                    return msgspec.msgpack.decode(encoded, type=WorkerState)
-                except msgspec.DecodeError:
-                    return None
-        time.sleep(_READ_PAUSE_S)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        for _ in range(_READ_TRIES):
+            if (encoded := _current(descriptor)) is not None:
+                return msgspec.msgpack.decode(encoded, type=WorkerState)
+            time.sleep(_READ_PAUSE_S)
+    except (OSError, msgspec.DecodeError):
+        return None
+    finally:
+        os.close(descriptor)
     return None
+
+
+def _current(descriptor: int) -> bytes | None:
+    """The copy that is current, and no more of the file: the gateway reads all of them ten times a second."""
+    if os.fstat(descriptor).st_size != _FILE_BYTES:
+        return None
+    start = _FIRST_COPY + (os.pread(descriptor, 1, 0)[0] & 1) * COPY_BYTES
+    length, crc = _HEADER.unpack(os.pread(descriptor, _HEADER.size, start))
+    if not 0 < length <= COPY_BYTES - _HEADER.size:
+        return None
+    encoded = os.pread(descriptor, length, start + _HEADER.size)
+    return encoded if zlib.crc32(encoded) == crc else None

@@ -62,9 +62,11 @@ class RunDir:
         if path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-            for left in self.jobs.glob(f"{Path(path).name}{BESIDE}*"):  # by workers that died
-                with contextlib.suppress(OSError):
-                    left.unlink(missing_ok=True)
+            beside = f"{os.path.basename(path)}{BESIDE}"
+            for name in os.listdir(self.jobs):
+                if name.startswith(beside):  # left by a worker that died
+                    with contextlib.suppress(OSError):
+                        os.unlink(self.jobs / name)
 
     def remove(self) -> None:
         """At the very end."""

@@ -286,7 +286,7 @@ class _Writer:
         self._stream = stream
         self._console = console
         self._file = file
-        self._queue: queue.Queue[EventDict | threading.Event | None] = queue.Queue(_WAITING_LINES)
+        self._queue: queue.SimpleQueue[EventDict | threading.Event | None] = queue.SimpleQueue()
         self._full = 0  # lines that found no room in the queue
         self._full_said = 0
         self._closed = False
@@ -301,26 +301,22 @@ class _Writer:
         """Never waits, never raises."""
         if self._closed:
             return
-        try:
-            self._queue.put_nowait(event)
-        except queue.Full:
+        if self._queue.qsize() < _WAITING_LINES:
+            self._queue.put(event)
+        else:
             self._full += 1
 
     debug = info = warning = warn = error = critical = fatal = exception = log = msg = put
 
     def flush(self, timeout_s: float) -> bool:
         done = threading.Event()
-        try:
-            self._queue.put(done, timeout=timeout_s)
-        except queue.Full:
-            return False
+        self._queue.put(done)
         return done.wait(timeout_s)
 
     def close(self) -> None:
         self._closed = True
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=_FLUSH_S)
-            self._thread.join(_FLUSH_S)
+        self._queue.put(None)
+        self._thread.join(_FLUSH_S)
         if self._file is not None and not self._thread.is_alive():
             self._file.close()
 
