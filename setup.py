@@ -19,7 +19,7 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-PACKAGES = ["posekit.geometric", "posekit.sam6d", "pointnet2_ext"]
+PACKAGES = sorted(".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("p*/**/csrc"))
 # No fused multiply-add: the bits of pointnet2_ext's reference, so that near-ties fall the same way, and the same on
 # every processor. Roots that set no errno, and comparisons that raise no signal, can be done several at once.
 # OpenMP is what at::parallel_for needs, or it uses one thread without a word. It is compiled in and not linked: torch
