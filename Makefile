@@ -39,7 +39,7 @@ lint: $(READY) ## Check formatting, style and types
 
 check: lint test ## Everything CI runs: lint, then test
 
-bench: $(READY) ## Run every benchmark (minutes)
+bench: $(READY) ## Run the main benchmarks (minutes)
 	@set -e; for name in $(BENCHMARKS); do echo "== python -m benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 bench-accuracy: $(READY) $(PEERS)/.ready ## Measure the engine beside its peers: accuracy, confidence, seconds (about six minutes)

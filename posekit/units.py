@@ -1,4 +1,4 @@
-"""The one place where millimetres become metres and back: the wire and the files speak mm, everything inside metres.
+"""Where the service turns millimetres into metres and back: the wire and the files speak mm, everything inside metres.
 
 Imports numpy only, so that every process can afford it.
 """

@@ -1,7 +1,7 @@
 """The pipeline on one screen: every stage, its processes, its batch.
 
 Mosec runs it behind the gateway, on loopback only. Its routes are not the public ones (serve/gateway/routes.py), which
-call them through `Backend.call`:
+call them through `Backend.call` (serve/backend/mosec.py):
 
     /pose     the queue (serve/scheduling/queue.py), once for each part of a pose request
     /finish   the task (serve/tasks/pose/parts.py), for a request that was split and wants a picture or files

@@ -1,4 +1,4 @@
-"""From an engine's outcome to the row that the client reads: metres become millimetres here, and nowhere else."""
+"""From an engine's outcome to the row that the client reads: a pose's metres become millimetres here."""
 
 from __future__ import annotations
 

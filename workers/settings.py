@@ -125,7 +125,10 @@ def pose_workers(pose: Pose, device: str, cores: int, memory_mb: int | None) -> 
 
 
 def fitted(stages: Stages, cores: int) -> Stages:
-    """The same with a number for everything that follows the machine (see docs/decisions/0020)."""
+    """The same with a number for everything that follows the machine.
+
+    Why these: docs/decisions/0020-cpu-workers-are-processes.md.
+    """
     gpu, pose, decode = on_gpu(stages), stages.pose, stages.decode
     fewest, most = _DECODERS
     return msgspec.structs.replace(

@@ -39,10 +39,10 @@ from posekit.geometric.search import search
 from posekit.geometric.symmetry import pose_difference
 from posekit.geometry import nearest_rotation
 
-NO_FIT = 0.01  # evidence under which there is nothing to stand for
+NO_FIT = 0.01  # confidence below which no pose is answered
 COMPARED = 8  # poses that are drawn and compared with the picture
 RIVAL_DEG = 10.0  # a runner-up this far away, modulo symmetries, is another answer
-RIVAL_SHARE = 0.1  # of the diameter: or as far off as this
+RIVAL_SHARE = 0.1  # or this far away, as a share of the diameter
 UNDECIDED = 3.0  # margin between two answers, below which they are ambiguous
 MOST_TOGETHER = 64  # instances in one pass on a GPU
 

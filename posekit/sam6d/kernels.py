@@ -1,9 +1,9 @@
 """The hot loops of quick/cpu.py: compiled for the CPU where that was built, else plain torch.
 
-`_kernels_cpu.so` in this folder registers its ops with torch when it is loaded. A kernel agrees with the plain stage of
-coarse.py, fine.py, structure.py or attention.py to the rounding of float32, `embed` to that of its 16 bits. It works on
-one row after the other, so that neither threads nor batch-mates change a bit. All tensors are float32 unless said
-otherwise.
+`_kernels_cpu.so` in this folder registers its ops with torch when it is loaded. A kernel agrees with the plain stage
+in network/ (coarse.py, fine.py, structure.py, attention.py) to the rounding of float32, `embed` to that of its 16
+bits. It works on one row after the other, so that neither threads nor batch-mates change a bit. All tensors are float32
+unless said otherwise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A pose request from its checked question to its answer: engine, CAD, detections, its turn, rows.
 
-PoseTask.answer:  admit ▸ resolve the CADs ▸ (ask the ISM server) ▸ queue, backend ▸ answer
+PoseTask.answer:  pick an engine ▸ admit ▸ resolve the CADs ▸ (ask the ISM server) ▸ admit ▸ queue, backend ▸ answer
 """
 
 from __future__ import annotations
