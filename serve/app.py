@@ -63,9 +63,10 @@ def build(stages: settings.Stages) -> Server:
     inspect = stage(InspectStage, ["cpu"], threads=stages.onboard.threads)
 
     routes = {"/pose": [decode, pose, respond], "/finish": [respond], "/inspect": [inspect]}
-    for engine in stages.engines:
-        onboards = stage(onboard.STAGES[engine], ["cpu"], threads=stages.onboard.threads)
-        routes[f"/{registry.spec(engine).onboard_stage}"] = [onboards]
+    for engine in registry.by_effort():  # in an order that no setting changes: Mosec numbers its stages
+        if engine.name in stages.engines:
+            onboards = stage(onboard.STAGES[engine.name], ["cpu"], threads=stages.onboard.threads)
+            routes[f"/{engine.onboard_stage}"] = [onboards]
     server.register_runtime(routes)
     return server
 

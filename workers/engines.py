@@ -30,7 +30,8 @@ def load_engine(name: str, stages: Stages | None = None, *, device: str, threads
     stages = stages or Stages()
     one, own = registry.spec(name), stages.own(name)
     if name in stages.versions and one.version(own) != stages.versions[name]:
-        raise BrokenCheckpoint("the weights were replaced since the server started; start it again")
+        what = "the weights were replaced" if one.weights else f"the engine {name} was replaced"
+        raise BrokenCheckpoint(f"{what} since the server started; start it again")
     return one.load(own, device, threads)
 
 

@@ -192,10 +192,12 @@ def _read(path: Path) -> WorkerState | None:
 
 def _current(descriptor: int) -> bytes | None:
     """The copy that is current, and no more of the file: the gateway reads all of them ten times a second."""
-    if os.fstat(descriptor).st_size != _FILE_BYTES:
-        return None
-    start = _FIRST_COPY + (os.pread(descriptor, 1, 0)[0] & 1) * COPY_BYTES
-    length, crc = _HEADER.unpack(os.pread(descriptor, _HEADER.size, start))
+    which = os.pread(descriptor, 1, 0)
+    start = _FIRST_COPY + COPY_BYTES * (which == b"\x01")
+    header = os.pread(descriptor, _HEADER.size, start)
+    if os.fstat(descriptor).st_size != _FILE_BYTES or len(header) < _HEADER.size:
+        return None  # still being made
+    length, crc = _HEADER.unpack(header)
     if not 0 < length <= COPY_BYTES - _HEADER.size:
         return None
     encoded = os.pread(descriptor, length, start + _HEADER.size)

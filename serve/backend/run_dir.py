@@ -63,10 +63,11 @@ class RunDir:
             with contextlib.suppress(OSError):
                 os.unlink(path)
             beside = f"{os.path.basename(path)}{BESIDE}"
-            for name in os.listdir(self.jobs):
-                if name.startswith(beside):  # left by a worker that died
-                    with contextlib.suppress(OSError):
-                        os.unlink(self.jobs / name)
+            with contextlib.suppress(OSError):  # the folder may be gone by now
+                for name in os.listdir(self.jobs):
+                    if name.startswith(beside):  # left by a worker that died
+                        with contextlib.suppress(OSError):
+                            os.unlink(self.jobs / name)
 
     def remove(self) -> None:
         """At the very end."""

@@ -160,7 +160,6 @@ def pose_answer(
 ) -> Answer:
     """The answer of all three pose routes; also notes what the log is to say."""
     rows, notes = solution.rows, asker.notes
-    notes.engine, notes.release = solution.engine, release
     notes.poses = sum(row.status == "ok" for row in rows)
     notes.rejected = dict(Counter(row.error.code for row in rows if row.error is not msgspec.UNSET))
     waits = [one.onboard_ms for one in resolved if one.onboard_ms is not None]

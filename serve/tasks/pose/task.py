@@ -93,6 +93,8 @@ class PoseTask:
         if output_dir is not None and solution.output_written:
             self.outputs.wrote(output_dir)
         pick = self._engines.answered(pick, solution.engine)
+        release = self._engines.releases[pick.engine]
+        asker.notes.engine, asker.notes.release = pick.engine, release
         if pick.warning is not None:
             solution.warnings.append(pick.warning)
         found = await asyncio.to_thread(found_detections, question, solution.rows) if whole else None
@@ -101,7 +103,7 @@ class PoseTask:
             question,
             resolved,
             solution,
-            release=self._engines.releases[solution.engine],
+            release=release,
             degraded=pick.reason is not None,
             ism_ms=ism_ms,
             found=found,
