@@ -123,8 +123,7 @@ def test_every_example_does_what_the_page_says(
     elif example.language == "text" and "→" in example.text:
         assert [stage for stage in ("decode", "pose", "respond") if stage not in example.text] == []
     elif example.language == "text":
-        tree = [line.split()[0] for line in example.text.splitlines()]
-        assert [name for name in tree if not (ROOT / name).is_dir()] == []
+        assert [path for path in tree(example.text) if not (ROOT / path).exists()] == []
     else:
         pytest.fail(f"no rule runs this {example.language or 'unmarked'} block; write one here, or show its output")
 
@@ -158,6 +157,17 @@ def check_docker(example: Example) -> None:
     assert run[-1] == build[build.index("-t") + 1]
     assert f"EXPOSE {run[run.index('-p') + 1].rpartition(':')[2]}" in text
     assert f"VOLUME {run[run.index('-v') + 1].partition(':')[2]}" in text
+
+
+def tree(text: str) -> list[str]:
+    """The path at the beginning of each line of a drawn tree; an indented one is in the folder above it."""
+    paths, top = [], ""
+    for line in text.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            top = name
+        paths.append(top + name if line.startswith(" ") else name)
+    return paths
 
 
 def check_serve(example: Example, folder: Path) -> None:
@@ -301,10 +311,11 @@ def test_every_make_target_that_is_named_exists() -> None:
 
 
 def test_every_benchmark_that_is_named_exists_with_its_options() -> None:
-    shared = (ROOT / "benchmarks" / "trials.py").read_text()
+    shared = (ROOT / "benchmarks/service/trials.py").read_text()
     for page in PAGES:
-        for module, options in re.findall(r"python -m benchmarks\.(\w+)([^`\n|]*)", page.read_text()):
-            source = ROOT / "benchmarks" / f"{module}.py"
+        for module, options in re.findall(r"python -m benchmarks\.([\w.]+)([^`\n|]*)", page.read_text()):
+            path = ROOT / "benchmarks" / module.strip(".").replace(".", "/")
+            source = path / "run.py" if path.is_dir() else path.with_suffix(".py")
             assert source.exists(), f"{page.name}: {module}"
             text = source.read_text()
             text += shared if "trials.add_" in text else ""
@@ -361,7 +372,7 @@ def test_the_words_of_the_unit_check_are_quoted_truly() -> None:
     from posekit.io import meshes
 
     assert len([text for text in quoted if "auto" in text]) == 1
-    source = Path(meshes.__file__).read_text()
+    source = "".join(path.read_text() for path in Path(meshes.__file__).parent.glob("*.py"))
     assert 'model_unit "auto" took the file to be in ' in source
 
 
@@ -369,7 +380,7 @@ def test_every_event_that_is_explained_can_happen() -> None:
     page = (ROOT / "docs/OPERATIONS.md").read_text()
     table = page.partition("Events that ask for attention")[2].partition("## ")[0]
     events = [name for row in re.findall(r"^\| (`[^|]*) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)]
-    source = "".join(path.read_text() for package in ("serve", "workers") for path in (ROOT / package).glob("*.py"))
+    source = "".join(path.read_text() for package in ("serve", "workers") for path in (ROOT / package).rglob("*.py"))
     assert len(events) > 10
     assert [event for event in events if f'"{event}"' not in source] == []
 
