@@ -13,7 +13,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def says(words: str, *, unit: str | None = None, unset: str | None = None, example: str | None = None) -> Meta:
-    """The words of one setting, for the manual and the command line: the only place that has them.
+    """Note the words of one setting on its type: the manual and the command line take them from there.
 
     `unset` says what holds where the default is None, `example` shows a value for such a setting.
     """

@@ -271,7 +271,7 @@ class SettingsError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One setting, and what its type says of it."""
+    """One setting, with what its type says of it."""
 
     path: tuple[str, ...]  # ("port",), or ("pose", "threads")
     type: Any  # with its notes
@@ -279,31 +279,31 @@ class Setting:
 
     @property
     def kind(self) -> Any:
-        """Its type without notes."""
+        """Return its type without notes."""
         return get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values that there are; empty where they are not listed."""
+        """Return the values that it may have; empty where no list of them exists."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
     def notes(self) -> tuple[Meta, ...]:
-        """Words, unit and range, as they are told of its type."""
+        """Return the notes on its type: words, unit, range."""
         return get_args(self.type)[1:] if get_origin(self.type) is Annotated else ()
 
     @property
     def variable(self) -> str:
-        """Its environment variable."""
+        """Return its environment variable."""
         return "_".join(("pem", *self.path)).upper()
 
     @property
     def words(self) -> str:
-        """What it is for."""
+        """Return its purpose in words."""
         return next((note.description for note in self.notes if note.description), "")
 
     def note(self, name: str) -> Any:
-        """`unit`, `unset` or `example` as `says` has it, or a bound as `Meta` has it; None where there is none."""
+        """Return `unit`, `unset` or `example` as given to `says`, or a bound as given to `Meta`; None if not given."""
         found = (getattr(note, name, None) if name in _BOUNDS else (note.extra or {}).get(name) for note in self.notes)
         return next((one for one in found if one is not None), None)
 
@@ -313,7 +313,7 @@ _BOUNDS = ("ge", "gt", "le", "lt")
 
 @functools.cache
 def every() -> dict[str, Setting]:
-    """All settings by their environment variables, in the order of the structs."""
+    """Return all settings by their environment variables, in the order of the structs."""
     found = [
         Setting(path=path, type=field.type, default=field.default)
         for table in msgspec.structs.fields(Settings)
@@ -323,14 +323,14 @@ def every() -> dict[str, Setting]:
 
 
 def _leaves(field: msgspec.structs.FieldInfo) -> list[tuple[tuple[str, ...], msgspec.structs.FieldInfo]]:
-    """A field of Settings with its path; where it is a table, those of the table."""
+    """Return the path and the field of a setting, or those of all settings in a table."""
     if not isinstance(field.default, Table):
         return [((field.name,), field)]
     return [((field.name, inner.name), inner) for inner in msgspec.structs.fields(type(field.default))]
 
 
 def named(name: str) -> Setting:
-    """The setting that a command line option sets: `host`, or `log_format` for `format` in `[log]`."""
+    """Return the setting that a command line option sets: `host`, or `log_format` for `format` in `[log]`."""
     return every()[f"PEM_{name}".upper()]
 
 
@@ -340,10 +340,9 @@ def load(
     environment: Mapping[str, str] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Settings from a TOML file, then `environment` (default: this process's), then `overrides`, the later winning.
+    """Read settings from a TOML file, then `environment` (default: this process's), then `overrides`; the later wins.
 
-    `overrides` has names as `named` takes them; None values are skipped. Raises SettingsError with the path of what is
-    wrong.
+    `overrides` has names as `named` takes them; None values are skipped. SettingsError names the path of a wrong value.
     """
     tree: dict[str, Any] = {}
     if path is not None:

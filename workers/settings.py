@@ -70,7 +70,7 @@ class Pose(Table, frozen=True):
     workers: Annotated[
         Automatic,
         says(
-            "Processes on each device. 0: one on a GPU; on a CPU one for each core and each 2 GB of memory, 4 at most.",
+            "Processes on each device. 0: one on a GPU; on a CPU one a core, but at most 4, and one for each 2 GB.",
             unit="processes",
         ),
     ] = 0

@@ -21,7 +21,7 @@ _HEAD = """\
 
 
 def of(settings: Settings, *, options: Collection[str]) -> str:
-    """The manual, with the values of `settings`; `options` are those settings that are options of `pem serve`, too."""
+    """Write the manual with the values of `settings`; `options` names those that are options of `pem serve`, too."""
     flags = {f"PEM_{name}".upper(): f"--{name.replace('_', '-')}" for name in options}
     tables: dict[str, list[Setting]] = {}
     for setting in every().values():
@@ -65,7 +65,7 @@ def _range(setting: Setting) -> str:
 
 
 def _value(value: Any) -> str:
-    """As TOML writes it."""
+    """Write a value as TOML does."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
         return f"{value:_}"
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The options that commands beside a server share, and those whose words are a setting's."""
+"""Options that commands beside a server share. Options that set a setting take its words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serve import settings
 
 
 def of_setting(name: str) -> Any:
-    """The option that sets a setting, with its words and default: `host`, or `log_format` for `format` in `[log]`."""
+    """Make the option for a setting, with its words and default. `log_format` is `format` in `[log]`."""
     setting = settings.named(name)
     default = setting.note("unset") if setting.default is None else setting.default
     words = f"{setting.words} One of {', '.join(setting.choices)}." if setting.choices else setting.words
