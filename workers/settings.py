@@ -70,7 +70,8 @@ class Pose(Table, frozen=True):
     workers: Annotated[
         Automatic,
         says(
-            "Processes on each device. 0: one on a GPU; on a CPU one a core, but at most 4, and one for each 2 GB.",
+            "Processes on each device. 0: one on a GPU; on a CPU one for each core, but no more than 4, "
+            "and no more than one for each 2 GB of memory.",
             unit="processes",
         ),
     ] = 0
