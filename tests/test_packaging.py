@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import msgspec
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from pem import cli
 from serve import settings
 from tests.running import wait_until
 
@@ -497,18 +497,36 @@ def test_the_default_settings_file_holds_the_defaults():
     assert settings.load(ROOT / "configs/default.toml", environment={}) == settings.Settings()
 
 
-def test_the_default_settings_file_names_every_setting():
-    table, named = "", set()
-    for line in (ROOT / "configs/default.toml").read_text().splitlines():
-        if match := re.match(r"\[(\w+)\]", line):
-            table = match[1]
-        elif match := re.match(r"(?:# )?(\w+) = ", line):
-            named.add((table, match[1]))
-    wanted = set()
-    for field in msgspec.structs.fields(settings.Settings):
-        inner = msgspec.structs.fields(field.type) if isinstance(field.default, msgspec.Struct) else None
-        wanted |= {(field.name, each.name) for each in inner} if inner else {("", field.name)}
-    assert named == wanted
+def printed_settings(*options: str, capsys) -> str:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["serve", "--print-config", *options])
+    assert left.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_default_settings_file_is_the_manual_of_the_settings(monkeypatch, capsys):
+    for variable in settings.every():
+        monkeypatch.delenv(variable, raising=False)
+    command = "env -i .venv/bin/pem serve --print-config > configs/default.toml"
+    assert (ROOT / "configs/default.toml").read_text() == printed_settings(capsys=capsys), f"write it anew: {command}"
+
+
+def test_the_printed_settings_are_those_in_effect(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PEM_LOG_FORMAT", "json")
+    monkeypatch.setenv("PEM_METRICS_OBJECTS", "housing, bolt")
+    options = ["--ism-url", "http://robot:8002", "--data-dir", 'a "quoted" ü', "--log-format", "console"]
+    file = tmp_path / "printed.toml"
+    file.write_text(printed_settings(*options, capsys=capsys))
+    read = settings.load(file, environment={})
+    assert read.metrics.objects == ("housing", "bolt")
+    assert (read.ism.url, read.data_dir, read.log.format) == ("http://robot:8002", 'a "quoted" ü', "console")
+
+
+def test_every_setting_has_words_and_a_number_its_unit():
+    everything = settings.every().values()
+    assert [one.variable for one in everything if not one.words] == []
+    no_unit = [one.path[-1] for one in everything if one.kind in (int, float) and one.note("unit") is None]
+    assert no_unit == ["port"]
 
 
 # ---- containers and weights
@@ -553,7 +571,7 @@ def test_compose_gives_shared_memory_and_more_time_than_the_drain():
 
 def test_every_variable_in_the_deployment_files_is_a_setting():
     files = ["Dockerfile", "compose.yaml", "deploy/compose.gpu.yaml", "deploy/pem-server.service", "deploy/README.md"]
-    known = {*settings.environment_names(), "PEM_PUBLISHED_PORT"}
+    known = {*settings.every(), "PEM_PUBLISHED_PORT"}
     for name in files:
         used = set(re.findall(r"\bPEM_[A-Z_]*[A-Z]\b", (ROOT / name).read_text()))
         assert used - known == set(), name

@@ -165,7 +165,7 @@ def test_wrong_use_exits_with_2(pem: Pem, arguments: list[str]) -> None:
         (["--port", "70000"], "port"),
         (["--config", "missing.toml"], "missing.toml"),
         (["--engine", "best"], "engine"),
-        (["--log-format", "xml"], "PEM_LOG_FORMAT"),
+        (["--log-format", "xml"], "$.log.format"),
     ],
 )
 def test_settings_that_cannot_be_are_named(pem: Pem, arguments: list[str], words: str) -> None:
