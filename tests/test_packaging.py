@@ -112,6 +112,16 @@ def test_every_library_that_is_imported_is_declared(package):
             assert distributions & declared, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml leaves out"
 
 
+@pytest.mark.parametrize("project, packages", [(PROJECT, LAYERS), (CLIENT, [PEM])], ids=["server", "client"])
+def test_every_library_that_is_declared_is_imported(project, packages):
+    by_name = {"httptools"}  # uvicorn takes it where it finds it
+    brought_by = metadata.packages_distributions()
+    files = [path for package in packages for path in FOLDERS[package].rglob("*.py")]
+    imported = {dist for path in files for name in imports_of(path) for dist in brought_by.get(name, [name])}
+    declared = {canonical(Requirement(text).name) for text in project["dependencies"]}
+    assert declared - {canonical(dist) for dist in imported} - by_name == set()
+
+
 @pytest.mark.parametrize("package", FOLDERS)
 def test_importing_a_package_is_cheap_and_it_is_typed(package):
     assert (FOLDERS[package] / "py.typed").exists()
