@@ -55,7 +55,7 @@ bench-accuracy: $(READY) $(PEERS)/.ready ## Measure the engine beside its peers:
 	@$(BIN)/python -m benchmarks.accuracy --http --wrong-objects --tracking --real --peers open3d,opencv \
 		--page build/accuracy --json build/accuracy.json $(ARGS)
 
-bench-network: $(READY) ## Compare the network with the original's numbers, then time it beside a plain one (three minutes)
+bench-network: $(READY) ## Compare the network with the original's numbers, then time its fast setting beside the exact one
 	@$(BIN)/python -m benchmarks.network.parity ../shared/sam6d/golden.npz
 	@$(BIN)/python -m benchmarks.network $(ARGS)
 
