@@ -214,6 +214,7 @@ KILLED = ("decode", "respond") * 8 + ("inspect", "pose", "decode", "pose")
 CHEAP, POSES = 9_500, 500
 
 
+@pytest.mark.slow
 def test_ten_thousand_requests_and_twenty_dead_workers_add_no_series(watched: Watched) -> None:
     prometheus = watched.prometheus
     every_kind_of_request(watched)

@@ -27,7 +27,10 @@ COPY_PATCH = ROOT / "deploy/kubernetes/components/library/server.yaml"
 CLIENTS = 4
 LONGEST_S = 120.0
 
-pytestmark = pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx (Debian's nginx-light)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx (Debian's nginx-light)"),
+]
 
 
 @dataclass

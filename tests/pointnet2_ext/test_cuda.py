@@ -41,6 +41,7 @@ def nvcc(tmp_path):
     return compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_device_code_compiles_without_torch_and_fuses_nothing(nvcc, tmp_path, architecture):
     kernels = ["sample_cloud<4, {}>", "sample_cloud<8, {}>", "sample_step<{}>", "query<{}>"]
@@ -55,6 +56,7 @@ def test_device_code_compiles_without_torch_and_fuses_nothing(nvcc, tmp_path, ar
     assert not re.search(r"\bfma\b", instructions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_the_glue_to_torch_compiles(nvcc, tmp_path, source):
     if not (TORCH / "c10/cuda/CUDAGuard.h").exists():

@@ -110,6 +110,7 @@ def test_an_unknown_precision_is_refused(monkeypatch: pytest.MonkeyPatch, capsys
     assert "choose from float32, tf32, bf16" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_whole_script_runs_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

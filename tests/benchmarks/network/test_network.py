@@ -57,6 +57,7 @@ def prepared(one_thread: None) -> Prepared:
     return Prepared()
 
 
+@pytest.mark.slow
 def test_both_settings_find_the_originals_poses_and_all_their_stages_are_timed(prepared: Prepared) -> None:
     golden, found = prepared.golden, {}
     for name, made in (("fast", FastNetwork.of(prepared.network)), ("exact", prepared.network)):
@@ -72,6 +73,7 @@ def test_both_settings_find_the_originals_poses_and_all_their_stages_are_timed(p
     assert mm < 0.1
 
 
+@pytest.mark.slow
 def test_without_the_reference_numbers_synthetic_instances_have_the_same_sizes(prepared: Prepared) -> None:
     made = network.synthetic_instances(prepared.network)
     assert [(one.shape, one.dtype) for one in made] == [(one.shape, one.dtype) for one in prepared.seen]

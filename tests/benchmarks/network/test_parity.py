@@ -87,6 +87,7 @@ def ran(half: Path, generated_weights: Path, tmp_path_factory: pytest.TempPathFa
     return Ran(code, printed.getvalue(), settings)
 
 
+@pytest.mark.slow
 def test_both_settings_pass_on_the_reference_numbers(ran: Ran) -> None:
     assert ran.code == 0
     assert "all stages pass" in ran.printed
@@ -99,6 +100,7 @@ def test_both_settings_pass_on_the_reference_numbers(ran: Ran) -> None:
         assert {check["verdict"] for check in checks.values()} <= {"pass", "hint"}
 
 
+@pytest.mark.slow
 def test_the_comparison_compares_something(ran: Ran) -> None:
     same = {"dense_po_raw", "radius", "dense_pm", "dense_po", "sparse_pm", "sparse_po"}
     for stage, check in ran.settings["fast"].items():
@@ -106,6 +108,7 @@ def test_the_comparison_compares_something(ran: Ran) -> None:
             assert float(str(check["error"])) > 0, stage
 
 
+@pytest.mark.slow
 def test_weights_of_another_salt_fail_with_the_stages_named(
     half: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -130,6 +133,7 @@ def network(generated_weights: Path) -> Network:
     return made.eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_a_single_changed_number_is_found_in_the_stages_behind_it(network: Network, half: Path) -> None:
     bias = network.feature_extraction.rgb_net.output_upscaling.bias
     changed = bias.clone()

@@ -102,6 +102,7 @@ def test_a_peer_that_cannot_run_says_why() -> None:
         ask.ask("opencv", seen_from_above()[0], 1, Path(sys.executable))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ask.PYTHON.exists(), reason="the peers have no environment: make peers")
 @pytest.mark.parametrize("name", ask.PEERS)
 def test_each_peer_finds_an_object_that_stands_alone(name: str) -> None:

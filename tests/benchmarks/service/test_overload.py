@@ -162,6 +162,7 @@ def test_with_a_short_deadline_the_server_must_be_itself_two_seconds_after_the_l
     assert not judged_at(65.1, deadline_ms=5000)
 
 
+@pytest.mark.slow
 def test_a_running_server_is_measured_in_all_respects(server: RunningServer, question: Question) -> None:
     truth = question.scene.instances[0]
     asked = Asked(

@@ -189,16 +189,21 @@ def test_every_bad_request_is_refused_as_the_soak_expects(server: RunningServer,
     assert msgspec.msgpack.decode(question.body)["detections"]["masks"], "the question itself is whole"
 
 
+def soaked(server: RunningServer, load: Load, **how: float) -> tuple[soak.Seen, list[checks.Check], list[str]]:
+    """Soak a server and stop it; what was seen, what was judged of it, and the rows that were told."""
+    stood = soak.shared_memory()
+    register(Target(url=server.url), load)
+    rows: list[str] = []
+    one = soak.soak(Running(url=server.url, pid=server.pid), load, tell=rows.append, **how)
+    assert server.stop() == 0
+    return one, soak.judged(one, sorted(soak.shared_memory() - stood)), rows
+
+
+@pytest.mark.slow
 def test_a_short_soak_of_a_running_server_leaves_nothing_behind(
     start_server: Callable[..., RunningServer], load: Load
 ) -> None:
-    stood = soak.shared_memory()
-    server = start_server()
-    register(Target(url=server.url), load)
-    rows: list[str] = []
-    one = soak.soak(Running(url=server.url, pid=server.pid), load, seconds=9.0, kill_every_s=4.0, tell=rows.append)
-    assert server.stop() == 0
-    found = soak.judged(one, sorted(soak.shared_memory() - stood))
+    one, found, rows = soaked(start_server(), load, seconds=9.0, kill_every_s=4.0)
     told = [*checks.table(found).as_dicts(), *soak.details(one, [])]
     steady = [check for check in found if not check.what.startswith(("memory", "series"))]  # these want longer runs
     assert checks.all_hold(steady), told
@@ -207,3 +212,11 @@ def test_a_short_soak_of_a_running_server_leaves_nothing_behind(
     assert one.requests > 0
     assert one.hung_up > 0
     assert len(rows) >= 2
+
+
+@pytest.mark.long
+def test_an_hour_of_kills_and_bad_requests_leaves_nothing_behind_and_no_memory_grows(
+    start_server: Callable[..., RunningServer], load: Load
+) -> None:
+    one, found, _ = soaked(start_server(), load, seconds=3600.0, kill_every_s=60.0)
+    assert checks.all_hold(found), [*checks.table(found).as_dicts(), *soak.details(one, [])]

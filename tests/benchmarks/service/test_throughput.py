@@ -137,6 +137,7 @@ def test_without_its_packages_a_peer_says_how_to_get_them(tmp_path: Path) -> Non
         pytest.fail("it cannot run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fastapi-loop", "fastapi-batcher", "litserve", "bentoml"])
 def test_a_peer_answers_as_the_server_does_and_leaves_nothing_behind(
     name: str, setup: Setup, body: bytes, ours: list[dict[str, Any]], tmp_path: Path
@@ -234,6 +235,7 @@ def test_where_this_server_fails_every_ratio_to_it_is_marked() -> None:
     assert [row["vs."].endswith(" *") for row in rows] == [True, True, False, False]
 
 
+@pytest.mark.slow
 def test_contenders_take_turns_and_one_that_fails_keeps_no_other_from_it(
     server: RunningServer, question: Question, body: bytes
 ) -> None:

@@ -22,6 +22,8 @@ import pytest
 
 from tests.running import Question, RunningServer, post, register, running, wait_until
 
+pytestmark = pytest.mark.slow
+
 DEADLINE_S = 120.0  # of a request; on a busy machine a backend takes most of a minute to start
 CLIENTS = 3
 LONGEST_S = 600.0  # of one test's load
