@@ -317,6 +317,7 @@ class Objects:
                 declared=declared_symmetries(request),
             )
             if any(model.error for model in known.models.values()):  # asked for once more: perhaps the reason is gone
+                known.missed = []
                 for model in known.models.values():
                     model.error = None
                 self._store.clear_failures(known.stored.object_id)
@@ -459,7 +460,6 @@ class Objects:
         anew = declared is not None and declared != stored.declared_symmetries
         if anew:
             stored = msgspec.structs.replace(stored, declared_symmetries=declared)
-        known.missed = []
         if stored != known.stored:
             self._names.change(known, stored)
             log.info("object_changed", object_id=object_id, names=stored.names)
