@@ -1,13 +1,15 @@
 # Each target sets up what it needs by itself: the system libraries, `.venv` with everything pinned, and the compiled
-# kernels. The first run downloads for some minutes; later ones start at once.
+# kernels. The first run takes some minutes; later ones start at once.
 #   make PYTHON=python3.12 test     another interpreter (3.11 or newer)
-#   make serve ARGS="--port 9000"   options for the command
+#   make serve ARGS="--port 9000"   options for the command that the target runs (here: pem serve --port 9000)
 
 PYTHON ?= python3.11
 ARGS ?=
+PARALLEL ?= --numprocesses 2 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEV := $(VENV)/.ready-dev
 KERNELS := $(wildcard pointnet2_ext/csrc/* posekit/*/csrc/*)
 PEERS := .venv-peers
 BENCHMARKS := accuracy kernels.points kernels.geometric service.gateway_overhead service.fairness service.overload
@@ -15,7 +17,8 @@ PACKAGES := client serve workers posekit pointnet2_ext
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup system demo serve test lint check bench bench-accuracy bench-network bench-throughput peers peers-serving clean
+.PHONY: help setup system demo serve test test-slow test-long lint check bench bench-accuracy bench-network \
+	bench-throughput peers peers-serving clean
 
 help: ## Show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
@@ -28,16 +31,22 @@ demo: $(READY) ## Start a server, estimate a pose in a synthetic scene, compare 
 serve: $(READY) ## Run the server on http://127.0.0.1:8003 (Ctrl-C drains and stops it)
 	@$(BIN)/pem serve $(ARGS)
 
-test: $(READY) $(VENV)/.test-programs $(PEERS)/.ready ## Run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(DEV) $(VENV)/.test-programs ## Run the tests: everything that guards behaviour (seven minutes on two idle cores)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-lint: $(READY) ## Check formatting, style and types
+test-slow: $(DEV) $(VENV)/.test-programs $(PEERS)/.ready ## Run the slow ones: faults, soaks, parity, peers, builds (20 minutes at most)
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-long: $(DEV) $(VENV)/.test-programs $(PEERS)/.ready ## Run those that take hours, by hand: long soaks, long fuzzing
+	@PEM_TEST_EXAMPLES=100 $(BIN)/python -m pytest -m "long or hypothesis" $(ARGS)
+
+lint: $(DEV) ## Check formatting, style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/mypy --python-version 3.10 --package pem
 
-check: lint test ## Everything CI runs: lint, then test
+check: lint test ## Check what every commit must hold: lint, then test
 
 bench: $(READY) ## Run the main benchmarks (minutes)
 	@set -e; for name in $(BENCHMARKS); do echo "== python -m benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
@@ -46,7 +55,7 @@ bench-accuracy: $(READY) $(PEERS)/.ready ## Measure the engine beside its peers:
 	@$(BIN)/python -m benchmarks.accuracy --http --wrong-objects --tracking --real --peers open3d,opencv \
 		--page build/accuracy --json build/accuracy.json $(ARGS)
 
-bench-network: $(READY) ## Compare the network with the original's numbers, then time it beside a plain one (three minutes)
+bench-network: $(READY) ## Compare the network with the original's numbers, then time its fast setting beside the exact one
 	@$(BIN)/python -m benchmarks.network.parity ../shared/sam6d/golden.npz
 	@$(BIN)/python -m benchmarks.network $(ARGS)
 
@@ -65,23 +74,25 @@ clean: ## Remove .venv, build outputs and caches; data/ stays
 system:
 	@sh scripts/system_packages.sh runtime "$(PYTHON)"
 
-$(READY): constraints.txt pyproject.toml client/pyproject.toml setup.py scripts/setup.sh $(KERNELS) | system
-	@sh scripts/setup.sh "$(PYTHON)" "$(VENV)"
+SETUP := "$(PYTHON)" scripts/setup.py
+INPUTS := constraints.txt pyproject.toml client/pyproject.toml setup.py scripts/setup.py $(KERNELS)
+
+$(READY): $(INPUTS) | system
+	@$(SETUP) $(VENV)
 	@touch $@
 
+$(DEV): $(INPUTS) | system
+	@$(SETUP) $(VENV) --dev
+	@touch $@ $(READY)
+
 $(PEERS)/.ready: benchmarks/peers/requirements.txt constraints.txt | system
-	@echo "setup: making $(PEERS) for the peers of the accuracy benchmark"
-	@"$(PYTHON)" -m venv --clear $(PEERS)
-	@$(PEERS)/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt \
-		--requirement benchmarks/peers/requirements.txt >$(PEERS)/setup.log 2>&1 || { tail -n 40 $(PEERS)/setup.log >&2; exit 1; }
+	@$(SETUP) $(PEERS) --requirement benchmarks/peers/requirements.txt
 	@touch $@
 
 $(PEERS)/.serving: benchmarks/peers/requirements-serving.txt $(PEERS)/.ready
-	@echo "setup: adding to $(PEERS) the peers of the throughput benchmark"
-	@$(PEERS)/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt \
-		--requirement benchmarks/peers/requirements-serving.txt >$(PEERS)/setup.log 2>&1 || { tail -n 40 $(PEERS)/setup.log >&2; exit 1; }
+	@$(SETUP) $(PEERS) --requirement benchmarks/peers/requirements-serving.txt
 	@touch $@
 
-$(VENV)/.test-programs: scripts/system_packages.sh $(READY)
+$(VENV)/.test-programs: scripts/system_packages.sh $(DEV)
 	@sh scripts/system_packages.sh test "$(PYTHON)"
 	@touch $@

@@ -42,12 +42,6 @@ def choices() -> tuple[str, ...]:
     return (*names(), AUTO)
 
 
-def choices_in_words() -> str:
-    """`choices` as a sentence has them: "geometric, sam6d or auto"."""
-    *most, last = choices()
-    return f"{', '.join(most)} or {last}"
-
-
 def needing_nothing() -> str:
     """The engine that `auto` prefers among those that need no weights: there is one on every machine."""
     return next(one.name for one in ENGINES if one.weights is None)

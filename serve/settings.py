@@ -1,23 +1,27 @@
-"""All settings, as one typed struct: name, unit, range and default in one line each. This file is the manual.
+"""All settings, as one typed struct: type, unit, range, default and words of each.
 
-They come from a TOML file (`--config`), then the environment, then the command line, the later winning. A top-level
-setting is `PEM_` and its name (`PEM_PORT`), one in a table has the table's name between (`PEM_POSE_PASS_DETECTIONS`).
-Unknown keys of a file are refused with their path, unknown variables are warned of at start: no typo passes silently.
+`pem serve --print-config` prints them as a manual; `configs/default.toml` is its output, and `--help` has the same
+words. Settings come from a TOML file (`--config`), then the environment, then the command line, the later winning. A
+top-level setting is `PEM_` and its name (`PEM_PORT`), one in a table has the table's name between
+(`PEM_POSE_PASS_DETECTIONS`). Unknown keys of a file are refused with their path, unknown variables are warned of at
+start: no typo passes silently.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
 
 from pem.host.machine import usable_cores, usable_memory_mb
 from posekit import registry
-from posekit.settings import Table, WeightsTable
+from posekit.settings import Table, WeightsTable, says
 from workers.settings import (
     Count,
     Decode,
@@ -37,80 +41,160 @@ if TYPE_CHECKING:
     EngineChoice = str  # checked where settings are read
 else:
     EngineChoice = Literal[registry.choices()]
-Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
+Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000, extra={"unit": "milliseconds"})]
 
 
 class Limits(Table, frozen=True):
     """What one request, and all of them together, may take."""
 
-    body_mb: Megabytes = 20  # pose routes, after gunzip
-    object_body_mb: Megabytes = 80  # POST /api/v1/objects
-    inline_cad_mb: Megabytes = 10  # the field `cad`
-    image_megapixels: Annotated[float, Meta(gt=0)] = 50.0  # decoded, colour and depth each
-    mask_megapixels: Annotated[float, Meta(gt=0)] = 500.0  # all masks of a request together
-    detections: Count = 200  # in one request
-    body_idle_s: Seconds = 10.0  # a body that stops coming for this long is 408
-    in_flight_requests: Count = 256  # refused before the body is read
-    in_flight_mb: Megabytes = 1024  # bodies held, likewise
+    body_mb: Annotated[Megabytes, says("Body of a pose request, after gunzip.")] = 20
+    object_body_mb: Annotated[Megabytes, says("Body of POST /api/v1/objects.")] = 80
+    inline_cad_mb: Annotated[Megabytes, says("The field `cad` of a pose request.")] = 10
+    image_megapixels: Annotated[
+        float, Meta(gt=0), says("Each picture, colour and depth, once decoded.", unit="megapixels")
+    ] = 50.0
+    mask_megapixels: Annotated[
+        float, Meta(gt=0), says("All masks of a request together, once decoded.", unit="megapixels")
+    ] = 500.0
+    detections: Annotated[Count, says("Detections in one request.", unit="detections")] = 200
+    body_idle_s: Annotated[Seconds, says("A body that stops coming for this long is refused with 408.")] = 10.0
+    in_flight_requests: Annotated[
+        Count,
+        says("Requests in flight. More are refused with 429, before their body is read.", unit="requests"),
+    ] = 256
+    in_flight_mb: Annotated[
+        Megabytes,
+        says("Bodies of the requests in flight. More are refused with 429, before they are read."),
+    ] = 1024
 
 
 class Queue(Table, frozen=True):
     """How requests wait for the pose stage."""
 
-    deadline_ms: Milliseconds = 30_000  # when the request names none
-    deadline_max_ms: Milliseconds = 600_000  # the longest a request may name
-    ceiling_detections: Count = 256  # waiting ones; a request that finds the queue empty is always let in
-    passes_in_flight: Count = 2  # passes' worth inside Mosec: one computed, one gathered; 1: small requests wait less
-    retries: Annotated[int, Meta(ge=0, le=10)] = 2  # of a part whose worker died
+    deadline_ms: Annotated[Milliseconds, says("Deadline of a request that names none.")] = 30_000
+    deadline_max_ms: Annotated[Milliseconds, says("The longest deadline that a request may name.")] = 600_000
+    ceiling_detections: Annotated[
+        Count,
+        says("Detections that may wait. A request that finds the queue empty is always let in.", unit="detections"),
+    ] = 256
+    passes_in_flight: Annotated[
+        Count,
+        says(
+            "Passes inside the pose stage for each of its processes: one computed, one gathered. "
+            "With 1 small requests wait less.",
+            unit="passes",
+        ),
+    ] = 2
+    retries: Annotated[
+        int,
+        Meta(ge=0, le=10),
+        says("How often a part of a request is sent again because its worker died.", unit="attempts"),
+    ] = 2
 
 
 class Storage(Table, frozen=True):
     """How much may stay on disk."""
 
-    objects_mb: Megabytes = 20_000  # unnamed objects leave first, least recently used; then 503
-    output_days: Annotated[int, Meta(ge=0)] = 30  # our files under the output root leave after; 0 = never
+    objects_mb: Annotated[
+        Megabytes,
+        says(
+            "All objects. Above it unnamed ones leave, the least recently used first; with none left, new ones get 503."
+        ),
+    ] = 20_000
+    output_days: Annotated[
+        int,
+        Meta(ge=0),
+        says("Files that this server wrote under output_root leave after this time. 0: never.", unit="days"),
+    ] = 30
 
 
 class Ism(Table, frozen=True):
-    """The instance-segmentation server that POST /api/v1/full_pipeline asks."""
+    """The instance-segmentation (ISM) server that POST /api/v1/full_pipeline asks for masks."""
 
-    url: str | None = None  # http://host:port
-    timeout_s: Seconds = 60.0
-    connect_timeout_s: Seconds = 3.0
+    url: Annotated[
+        str | None,
+        says(
+            "Address of the instance-segmentation server.",
+            unset="none, and full_pipeline is 503",
+            example="http://127.0.0.1:8002",
+        ),
+    ] = None
+    timeout_s: Annotated[Seconds, says("How long its answer may take.")] = 60.0
+    connect_timeout_s: Annotated[Seconds, says("How long the connection to it may take.")] = 3.0
 
 
 class Log(Table, frozen=True):
     """The log: people read the console, machines the file."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "console", "json"] = "auto"  # of standard error; auto: console on a terminal
-    file: bool = True  # <data_dir>/logs/pem.log, JSON lines
-    file_mb: Megabytes = 100
-    files: Count = 10
+    level: Annotated[Literal["debug", "info", "warning", "error"], says("The least serious lines to write.")] = "info"
+    format: Annotated[
+        Literal["auto", "console", "json"],
+        says("Form of the log on standard error. auto: console on a terminal, else json."),
+    ] = "auto"
+    file: Annotated[bool, says("Write JSON lines to <data_dir>/logs/pem.log, too.")] = True
+    file_mb: Annotated[Megabytes, says("The file is rotated at this size.")] = 100
+    files: Annotated[Count, says("Files kept, the current one included.", unit="files")] = 10
 
 
 class Metrics(Table, frozen=True):
     """GET /metrics."""
 
-    open: bool = True  # false: wants an API key, where there are keys
-    objects: tuple[str, ...] = ()  # registered names that may be a label; everything else is `other`
+    open: Annotated[bool, says("Answer without an API key. false: ask for one, where there are keys.")] = True
+    objects: Annotated[
+        tuple[str, ...],
+        says("Registered names that may be the label `object`; everything else is `other`."),
+    ] = ()
 
 
 class Settings(EngineTables, frozen=True):
     """Everything `pem serve` can be told; the tables of engines, such as `[sam6d]`, are beside the engines."""
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65_535)] = 8003  # 0: any free one, printed at start
-    data_dir: str = "data"  # objects, outputs, logs, keys
-    cad_root: str | None = None  # cad_path must lie inside; default <data_dir>/cad
-    output_root: str | None = None  # output_dir must lie inside; default <data_dir>/outputs
-    keys_file: str | None = None  # default <data_dir>/keys.json
-    checkpoints_dir: str = "checkpoints"  # the weights that `pem weights import` keeps
-    engine: EngineChoice = registry.AUTO  # auto: sam6d where its weights are, else geometric
-    device: str = "auto"  # auto | cpu | cuda | cuda:0,1
-    drain_s: Seconds = 30.0  # after SIGTERM requests in flight may finish for this long
-    spool_dir: str = "/dev/shm"  # large requests pass through here to the workers; no room: through a socket
-    cors_origins: tuple[str, ...] = ()  # ("*",) = any
+    host: Annotated[
+        str,
+        says('Address to listen on. "0.0.0.0" serves other machines: make keys first, with `pem keys add`.'),
+    ] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65_535), says("Port to listen on. 0: a free one, printed at start.")] = 8003
+    data_dir: Annotated[
+        str, says("Where objects, outputs, logs and keys live: everything that must survive a restart.")
+    ] = "data"
+    cad_root: Annotated[
+        str | None,
+        says("The directory that every cad_path must lie inside.", unset="<data_dir>/cad", example="/srv/cad"),
+    ] = None
+    output_root: Annotated[
+        str | None,
+        says(
+            "The directory that every output_dir must lie inside.",
+            unset="<data_dir>/outputs",
+            example="/srv/outputs",
+        ),
+    ] = None
+    keys_file: Annotated[
+        str | None,
+        says("The file of hashed API keys.", unset="<data_dir>/keys.json", example="/etc/pem-keys.json"),
+    ] = None
+    checkpoints_dir: Annotated[str, says("The directory of the weights that `pem weights import` keeps.")] = (
+        "checkpoints"
+    )
+    engine: Annotated[
+        EngineChoice,
+        says(
+            f"The engine that answers unless a request asks for another. auto: the first of "
+            f"{', '.join(one.name for one in registry.ENGINES)} that has its weights, or needs none."
+        ),
+    ] = registry.AUTO
+    device: Annotated[
+        str,
+        says(
+            'Where poses are computed: auto, cpu, cuda, or some GPUs as "cuda:0,1". auto: every usable GPU, else cpu.'
+        ),
+    ] = "auto"
+    drain_s: Annotated[Seconds, says("After SIGTERM requests in flight may finish for this long.")] = 30.0
+    spool_dir: Annotated[
+        str,
+        says("Large requests pass through here to the workers. Without room they take a socket: slower, never wrong."),
+    ] = "/dev/shm"
+    cors_origins: Annotated[tuple[str, ...], says('Origins whose web pages may ask this server. ["*"]: all.')] = ()
     limits: Limits = Limits()
     queue: Queue = Queue()
     storage: Storage = Storage()
@@ -185,15 +269,80 @@ class SettingsError(Exception):
     """A settings file, variable or option that cannot be used; the message names it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting, with what its type says of it."""
+
+    path: tuple[str, ...]  # ("port",), or ("pose", "threads")
+    type: Any  # with its notes
+    default: Any
+
+    @property
+    def kind(self) -> Any:
+        """Return its type without notes."""
+        return get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Return the values that it may have; empty where no list of them exists."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def notes(self) -> tuple[Meta, ...]:
+        """Return the notes on its type: words, unit, range."""
+        return get_args(self.type)[1:] if get_origin(self.type) is Annotated else ()
+
+    @property
+    def variable(self) -> str:
+        """Return its environment variable."""
+        return "_".join(("pem", *self.path)).upper()
+
+    @property
+    def words(self) -> str:
+        """Return its purpose in words."""
+        return next((note.description for note in self.notes if note.description), "")
+
+    def note(self, name: str) -> Any:
+        """Return `unit`, `unset` or `example` as given to `says`, or a bound as given to `Meta`; None if not given."""
+        found = (getattr(note, name, None) if name in _BOUNDS else (note.extra or {}).get(name) for note in self.notes)
+        return next((one for one in found if one is not None), None)
+
+
+_BOUNDS = ("ge", "gt", "le", "lt")
+
+
+@functools.cache
+def every() -> dict[str, Setting]:
+    """Return all settings by their environment variables, in the order of the structs."""
+    found = [
+        Setting(path=path, type=field.type, default=field.default)
+        for table in msgspec.structs.fields(Settings)
+        for path, field in _leaves(table)
+    ]
+    return {setting.variable: setting for setting in found}
+
+
+def _leaves(field: msgspec.structs.FieldInfo) -> list[tuple[tuple[str, ...], msgspec.structs.FieldInfo]]:
+    """Return the path and the field of a setting, or those of all settings in a table."""
+    if not isinstance(field.default, Table):
+        return [((field.name,), field)]
+    return [((field.name, inner.name), inner) for inner in msgspec.structs.fields(type(field.default))]
+
+
+def named(name: str) -> Setting:
+    """Return the setting that a command line option sets: `host`, or `log_format` for `format` in `[log]`."""
+    return every()[f"PEM_{name}".upper()]
+
+
 def load(
     path: Path | None = None,
     *,
     environment: Mapping[str, str] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Settings from a TOML file, then `environment` (default: this process's), then `overrides`, the later winning.
+    """Read settings from a TOML file, then `environment` (default: this process's), then `overrides`; the later wins.
 
-    `overrides` holds top-level names; None values are skipped. Raises SettingsError with the path of what is wrong.
+    `overrides` has names as `named` takes them; None values are skipped. SettingsError names the path of a wrong value.
     """
     tree: dict[str, Any] = {}
     if path is not None:
@@ -207,7 +356,7 @@ def load(
     _merge_environment(tree, os.environ if environment is None else environment)
     for name, value in (overrides or {}).items():
         if value is not None:
-            tree[name] = value
+            _put(tree, named(name).path, str(value) if isinstance(value, Path) else value)
     return _convert(tree, "")
 
 
@@ -218,21 +367,9 @@ def _convert(tree: Mapping[str, Any], where: str) -> Settings:
         raise SettingsError(f"{where}{error}") from None
 
 
-def environment_names() -> dict[str, tuple[str, ...]]:
-    """Variable name -> path in the settings, for every setting."""
-    names: dict[str, tuple[str, ...]] = {}
-    for field in msgspec.structs.fields(Settings):
-        if isinstance(field.default, Table):
-            for inner in msgspec.structs.fields(type(field.default)):
-                names[f"PEM_{field.name}_{inner.name}".upper()] = (field.name, inner.name)
-        else:
-            names[f"PEM_{field.name}".upper()] = (field.name,)
-    return names
-
-
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Variables that look like settings and are none, so that the start can warn of a typo."""
-    known = environment_names().keys() | _OTHER_VARIABLES
+    known = every().keys() | _OTHER_VARIABLES
     return sorted(name for name in environment if name.startswith("PEM_") and name not in known)
 
 
@@ -252,29 +389,24 @@ _OTHER_VARIABLES = frozenset(
 
 
 def _merge_environment(tree: dict[str, Any], environment: Mapping[str, str]) -> None:
-    names = environment_names()
     for variable, text in environment.items():
-        if not variable.startswith("PEM_") or variable in _OTHER_VARIABLES:
-            continue
-        path = names.get(variable)
-        if path is None:
-            continue  # named by unknown_variables(), for the log: container platforms invent PEM_SERVICE_HOST and such
-        *tables, leaf = path
-        target = tree
-        for table in tables:
-            target = target.setdefault(table, {})
-        target[leaf] = _parse(text, path, variable)
+        # unknown_variables() names the others, for the log: container platforms invent PEM_SERVICE_HOST and such
+        if setting := every().get(variable):
+            _put(tree, setting.path, _parse(text, setting))
 
 
-def _parse(text: str, path: tuple[str, ...], variable: str) -> Any:
-    struct: Any = Settings
-    for name in path[:-1]:
-        struct = type({f.name: f for f in msgspec.structs.fields(struct)}[name].default)
-    kind = {f.name: f for f in msgspec.structs.fields(struct)}[path[-1]].type
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    *tables, leaf = path
+    for table in tables:
+        tree = tree.setdefault(table, {})
+    tree[leaf] = value
+
+
+def _parse(text: str, setting: Setting) -> Any:
     value: Any = text
-    if kind == tuple[str, ...]:
+    if setting.kind == tuple[str, ...]:
         value = [item.strip() for item in text.split(",") if item.strip()]
     try:
-        return msgspec.to_builtins(msgspec.convert(value, kind, strict=False))
+        return msgspec.to_builtins(msgspec.convert(value, setting.type, strict=False))
     except msgspec.ValidationError as error:
-        raise SettingsError(f"{variable}: {error}") from None
+        raise SettingsError(f"{setting.variable}: {error}") from None

@@ -15,6 +15,15 @@ from tests.serve.special import BODY_IDLE_S, Special
 from tests.serve.tiny import Asker, tiny_scene
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out slow and long tests unless `-m` chooses, or a test was named (`file.py::test_name`)."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    left_out = {item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long")}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def question() -> Question:
     """The demo scene as a request."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -16,12 +17,13 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import msgspec
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from pem import cli
 from serve import settings
+from tests.running import wait_until
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -108,6 +110,16 @@ def test_every_library_that_is_imported_is_declared(package):
         for name in set(imports_of(path)) - set(sys.stdlib_module_names) - {*LAYERS, PEM}:
             distributions = {canonical(dist) for dist in brought_by.get(name, [name])}
             assert distributions & declared, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml leaves out"
+
+
+@pytest.mark.parametrize("project, packages", [(PROJECT, LAYERS), (CLIENT, [PEM])], ids=["server", "client"])
+def test_every_library_that_is_declared_is_imported(project, packages):
+    by_name = {"httptools"}  # uvicorn takes it where it finds it
+    brought_by = metadata.packages_distributions()
+    files = [path for package in packages for path in FOLDERS[package].rglob("*.py")]
+    imported = {dist for path in files for name in imports_of(path) for dist in brought_by.get(name, [name])}
+    declared = {canonical(Requirement(text).name) for text in project["dependencies"]}
+    assert declared - {canonical(dist) for dist in imported} - by_name == set()
 
 
 @pytest.mark.parametrize("package", FOLDERS)
@@ -361,17 +373,70 @@ def test_plain_make_explains_the_targets():
         assert re.search(rf"^  make {target} +[A-Z]", answer.stdout, re.MULTILINE), target
 
 
-def test_setup_without_an_interpreter_says_what_to_do(tmp_path):
-    answer = sh("scripts/setup.sh", "python9.99", str(tmp_path / "venv"))
+def test_without_an_interpreter_make_says_what_to_do():
+    answer = sh("scripts/system_packages.sh", "runtime", "python9.99")
     assert answer.returncode == 1
-    assert "python9.99 is not installed; name another interpreter" in answer.stderr
+    assert "python9.99 is not installed; name another with: make PYTHON=" in answer.stderr
 
 
-def test_setup_refuses_an_interpreter_that_is_too_old(tmp_path):
-    old = program(tmp_path, "python3.8", "exit 1")
-    answer = sh("scripts/setup.sh", str(old), str(tmp_path / "venv"))
-    assert answer.returncode == 1
-    assert "is older than 3.11" in answer.stderr
+@pytest.fixture
+def setup_script():
+    """scripts/setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "scripts/setup.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_setup_refuses_an_interpreter_that_is_too_old(setup_script, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(setup_script, "OLDEST", (99, 0))
+    monkeypatch.setattr(sys, "argv", ["setup.py", str(tmp_path / "venv")])
+    assert setup_script.main() == 1
+    assert "name a newer interpreter with: make PYTHON=" in capsys.readouterr().err
+    assert not (tmp_path / "venv").exists()
+
+
+def test_setup_says_which_package_of_how_many(setup_script, tmp_path):
+    """A stand-in for pip prints what pip prints; its packages appear in site-packages as pip's do."""
+    site = tmp_path / "lib/python3.11/site-packages"
+    site.mkdir(parents=True)
+    go_on = tmp_path / "go-on"
+    program(
+        tmp_path,
+        "python",
+        "echo 'Collecting torch>=2.6'; echo '  Downloading torch-2.13.0-cp311-manylinux.whl (180.2 MB)'\n"
+        f"while [ ! -e {go_on} ]; do sleep 0.02; done\n"
+        "echo 'Installing collected packages: typing-extensions, torch'\n"
+        f"mkdir {site}/typing_extensions-4.16.dist-info\n"
+        f"while [ -e {go_on} ]; do sleep 0.02; done",
+    )
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "python").rename(tmp_path / "bin/python")
+    pip = setup_script.Pip(tmp_path, ["torch"], tmp_path / "setup.log")
+    wait_until(lambda: pip.state() == "1 packages found, downloading torch (180.2 MB)", 10, "the download")
+    go_on.touch()
+    wait_until(lambda: pip.state() == "installing package 2 of 2: torch", 10, "the installation")
+    go_on.unlink()
+    pip.check()
+    assert "Collecting torch" in (tmp_path / "setup.log").read_text()
+
+
+def test_setup_shows_the_end_of_the_log_where_pip_fails(setup_script, tmp_path, capsys):
+    (tmp_path / "lib/python3.11/site-packages").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin", "python", "echo 'ERROR: no matching distribution'; exit 1")
+    pip = setup_script.Pip(tmp_path, ["nonsense"], tmp_path / "setup.log")
+    with pytest.raises(setup_script.Failed, match=r"pip install nonsense failed .*setup\.log"):
+        pip.check()
+    assert capsys.readouterr().err.count("no matching distribution") == 2, "tried twice"
+
+
+def test_setup_installs_all_that_the_two_projects_name(setup_script):
+    server = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(server["dependencies"]) - set(setup_script.requirements(dev=False)) == {"pem-client==0.1.0"}
+    assert {"httpx>=0.28"} <= set(setup_script.requirements(dev=False))
+    assert set(server["optional-dependencies"]["dev"]) <= set(setup_script.requirements(dev=True))
 
 
 def test_the_libraries_of_the_system_are_here():
@@ -394,7 +459,40 @@ def test_ci_lints_then_tests_and_stops_at_the_first_failure():
     assert os.access(script, os.X_OK)
     lines = script.read_text().splitlines()
     assert "set -euo pipefail" in lines
-    assert lines[-2:] == ["make lint", "make test"]
+    assert "make lint" in lines
+    assert lines.index("make lint") < next(index for index, line in enumerate(lines) if "make test " in f"{line} ")
+
+
+def sum_tests(tmp_path: Path, *outputs: str) -> subprocess.CompletedProcess[str]:
+    """What CI's last step makes of the output of several runs."""
+    paths = []
+    for number, text in enumerate(outputs):
+        paths.append(tmp_path / str(number))
+        paths[-1].write_text(text)
+    command = [sys.executable, ROOT / "scripts/sum_tests.py", *paths]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_ci_ends_with_one_line_that_sums_its_runs(tmp_path):
+    fast = "tests .....\n========= 3000 passed, 7 skipped, 90 deselected in 300.50s (0:05:00) =========\n"
+    slow = "90 passed, 1 skipped, 3000 deselected, 1 warning in 600.25s (0:10:00)\nmake: done\n"
+    answer = sum_tests(tmp_path, fast, slow)
+    assert answer.stdout == "==== 3090 passed, 8 skipped, 1 warnings in 900.75s ====\n"
+    assert answer.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "output, counted",
+    [
+        ("== 1 failed, 9 passed in 5.00s ==", "1 failed, 19 passed in 10.00s"),
+        ("== 9 passed, 1 error in 5.00s ==", "19 passed, 1 errors in 10.00s"),
+        ("Killed", "10 passed, 1 errors in 5.00s"),
+    ],
+    ids=["a failure", "an error", "broken off"],
+)
+def test_a_run_that_failed_or_broke_off_fails_the_sum(tmp_path, output, counted):
+    answer = sum_tests(tmp_path, "== 10 passed in 5.00s ==", output)
+    assert (answer.returncode, answer.stdout) == (1, f"==== {counted} ====\n")
 
 
 # ---- settings files
@@ -409,18 +507,36 @@ def test_the_default_settings_file_holds_the_defaults():
     assert settings.load(ROOT / "configs/default.toml", environment={}) == settings.Settings()
 
 
-def test_the_default_settings_file_names_every_setting():
-    table, named = "", set()
-    for line in (ROOT / "configs/default.toml").read_text().splitlines():
-        if match := re.match(r"\[(\w+)\]", line):
-            table = match[1]
-        elif match := re.match(r"(?:# )?(\w+) = ", line):
-            named.add((table, match[1]))
-    wanted = set()
-    for field in msgspec.structs.fields(settings.Settings):
-        inner = msgspec.structs.fields(field.type) if isinstance(field.default, msgspec.Struct) else None
-        wanted |= {(field.name, each.name) for each in inner} if inner else {("", field.name)}
-    assert named == wanted
+def printed_settings(*options: str, capsys) -> str:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["serve", "--print-config", *options])
+    assert left.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_default_settings_file_is_the_manual_of_the_settings(monkeypatch, capsys):
+    for variable in settings.every():
+        monkeypatch.delenv(variable, raising=False)
+    command = "env -i .venv/bin/pem serve --print-config > configs/default.toml"
+    assert (ROOT / "configs/default.toml").read_text() == printed_settings(capsys=capsys), f"write it anew: {command}"
+
+
+def test_the_printed_settings_are_those_in_effect(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PEM_LOG_FORMAT", "json")
+    monkeypatch.setenv("PEM_METRICS_OBJECTS", "housing, bolt")
+    options = ["--ism-url", "http://robot:8002", "--data-dir", 'a "quoted" ü', "--log-format", "console"]
+    file = tmp_path / "printed.toml"
+    file.write_text(printed_settings(*options, capsys=capsys))
+    read = settings.load(file, environment={})
+    assert read.metrics.objects == ("housing", "bolt")
+    assert (read.ism.url, read.data_dir, read.log.format) == ("http://robot:8002", 'a "quoted" ü', "console")
+
+
+def test_every_setting_has_words_and_a_number_its_unit():
+    everything = settings.every().values()
+    assert [one.variable for one in everything if not one.words] == []
+    no_unit = [one.path[-1] for one in everything if one.kind in (int, float) and one.note("unit") is None]
+    assert no_unit == ["port"]
 
 
 # ---- containers and weights
@@ -465,7 +581,7 @@ def test_compose_gives_shared_memory_and_more_time_than_the_drain():
 
 def test_every_variable_in_the_deployment_files_is_a_setting():
     files = ["Dockerfile", "compose.yaml", "deploy/compose.gpu.yaml", "deploy/pem-server.service", "deploy/README.md"]
-    known = {*settings.environment_names(), "PEM_PUBLISHED_PORT"}
+    known = {*settings.every(), "PEM_PUBLISHED_PORT"}
     for name in files:
         used = set(re.findall(r"\bPEM_[A-Z_]*[A-Z]\b", (ROOT / name).read_text()))
         assert used - known == set(), name

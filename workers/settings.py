@@ -16,12 +16,12 @@ from msgspec import Meta
 
 from pem.host.machine import usable_cores
 from posekit import registry
-from posekit.settings import Table, WeightsTable
+from posekit.settings import Table, WeightsTable, says
 
 Count = Annotated[int, Meta(ge=1, le=100_000)]
-Megabytes = Annotated[int, Meta(ge=1, le=1_000_000)]
+Megabytes = Annotated[int, Meta(ge=1, le=1_000_000, extra={"unit": "MB"})]
 Automatic = Annotated[int, Meta(ge=0, le=100_000)]  # 0: follows the machine
-Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400, extra={"unit": "seconds"})]
 
 
 if TYPE_CHECKING:
@@ -57,36 +57,71 @@ class EngineTables(_OneTableEach, frozen=True):
 
 
 class Decode(Table, frozen=True):
-    """CPU stage: pictures, masks, crops."""
+    """The decode stage, on the CPU: cuts pictures and masks into crops, one for each detection."""
 
-    workers: Automatic = 0  # processes; 0: half of the cores, two at least, eight at most
-    threads: Count = 1
+    workers: Annotated[Automatic, says("Processes. 0: half of the cores, 2 at least, 8 at most.", unit="processes")] = 0
+    threads: Annotated[Count, says("Threads of each process.", unit="threads")] = 1
 
 
 class Pose(Table, frozen=True):
-    """The one batched stage. `fitted` puts numbers in the place of zeros."""
+    """The pose stage: computes poses in passes, each one run of an engine over some detections."""
 
-    workers: Automatic = 0  # on a device; 0: one on a GPU; on a CPU one for each core and each 2 GB, four at most
-    threads: Automatic = 0  # of each, detections worked on at a time on a CPU; 0: the cores over the workers, at most 4
-    pass_detections: Automatic = 0  # in one pass of the engine, halved on out-of-memory; 0: 8 on a GPU, 4 on a CPU
-    batch_requests: Automatic = 0  # requests that a worker takes at a time; 0: 16 on a GPU, 1 on a CPU
-    batch_wait_ms: Annotated[int, Meta(ge=0, le=1000)] = 5  # for how long parts are gathered while all workers are busy
-    object_cache_mb: Megabytes = 1024  # object models held in memory, least recently used leave first
-    max_seconds: Seconds = 120.0  # a worker stuck in one batch for longer is killed and replaced
+    # `fitted` puts numbers in the place of zeros.
+    workers: Annotated[
+        Automatic,
+        says(
+            "Processes on each device. 0: one on a GPU; on a CPU one for each core, but no more than 4, "
+            "and no more than one for each 2 GB of memory.",
+            unit="processes",
+        ),
+    ] = 0
+    threads: Annotated[
+        Automatic,
+        says(
+            "Detections that a process computes at a time on a CPU. 0: the cores over the processes, 4 at most.",
+            unit="threads",
+        ),
+    ] = 0
+    pass_detections: Annotated[
+        Automatic,
+        says(
+            "Detections in one pass at most, halved when memory runs out. 0: 8 on a GPU, 4 on a CPU.",
+            unit="detections",
+        ),
+    ] = 0
+    batch_requests: Annotated[
+        Automatic, says("Requests that a process takes at a time. 0: 16 on a GPU, 1 on a CPU.", unit="requests")
+    ] = 0
+    batch_wait_ms: Annotated[
+        int,
+        Meta(ge=0, le=1000),
+        says(
+            "For how long work is gathered into a pass while all processes are busy. An idle one gets it at once.",
+            unit="milliseconds",
+        ),
+    ] = 5
+    object_cache_mb: Annotated[
+        Megabytes, says("Object models that each process holds in memory. The least recently used leave first.")
+    ] = 1024
+    max_seconds: Annotated[Seconds, says("A process that is stuck in one batch for longer is killed and replaced.")] = (
+        120.0
+    )
 
 
 class Respond(Table, frozen=True):
-    """CPU stage: rows, overlay, files."""
+    """The respond stage, on the CPU: makes rows, overlays and files."""
 
-    workers: Count = 1
+    workers: Annotated[Count, says("Processes.", unit="processes")] = 1
 
 
 class Onboard(Table, frozen=True):
-    """CAD stages: one process inspects meshes, one builds engine models at low priority."""
+    """Onboarding: what is computed once for each CAD model. One process inspects meshes, one for each engine builds."""
 
-    threads: Count = 1
-    max_faces: Annotated[int, Meta(ge=1)] = 2_000_000
-    max_seconds: Seconds = 900.0
+    threads: Annotated[Count, says("Threads of each process.", unit="threads")] = 1
+    max_faces: Annotated[int, Meta(ge=1), says("A mesh with more faces is refused.", unit="faces")] = 2_000_000
+    max_seconds: Annotated[
+        Seconds, says("A process that is stuck on one object for longer is killed and replaced.")
+    ] = 900.0
 
 
 class Stages(EngineTables, frozen=True):

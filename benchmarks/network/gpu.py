@@ -7,7 +7,7 @@
 Everything in one run and on the same instances, those of `../shared/sam6d/golden.npz` beside the project's root and
 synthetic ones in turn, with generated weights unless a checkpoint is given:
 
-- the plain network of plain.py, eager and float32, with the point operators that pointnet2_ext runs here;
+- the published arithmetic (the setting `exact`), eager and float32;
 - the engine's network for GPUs in each precision, eager, in passes of one size as graphs (as the engine runs it) and in
   buckets of many sizes; `--compile` adds what torch.compile makes of it, which takes a compiler and minutes;
 - the card's own bf16 rate in a large product, and the arithmetic of an instance, counted;
@@ -39,21 +39,19 @@ from torch import Tensor
 import pointnet2_ext
 from benchmarks.kernels import points as point_kernels
 from benchmarks.network import generated_weights, parity
-from benchmarks.network import plain as plain_network
 from benchmarks.network import run as network
-from benchmarks.network.plain import Stages
-from benchmarks.network.run import GOLDEN, OURS, Pass, Seen
+from benchmarks.network.run import GOLDEN, METHODS, Pass, Seen, apart
 from pem.bench.report import Table, write_json
 from posekit.sam6d.checkpoint.weights import load_state_dict
 from posekit.sam6d.network.config import Config
-from posekit.sam6d.network.whole import Description, Model, Network, Poses, Scene, furthest, together
+from posekit.sam6d.network.whole import Description, Model, Network, Poses, Scene, together
 from posekit.sam6d.quick.gpu import BUCKETS, PASS, PRECISIONS, GpuNetwork, Runner, captured, keep_float32
 
 Run = Callable[[Scene, Sequence[Model]], Poses]  # of instances, each with its object's model
 
 PAGE = Path(__file__).parents[2] / "docs" / "PERFORMANCE.md"
 QUICK = Config(coarse_points=48, fine_points=256, model_points=256)
-PLAIN_AT_ONCE = 16  # instances; more of its intermediate tensors take more memory than a card has
+EXACT_AT_ONCE = 16  # instances; more of its intermediate tensors take more memory than a card has
 COMPANY = 8  # instances, alone and together
 ANSWERS = 200  # that the latency is taken of
 DEGREES, MM = 0.01, 0.01  # by which company may move a pose
@@ -223,14 +221,10 @@ class Bench:
         models = [made.model(Description(*described)) for described in self._described]
         return rows, [models[index] for index in which.tolist()]
 
-    def plain(self, batch: int) -> Poses:
-        """The plain network, some instances at a time."""
-        one = Pass.of(batch, len(self._described))
-        found, weights = [], self.exact.state_dict()
-        with _point_operators_of_the_package():
-            for which, uniforms in zip(*(column.split(PLAIN_AT_ONCE) for column in one), strict=True):
-                part = Pass(which.to(self.device), uniforms.to(self.device))
-                found.append(network.plain_run(weights, self.seen, part, Stages()))
+    def run_exactly(self, scene: Scene, models: Sequence[Model]) -> Poses:
+        """Run the published arithmetic, some instances at a time."""
+        parts = [slice(begin, begin + EXACT_AT_ONCE) for begin in range(0, len(models), EXACT_AT_ONCE)]
+        found = [self.exact(Scene(*(field[part] for field in scene)), together(models[part])) for part in parts]
         return Poses(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
@@ -245,18 +239,6 @@ def _cut(seen: Seen, config: Config) -> Seen:
         object_points=seen.object_points[:, :n],
         object_features=seen.object_features[:, :n],
     )
-
-
-@contextlib.contextmanager
-def _point_operators_of_the_package() -> Iterator[None]:
-    """The plain network with pointnet2_ext's kernels: its own way is thousands of launches, which are no network."""
-    theirs: Any = plain_network
-    before = theirs.reference, theirs.furthest_points
-    theirs.reference, theirs.furthest_points = pointnet2_ext, furthest
-    try:
-        yield
-    finally:
-        theirs.reference, theirs.furthest_points = before
 
 
 class Rate(NamedTuple):
@@ -315,12 +297,12 @@ def stage_times(
         calls[stage] = partial(method, *arguments)
         return method(*arguments)
 
-    for method, stage in OURS.items():
+    for method, stage in METHODS.items():
         setattr(made, method, partial(note, getattr(made, method), stage))
     try:
         made(scene, model)
     finally:
-        for method in OURS:
+        for method in METHODS:
             delattr(made, method)
     seconds = {stage: clock.alone(call, repeats) for stage, call in calls.items()}
     seconds["fine matching"] -= seconds["position encoding, scene"]  # which is part of it
@@ -371,11 +353,6 @@ def company(name: str, run: Run, scene: Scene, models: list[Model]) -> Company:
     rows = range(len(models))
     alone = [run(Scene(*(field[row : row + 1] for field in scene)), [models[row]]) for row in rows]
     return Company(name, *apart(run(scene, models), Poses(*(torch.cat(column) for column in zip(*alone, strict=True)))))
-
-
-def apart(a: Poses, b: Poses) -> tuple[float, float]:
-    """The largest difference, in degrees and millimetres."""
-    return network.apart(plain_network.Poses(*a), plain_network.Poses(*b))
 
 
 def parity_checks(
@@ -469,15 +446,12 @@ def measure(
     """Every network in every way at every batch, and a single instance, and instances in company."""
     clock, batches = Clock(bench.device), options.batches
     found = Measured([], Table(["setting", "p50 ms", "p99 ms"]), [])
-    found.rates.extend(rates("plain, float32, eager", bench.plain, batches, clock, min(repeats, 3)))
+    exactly = _first(bench.run_exactly, *bench.instances(bench.exact, max(batches)))
+    found.rates.extend(rates("exact, eager", exactly, batches, clock, min(repeats, 3)))
     for precision, made in networks.items():
         scene, models = bench.instances(made, max(*batches, COMPANY))
         for way, run in ways(made, size, max(batches), options.compile):
-            name = f"{precision}, {way}"
-
-            def first(batch: int, run: Run = run, scene: Scene = scene, models: list[Model] = models) -> Poses:
-                return run(Scene(*(field[:batch] for field in scene)), models[:batch])
-
+            name, first = f"{precision}, {way}", _first(run, scene, models)
             found.rates.extend(rates(name, first, batches, clock, repeats))
             answers = 2 if options.quick else ANSWERS
             found.latency.add(name, *_percentiles(clock.runs(partial(_answer, first), answers)))
@@ -544,6 +518,11 @@ def run_all(options: argparse.Namespace, weights: dict[str, Tensor]) -> tuple[di
     return figures, right
 
 
+def _first(run: Run, scene: Scene, models: Sequence[Model]) -> Callable[[int], Poses]:
+    """Run as many of the instances as one asks for."""
+    return lambda batch: run(Scene(*(field[:batch] for field in scene)), models[:batch])
+
+
 def _answer(first: Callable[[int], Poses]) -> list[Tensor]:
     """A single instance's, on the host."""
     return [values.cpu() for values in first(1)]
@@ -557,14 +536,14 @@ def _percentiles(seconds: list[float]) -> tuple[float, float]:
 
 def _rate_table(found: list[Rate], peak: float, config: Config) -> Table:
     """Shares of the peak: by the arithmetic that is left once all is kept that can be, and by what ours does."""
-    plain = {one.batch: one for one in found if one.setting.startswith("plain")}
-    columns = ["setting", "batch", "poses/s", "ms a pass", "times plain", "of the peak", "of it, own count", "GB"]
+    exact = {one.batch: one for one in found if one.setting.startswith("exact")}
+    columns = ["setting", "batch", "poses/s", "ms a pass", "times exact", "of the peak", "of it, own count", "GB"]
     table = Table(columns)
     for one in found:
-        beside = plain.get(one.batch)
+        beside = exact.get(one.batch)
         used = 2e9 * one.poses_per_s / peak
         work = total(arithmetic(config, tabled=one.setting.startswith("bf16")))
-        own = "" if one.setting.startswith("plain") else f"{used * work.ours:.1%}"
+        own = "" if one.setting.startswith("exact") else f"{used * work.ours:.1%}"
         faster = one.poses_per_s / beside.poses_per_s if beside else ""
         memory = "" if one.memory_gb is None else one.memory_gb
         table.add(

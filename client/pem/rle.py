@@ -3,6 +3,9 @@
 Runs go down the columns, the first one of zeros. Each run but the first three is told as its difference to the run
 two before. A number is written in groups of five bits, lowest first, each plus 48 as a character, with 32 for "more
 follow".
+
+pycocotools was tried and lost: it is a compiled package, and where counts cover too few pixels its `decode` (2.0.11)
+returns what the process had in that memory before. On outlines it is as quick as this, on noise five times as quick.
 """
 
 from __future__ import annotations

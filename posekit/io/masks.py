@@ -1,4 +1,4 @@
-"""Instance masks in every form that clients send, decoded safely (`pem.rle` writes COCO's run lengths).
+"""Instance masks in every form that clients send, decoded safely.
 
 The forms, told apart by what they are:
 - an object `{"size": [h, w], "counts": ...}`: COCO RLE, counts as COCO's compressed string or as a list of run lengths;
@@ -7,7 +7,8 @@ The forms, told apart by what they are:
   (as polygons such lists could not enclose more than a single pixel);
 - any other list: one polygon `[x, y, x, y, ...]` or a list of them, in pixels, (0, 0) being the image's outer corner.
 
-Everything is decoded here, in numpy, with sizes checked before memory is taken: masks come from strangers.
+Everything is decoded here, in numpy, with sizes checked before memory is taken: masks come from strangers. `pem.rle`
+says how COCO's run lengths are written, and why pycocotools does not read them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from posekit.engine import Float64, Symmetries
 from posekit.io.images import encode_png
 from posekit.synthetic.scenes import make_scene, pose_errors
 from posekit.synthetic.shapes import SHAPES, mesh_to_ply
-from serve.settings import environment_names
+from serve import settings
 from workers.state import read_states
 
 _PREFIX: Final = "bench-"  # of the objects' names, so that they are nobody else's
@@ -57,7 +57,7 @@ class Lent:
 
     def variables(self) -> Collection[str]:
         """Of every setting."""
-        return environment_names().keys()
+        return settings.every().keys()
 
     def stage_names(self, server_pid: int) -> dict[int, str]:
         """From the states that a server's workers keep in its run folder."""

@@ -253,30 +253,49 @@ def _tell(people: Console, out: Path, report: _Report, result: PoseResult) -> No
     overlay = out / "overlay.png"
     people.print(f"overlay: [bold]{escape(str(overlay))}[/]" if overlay.exists() else "no overlay was drawn")
     pem = common.program()
+    frame = f"--rgb {out}/rgb.png --depth {out}/depth.png --camera {out}/camera.json"
+    every = [item.name for item in report.found]
     people.print(
-        f"\nThe same by hand, once `{pem} serve` runs:\n"
+        f"\nOne of them by hand, once `{pem} serve` runs:\n"
         f"  curl -s http://127.0.0.1:8003/api/v1/pose_estimation -F rgb=@{out}/rgb.png -F depth=@{out}/depth.png \\\n"
         f"    -F cad=@{out}/{name}.ply -F 'request=<{out}/request.json'\n"
-        f"  {pem} estimate --rgb {out}/rgb.png --depth {out}/depth.png --camera {out}/camera.json \\\n"
-        f"    --cad {out}/{name}.ply --mask {out}/mask.png --out {out}/again.png\n",
+        f"  {pem} estimate {frame} \\\n"
+        f"    --cad {out}/{name}.ply --mask {out}/mask.png --out {out}/again.png\n"
+        "\nAll of them, as in the overlay:\n"
+        f"  for part in {' '.join(every)}; do {pem} objects add {out}/$part.ply --name $part; done\n"
+        f"  {pem} estimate {frame} \\\n"
+        f"    --detections {out}/detections.json {' '.join(f'--object {each}' for each in every)} \\\n"
+        f"    --out {out}/again.png\n",
         markup=False,
         soft_wrap=True,
     )
 
 
 def _write_inputs(out: Path, scene: Scene) -> None:
-    """What the server is sent, as files: for a curl, for `pem bench --request`, and to look at."""
+    """Write the whole scene as files: for a curl, for `pem estimate`, for `pem bench --request`, and to look at.
+
+    `mask.png`, `request.json` and `request.msgpack` ask for the first object alone; `masks/`, a CAD model for each
+    object and `detections.json` (as SAM-6D writes detections, the objects' names as categories) for all of them.
+    """
     main = scene.instances[0]
     rgb_png = imagefiles.write_png(scene.rgb, compression=6)
     depth_png = imagefiles.write_png(scene.depth_raw, compression=6)
-    cad = mesh_to_ply(main.shape.mesh)
     camera = {"cam_K": scene.K.ravel().tolist(), "depth_scale": scene.depth_scale_mm}
     request = {"cam_params": camera, "cad_format": "ply", "detections": {"masks": [encode_rle(main.mask)]}}
-    whole = {**request, "rgb_image": rgb_png, "depth_image": depth_png, "cad": cad}
+    whole = {**request, "rgb_image": rgb_png, "depth_image": depth_png, "cad": mesh_to_ply(main.shape.mesh)}
     (out / "rgb.png").write_bytes(rgb_png)
     (out / "depth.png").write_bytes(depth_png)
-    (out / "mask.png").write_bytes(imagefiles.write_png(np.asarray(main.mask, dtype=np.bool_)))
     (out / "camera.json").write_bytes(msgspec.json.encode(camera) + b"\n")
     (out / "request.json").write_bytes(msgspec.json.encode(request) + b"\n")
     (out / "request.msgpack").write_bytes(msgspec.msgpack.encode(whole))
-    (out / f"{main.shape.name}.ply").write_bytes(cad)
+    (out / "masks").mkdir(exist_ok=True)
+    for instance in scene.instances:
+        mask_png = imagefiles.write_png(np.asarray(instance.mask, dtype=np.bool_))
+        (out / "masks" / f"{instance.shape.name}.png").write_bytes(mask_png)
+        (out / f"{instance.shape.name}.ply").write_bytes(mesh_to_ply(instance.shape.mesh))
+    shutil.copyfile(out / "masks" / f"{main.shape.name}.png", out / "mask.png")
+    detections = [
+        {"category_id": instance.shape.name, "score": 1.0, "segmentation": encode_rle(instance.mask)}
+        for instance in scene.instances
+    ]
+    (out / "detections.json").write_bytes(msgspec.json.encode(detections) + b"\n")

@@ -12,16 +12,14 @@ from rich.table import Table
 
 from pem.commands import common
 from serve import settings
-from serve.commands.options import Config, DataDir
+from serve.commands.options import Config, DataDir, of_setting
 from serve.gateway import keys
 
 app = typer.Typer(
     help="API keys of the server on this machine. With no keys, the service is open to all who reach it.",
     no_args_is_help=True,
 )
-KeysFile = Annotated[
-    Path | None, typer.Option("--keys-file", help="The file of keys.", show_default="<data dir>/keys.json")
-]
+KeysFile = Annotated[Path | None, of_setting("keys_file")]
 Name = Annotated[str, typer.Argument(help="What to call the key: who or what uses it.")]
 
 
@@ -95,4 +93,4 @@ def revoke(
 
 def _path(data_dir: Path | None, keys_file: Path | None, config: Path | None) -> Path:
     given = {"data_dir": data_dir, "keys_file": keys_file}
-    return settings.load(config, overrides={name: str(path) for name, path in given.items() if path}).keys_path
+    return settings.load(config, overrides=given).keys_path

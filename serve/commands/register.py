@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pem.commands import common
-from posekit import registry
 from serve import settings
 from serve.commands import keys as keys_commands
+from serve.commands import manual
 from serve.commands import templates as templates_command
 from serve.commands import weights as weights_commands
-from serve.commands.options import Config, DataDir
+from serve.commands.options import Config, DataDir, of_setting
 from serve.gateway.keys import KeyFileError
 
 if TYPE_CHECKING:
@@ -41,20 +40,20 @@ def load_generator() -> Lent:
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.", show_default="8003")] = None,
+    host: Annotated[str | None, of_setting("host")] = None,
+    port: Annotated[int | None, of_setting("port")] = None,
     data_dir: DataDir = None,
-    cad_root: Annotated[
-        Path | None, typer.Option(help="cad_path must lie inside.", show_default="<data dir>/cad")
-    ] = None,
-    output_root: Annotated[
-        Path | None, typer.Option(help="output_dir must lie inside.", show_default="<data dir>/outputs")
-    ] = None,
-    engine: Annotated[str | None, typer.Option(help=f"{registry.choices_in_words()}.", show_default="auto")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:0,1.", show_default="auto")] = None,
+    cad_root: Annotated[Path | None, of_setting("cad_root")] = None,
+    output_root: Annotated[Path | None, of_setting("output_root")] = None,
+    engine: Annotated[str | None, of_setting("engine")] = None,
+    device: Annotated[str | None, of_setting("device")] = None,
+    log_format: Annotated[str | None, of_setting("log_format")] = None,
+    ism_url: Annotated[str | None, of_setting("ism_url")] = None,
     config: Config = None,
-    log_format: Annotated[str | None, typer.Option(help="auto, console or json.", show_default="auto")] = None,
-    ism_url: Annotated[str | None, typer.Option(help="Instance-segmentation server for full_pipeline.")] = None,
+    print_config: Annotated[
+        bool,
+        typer.Option("--print-config", help="Print every setting as TOML, with its words and its value, and leave."),
+    ] = False,
 ) -> None:
     """Start the server and run until SIGTERM or Ctrl-C; requests in flight may finish.
 
@@ -68,8 +67,9 @@ def serve(
       pem serve --host 0.0.0.0 --data-dir /var/lib/pem --device cuda
 
       pem serve --config configs/cpu.toml --engine geometric
+
+      pem serve --print-config > pem.toml
     """
-    in_tables = {"PEM_LOG_FORMAT": log_format, "PEM_ISM_URL": ism_url}
     given = {
         "host": host,
         "port": port,
@@ -78,12 +78,13 @@ def serve(
         "output_root": output_root,
         "engine": engine,
         "device": device,
+        "log_format": log_format,
+        "ism_url": ism_url,
     }
-    loaded = settings.load(
-        config,
-        environment=os.environ | {name: value for name, value in in_tables.items() if value is not None},
-        overrides={name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
-    )
+    loaded = settings.load(config, overrides=given)
+    if print_config:
+        typer.echo(manual.of(loaded, options=given), nl=False)
+        return
     from serve.engine_choice import CannotStart
     from serve.server import serve as run
 

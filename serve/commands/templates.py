@@ -38,7 +38,7 @@ def templates(
 
       pem objects templates mug outputs/mug/templates --data-dir data
     """
-    given = settings.load(config, overrides={"data_dir": str(data_dir) if data_dir else None})
+    given = settings.load(config, overrides={"data_dir": data_dir})
     from posekit.errors import PoseError  # not above: other commands do without posekit, and torch takes seconds
     from posekit.sam6d import templates as read
     from posekit.sam6d.engine import Sam6dEngine

@@ -14,7 +14,7 @@ from rich.table import Table
 from pem.commands import common
 from posekit.errors import PoseError
 from serve import settings
-from serve.commands.options import Config
+from serve.commands.options import Config, of_setting
 
 if TYPE_CHECKING:  # at run time torch comes with it, which takes seconds
     from posekit.sam6d.checkpoint.weights import Verdict
@@ -23,10 +23,7 @@ app = typer.Typer(
     help="Weights of learned engines, kept as safetensors. `pem weights import` brings them in.",
     no_args_is_help=True,
 )
-CheckpointsDir = Annotated[
-    Path | None,
-    typer.Option("--checkpoints-dir", help="The folder that holds the weights.", show_default="./checkpoints"),
-]
+CheckpointsDir = Annotated[Path | None, of_setting("checkpoints_dir")]
 
 
 @app.command("import")
@@ -131,8 +128,7 @@ def _in_words() -> Iterator[None]:
 
 
 def _folder(checkpoints_dir: Path | None, config: Path | None) -> Path:
-    given = str(checkpoints_dir) if checkpoints_dir else None
-    return settings.load(config, overrides={"checkpoints_dir": given}).checkpoints_path
+    return settings.load(config, overrides={"checkpoints_dir": checkpoints_dir}).checkpoints_path
 
 
 def _show(verdicts: list[Verdict], folder: Path, json: str | None) -> None:

@@ -398,7 +398,7 @@ class Queue:
             else min(tickets, key=lambda t: (t.remaining, t.arrived))
         )
         part = ticket.pending[0]
-        if self._inside and self._inside + part.cost > self._window:
+        if self._inside + part.cost > self._window:
             return None
         (self._yielded.add if yielding else self._yielded.discard)(client)
         ticket.pending.pop(0)

@@ -166,7 +166,7 @@ def test_wrong_use_exits_with_2(pem: Pem, arguments: list[str]) -> None:
         (["--port", "70000"], "port"),
         (["--config", "missing.toml"], "missing.toml"),
         (["--engine", "best"], "engine"),
-        (["--log-format", "xml"], "PEM_LOG_FORMAT"),
+        (["--log-format", "xml"], "$.log.format"),
     ],
 )
 def test_settings_that_cannot_be_are_named(pem: Pem, arguments: list[str], words: str) -> None:
@@ -381,6 +381,19 @@ def test_detections_of_sam6d_are_taken_as_they_are(server: RunningServer, pem: P
     assert (row["status"], row["object_id"], row["bbox"]) == ("ok", 5, [0, 0, 5, 5])
 
 
+def test_detections_whose_categories_are_names_need_no_mapping(
+    server: RunningServer, pem: Pem, files: Path, tmp_path: Path
+) -> None:
+    items = [
+        {"category_id": instance.shape.name, "segmentation": encode_rle(instance.mask)}
+        for instance in demo_scene().instances[:2]
+    ]
+    (tmp_path / "two.json").write_text(json.dumps(items))
+    choice = ["--detections", tmp_path / "two.json", "--object", "housing", "--object", "mug"]
+    done = pem("estimate", *frame(files), *choice, "--json", "-", "--url", server.url)
+    assert [(row["object_id"], row["status"]) for row in done.json()["poses"]] == [("housing", "ok"), ("mug", "ok")]
+
+
 def test_one_object_for_the_masks_is_named_in_the_answer(server: RunningServer, pem: Pem, files: Path) -> None:
     arguments = ["estimate", *frame(files), "--mask", files / "mask.png", "--url", server.url]
     assert " housing " in pem(*arguments, "--object", "housing").out
@@ -503,7 +516,10 @@ def test_the_demo_is_right(tmp_path: Path) -> None:
     assert main["rotation_error_deg"] < 2
     assert main["translation_error_mm"] < 2
     left = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert {"overlay.png", "request.msgpack"} <= left
+    assert {"overlay.png", "request.msgpack", "detections.json"} <= left
+    names = {item["object"] for item in told["objects"]}
+    assert {path.stem for path in (tmp_path / "demo").glob("*.ply")} == names
+    assert {path.stem for path in (tmp_path / "demo/masks").glob("*.png")} == names
     assert not [name for name in left if name.startswith("data-")]
     steps = [line for line in done.stderr.splitlines() if "onboarding the" in line]
     assert len(steps) == len(told["objects"]), "without a terminal each step is a line"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from pem.rle import decode_rle, encode_rle
+from tests.fuzzing import examples
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -25,7 +26,7 @@ def masks() -> st.SearchStrategy[Mask]:
     return st.builds(fill, sizes, st.integers(0, 2**32 - 1), st.integers(1, 12))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(mask=masks())
 def test_cocos_code_reads_and_writes_the_same(mask: Mask) -> None:
     rle = encode_rle(mask)

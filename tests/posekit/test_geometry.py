@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posekit import geometry
+from tests.fuzzing import examples
 
 angles = st.floats(-3.0, 3.0)
 vectors = st.tuples(angles, angles, angles)
@@ -15,7 +16,7 @@ def rotation(vector: tuple[float, float, float]) -> torch.Tensor:
     return geometry.rotation_from_vector(torch.tensor(vector, dtype=torch.float64))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(vectors)
 def test_a_rotation_vector_gives_a_rotation_that_turns_back(vector: tuple[float, float, float]) -> None:
     R = rotation(vector)
@@ -30,7 +31,7 @@ def test_the_angle_between_rotations_is_exact_for_tiny_turns_and_half_turns() ->
     assert geometry.rotation_angle_deg(rotation((0, math.pi, 0)), eye).item() == pytest.approx(180.0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(vectors, vectors)
 def test_alignment_recovers_a_known_motion(turn: tuple[float, float, float], shift: tuple[float, float, float]) -> None:
     source = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

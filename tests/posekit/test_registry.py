@@ -24,7 +24,6 @@ each_engine = pytest.mark.parametrize("spec", registry.ENGINES, ids=lambda spec:
 def test_auto_prefers_the_network_and_lists_name_the_quickest_first() -> None:
     assert [spec.name for spec in registry.ENGINES] == ["sam6d", "geometric"]
     assert registry.names() == ("geometric", "sam6d")
-    assert registry.choices_in_words() == "geometric, sam6d or auto"
     assert registry.needing_nothing() == "geometric"
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from posekit.io import images, masks, meshes
 from posekit.unit_check import Observation, Verdict, judge, observe
+from tests.fuzzing import examples
 
 REAL = Path(__file__).parents[2] / "../shared/real"
 F = 600.0
@@ -131,7 +132,7 @@ def test_real_frames_are_judged_right(frame, what, factor):
 # ---------------------------------------------------------------------------------------------------- no false alarms
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 @given(depth_mm=st.floats(120, 4500), diameter_mm=st.floats(12, 1400), share=st.floats(0.1, 1.2))
 def test_plausible_scenes_are_never_refused_nor_warned_about(depth_mm, diameter_mm, share):
     observation = seen(depth_mm, diameter_mm, share)
@@ -140,14 +141,14 @@ def test_plausible_scenes_are_never_refused_nor_warned_about(depth_mm, diameter_
         assert verdict == Verdict(rows=[None] * len(observations))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(depth_mm=st.floats(20, 30_000), diameter_mm=st.floats(1, 10_000), share=st.floats(0.1, 1.2))
 def test_a_scene_whose_parts_fit_each_other_is_never_refused(depth_mm, diameter_mm, share):
     observation = seen(depth_mm, diameter_mm, share)
     assert judge([observation], [diameter_mm], F, F).request_error is None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(depth_mm=st.floats(120, 4500), diameter_mm=st.floats(12, 1400), share=st.floats(0.1, 2.1))
 def test_a_loose_or_largely_hidden_mask_is_not_blamed_on_units(depth_mm, diameter_mm, share):
     assert judge([seen(depth_mm, diameter_mm, share)], [diameter_mm], F, F).request_error is None

@@ -193,7 +193,7 @@ def test_the_model_is_described_under_its_own_terms(server: RunningServer) -> No
 
 def test_the_command_line_and_the_settings_offer_it(server: RunningServer, tmp_path: Path) -> None:
     tree = server.data.parent / "tree"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "client")]), "COLUMNS": "200"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "client")]), "COLUMNS": "300"}
     command = [sys.executable, "-m", "pem", "serve", "--data-dir", str(tmp_path)]
 
     def said(*options: str) -> str:
@@ -202,7 +202,7 @@ def test_the_command_line_and_the_settings_offer_it(server: RunningServer, tmp_p
         )
         return ended.stdout + ended.stderr
 
-    assert "toy, geometric, sam6d or auto." in said("--help")
+    assert "toy, geometric, sam6d, auto." in said("--help")
     wrong = tmp_path / "wrong.toml"
     wrong.write_text("[toy]\nconfidance = 1.0\n")
     assert "Object contains unknown field `confidance` - at `$.toy`" in said("--config", str(wrong))

@@ -68,6 +68,16 @@ def test_the_least_recently_used_leave_first(store: ObjectStore, tmp_path: Path)
     assert (cache.hits, cache.misses, cache.nbytes) == (1, 3, 2000)
 
 
+def test_what_engines_prepare_counts_against_the_bound(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Plain, "prepare", lambda self, model: 500)
+    cache = ModelCache(tmp_path, limit_bytes=2999)
+    for name in NAMES[:2]:
+        cache.get(Plain(), name)  # type: ignore[arg-type]
+    assert (cache.object_ids, cache.nbytes) == ([NAMES[1]], 1500)
+
+
 def test_a_model_larger_than_the_bound_is_held_alone(store: ObjectStore, tmp_path: Path) -> None:
     cache = ModelCache(tmp_path, limit_bytes=10)
     cache.get(Plain(), NAMES[0])  # type: ignore[arg-type]

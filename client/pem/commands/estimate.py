@@ -34,7 +34,8 @@ def estimate(
         typer.Option(
             "--object",
             metavar="NAME",
-            help="A registered object in place of --cad. CATEGORY=NAME, repeated, where detections differ.",
+            help="A registered object in place of --cad. Repeated where detections differ: NAME where that is their "
+            "category, or CATEGORY=NAME.",
         ),
     ] = None,
     mask: Annotated[
@@ -171,14 +172,13 @@ def _register(client: Client, cad: Path, model_unit: Unit | None, cad_format: Ca
 
 
 def _objects_of_detections(names: list[str]) -> dict[str, Any]:
-    """`--object NAME`, or CATEGORY=NAME for each category of the detections; nothing with --cad."""
+    """Return the object of all detections, or that of each category; nothing with --cad."""
     if not names:
         return {}
     if len(names) == 1 and "=" not in names[0]:
         return {"object_id": names[0]}
-    if not all("=" in name for name in names):
-        common.fail("several objects are told apart by the detections' categories: --object CATEGORY=NAME for each", 2)
-    return {"objects": dict(name.split("=", 1) for name in names)}
+    pairs = (name.partition("=") for name in names)
+    return {"objects": {category: name or category for category, _, name in pairs}}
 
 
 def _object_of_masks(names: list[str], cad: Path | None, count: int) -> dict[str, Any]:

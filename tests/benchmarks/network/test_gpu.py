@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import pointnet2_ext
 from benchmarks.accuracy.run import CLOSING, OPENING
 from benchmarks.network import generated_weights
 from benchmarks.network import gpu as network_gpu
-from benchmarks.network import plain as plain_network
 from benchmarks.network.gpu import Company, Rate, StageTime, Work, arithmetic, closing, parity_table, total
 from benchmarks.network.parity import Check
-from benchmarks.network.run import GOLDEN, OURS
+from benchmarks.network.run import GOLDEN, METHODS
 from posekit.sam6d.network.config import Config
-from posekit.sam6d.network.whole import Model, Poses, Scene, furthest
+from posekit.sam6d.network.whole import Model, Poses, Scene
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +48,7 @@ def test_ours_does_less_and_a_table_saves_the_pairs_layers() -> None:
 
 def test_every_stage_that_does_arithmetic_is_timed() -> None:
     counted = {stage for stage, work in arithmetic(Config()).items() if work.ours}
-    assert counted == set(OURS.values()) - {"furthest-point sampling"}
+    assert counted == set(METHODS.values()) - {"furthest-point sampling"}
 
 
 def test_the_last_paragraph_names_the_slowest_stages_and_the_limits() -> None:
@@ -84,14 +82,6 @@ def test_company_that_moves_a_pose_is_found_out() -> None:
     assert found.mm == pytest.approx(0.2 * 3**0.5, rel=1e-3)
     assert not found.within
     assert Company("setting", 0.009, 0.009).within
-
-
-def test_the_plain_network_has_its_own_point_operators_back() -> None:
-    before = plain_network.reference, plain_network.furthest_points
-    with network_gpu._point_operators_of_the_package():
-        during = plain_network.reference, plain_network.furthest_points
-    assert during == (pointnet2_ext, furthest)
-    assert (plain_network.reference, plain_network.furthest_points) == before
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -132,8 +122,8 @@ def test_the_whole_script_runs_on_a_cpu(
     assert run(monkeypatch, *quick, "--json", str(figures), "--docs") == 0
     found = json.loads(figures.read_text())
     settings = [row["setting"] for row in found["rates"]]
-    assert settings == ["plain, float32, eager", "bf16, eager", "bf16, passes of 2", "bf16, buckets"]
-    assert {row["stage"] for row in found["stages"]} == set(OURS.values())
+    assert settings == ["exact, eager", "bf16, eager", "bf16, passes of 2", "bf16, buckets"]
+    assert {row["stage"] for row in found["stages"]} == set(METHODS.values())
     assert [row["verdict"] for row in found["company"]] == ["pass", "pass"]
     assert {row["largest error"] for row in found["parity"]} == {"coarseA R deg", "coarseA t radii", "coarseA t mm"}
     assert all(row["p50 ms"] > 0 for row in found["latency"])

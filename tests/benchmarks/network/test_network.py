@@ -1,4 +1,4 @@
-"""The network benchmark: the plain network is the original's, ours is timed stage by stage, and the figures add up."""
+"""The network benchmark: settings are timed stage by stage, and the figures add up."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from benchmarks.network import generated_weights
 from benchmarks.network import run as network
 from benchmarks.network.parity import Golden
-from benchmarks.network.plain import Poses, Stages
 from benchmarks.network.run import (
     GOLDEN,
-    OURS,
+    METHODS,
     REST,
     Measured,
-    Ours,
     Pass,
     Seen,
+    Setting,
+    Stages,
     Timed,
     apart,
     measure,
     table_of,
     verdict,
 )
-from posekit.sam6d.network.whole import Network
+from posekit.sam6d.network.whole import Network, Poses
 from posekit.sam6d.quick.cpu import FastNetwork
 
 
@@ -39,17 +39,15 @@ def one_thread() -> Iterator[None]:
 
 
 class Prepared:
-    """The file of reference numbers and what both networks need to run on it."""
+    """The file of reference numbers and what the networks need to run on it."""
 
     def __init__(self) -> None:
         self.golden = Golden(GOLDEN)
-        self.weights = generated_weights.state_dict()
         self.network = Network()
-        self.network.load_state_dict(self.weights)
+        self.network.load_state_dict(generated_weights.state_dict())
         with torch.inference_mode():
             self.seen: Seen = network.golden_instances(self.network)
         self.both = Pass(torch.arange(2), self.golden.tensor("e2e_u"))
-        self.plain = network.plain_run(self.weights, self.seen, self.both, Stages())
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +57,19 @@ def prepared(one_thread: None) -> Prepared:
     return Prepared()
 
 
-def test_the_plain_network_finds_the_originals_poses(prepared: Prepared) -> None:
-    R, t_m, score = prepared.plain
-    assert prepared.golden.error("e2e_pred_R", R) < 1e-4
-    assert prepared.golden.error("e2e_pred_t", t_m) < 1e-5
-    assert prepared.golden.error("e2e_score", score) < 2 / 2048
-
-
-def test_the_fast_setting_finds_the_plain_networks_poses_and_all_its_stages_are_timed(prepared: Prepared) -> None:
-    stages = Stages()
-    with torch.inference_mode():
-        poses = Ours(FastNetwork.of(prepared.network), prepared.seen, threads=2).run(prepared.both, stages)
-    degrees, mm = apart(poses, prepared.plain)
+def test_both_settings_find_the_originals_poses_and_all_their_stages_are_timed(prepared: Prepared) -> None:
+    golden, found = prepared.golden, {}
+    for name, made in (("fast", FastNetwork.of(prepared.network)), ("exact", prepared.network)):
+        with torch.inference_mode():
+            found[name] = Setting(made, prepared.seen, threads=2).run(prepared.both, stages := Stages())
+        assert set(stages.cpu_s) == {*METHODS.values(), REST}
+    R, t_m, score = found["exact"]
+    assert golden.error("e2e_pred_R", R) < 1e-4
+    assert golden.error("e2e_pred_t", t_m) < 1e-5
+    assert golden.error("e2e_score", score) < 2 / 2048
+    degrees, mm = apart(found["fast"], found["exact"])
     assert degrees < 0.1
     assert mm < 0.1
-    assert set(stages.cpu_s) == {*OURS.values(), REST}
 
 
 def test_without_the_reference_numbers_synthetic_instances_have_the_same_sizes(prepared: Prepared) -> None:
@@ -120,19 +116,18 @@ def timed(batch: int, *runs: dict[str, float]) -> Timed:
 
 
 def test_the_table_has_medians_an_instance_and_ratios_of_cpu_seconds() -> None:
-    plain = timed(2, {"a": 8.0, "ball query": 4.0}, {"a": 6.0, "ball query": 4.0}, {"a": 9.0, "ball query": 4.0})
-    fast = timed(2, {"a": 2.0}, {"a": 1.0}, {"a": 4.0})
-    rows = table_of({"plain": plain, "fast": fast}).rows
+    exact = timed(2, {"a": 8.0, "b": 4.0}, {"a": 6.0, "b": 4.0}, {"a": 9.0, "b": 4.0})
+    fast = timed(2, {"a": 2.0, "b": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 4.0, "b": 1.0})
+    rows = table_of({"exact": exact, "fast": fast}).rows
     assert rows == [
         ("a", 4.0, 2.0, 1.0, 0.5, 4.0),
-        ("ball query", 2.0, 1.0, "", "", ""),
-        ("all", 6.0, 3.0, 1.0, 0.5, 6.0),
-        ("all, at best", 5.0, 2.5, 0.5, 0.25, 10.0),
+        ("b", 2.0, 1.0, 0.5, 0.25, 4.0),
+        ("all", 6.0, 3.0, 1.5, 0.75, 4.0),
+        ("all, at best", 5.0, 2.5, 1.0, 0.5, 5.0),
     ]
-    came_to = verdict({"plain": plain, "fast": fast}, threads=2)
-    assert came_to["ratio_cpu"] == 6.0
-    assert came_to["ratio_cpu_without_point_operators"] == 4.0
-    assert came_to["fast_cpu_s"] == 2.0
+    came_to = verdict({"exact": exact, "fast": fast}, threads=2)
+    assert came_to["ratio_cpu"] == came_to["ratio_wall"] == 4.0
+    assert (came_to["exact_cpu_s"], came_to["fast_cpu_s"]) == (12.0, 3.0)
 
 
 def test_settings_take_turns_and_their_poses_are_compared() -> None:
@@ -146,7 +141,7 @@ def test_settings_take_turns_and_their_poses_are_compared() -> None:
 
         return run
 
-    found: Measured = measure({"plain": setting("plain", 0.5), "fast": setting("fast", 0.501)}, Pass.of(1, 2), 2)
-    assert order == ["plain", "fast", "plain", "fast"]
+    found: Measured = measure({"exact": setting("exact", 0.5), "fast": setting("fast", 0.501)}, Pass.of(1, 2), 2)
+    assert order == ["exact", "fast", "exact", "fast"]
     assert found.difference == pytest.approx((0.0, 1.0), abs=1e-3)
     assert len(found.timed["fast"].runs) == 2

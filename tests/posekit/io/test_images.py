@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from posekit.errors import BadData, InvalidInput, PoseError, TooLarge
 from posekit.io import images
+from tests.fuzzing import examples
 
 REAL = Path(__file__).parents[3] / "../shared/real"
 RNG = np.random.default_rng(7)
@@ -365,7 +366,7 @@ def test_an_unusual_tiff_compression_is_refused():
         images.decode_depth(bytes(data), 50)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     source=st.sampled_from([images.encode_png(RGB), encoded(RGB, ".jpg"), float_tiff(DEPTH.astype(np.float32), 5)]),
     position=st.floats(0, 1, exclude_max=True),
@@ -379,7 +380,7 @@ def test_noise_in_an_image_raises_nothing_but_our_errors(source, position, noise
             assert read(data, 1).size <= 3e6
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.sampled_from([images.PNG_SIGNATURE, b"\xff\xd8\xff", b"II*\0", b"MM\0*"]), st.binary(max_size=200))
 def test_garbage_behind_a_signature_raises_nothing_but_our_errors(signature, garbage):
     for read in (images.decode_color, images.decode_depth):

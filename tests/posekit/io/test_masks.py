@@ -18,6 +18,7 @@ from pem.rle import encode_rle
 from posekit.errors import BadData, InvalidInput, PoseError, TooLarge
 from posekit.io import images
 from posekit.io.masks import decode_mask, mask_box
+from tests.fuzzing import examples
 
 ANY = 1e9  # pixels: no limit
 RNG = np.random.default_rng(3)
@@ -317,21 +318,21 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(json_values | st.binary(max_size=60))
 def test_nonsense_raises_nothing_but_our_errors(spec):
     with contextlib.suppress(PoseError):
         assert decode(spec).shape == MASK.shape
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.text(st.characters(min_codepoint=40, max_codepoint=115), max_size=40) | st.lists(st.integers(-3, 300)))
 def test_any_counts_give_a_mask_or_our_errors(counts):
     with contextlib.suppress(PoseError):
         assert decode({"size": [12, 20], "counts": counts}).shape == MASK.shape
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(st.lists(st.lists(st.floats(-30, 50) | st.integers(-3, 30), min_size=6, max_size=14), max_size=4))
 def test_any_polygons_give_a_mask_or_our_errors(polygons):
     with contextlib.suppress(PoseError):

@@ -31,6 +31,7 @@ from posekit.io.meshes import (
     unreadable,
     unzip,
 )
+from tests.fuzzing import examples
 
 REAL = Path(__file__).parents[3] / "../shared/real"
 MANY = 2_000_000
@@ -546,7 +547,7 @@ def test_reading_prints_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     cad_format=st.sampled_from([*FORMATS, "stl_ascii"]),
     position=st.floats(0, 1, exclude_max=True),
@@ -562,7 +563,7 @@ def test_noise_in_a_mesh_raises_nothing_but_our_errors(cad_format, position, noi
         assert raw.faces.max() < len(raw.vertices)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.sampled_from(FORMATS),
     st.sampled_from(
@@ -645,7 +646,7 @@ def test_other_zips_that_cannot_be_used_are_refused():
             unzip(whole[:length])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4))
 def test_noise_in_a_zip_raises_nothing_but_our_errors(position, noise):
     source = zipped(textured_obj())

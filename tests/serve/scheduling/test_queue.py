@@ -531,6 +531,17 @@ async def test_what_was_promised_at_the_door_is_kept_among_many_clients(tmp_path
 
 
 @alone
+async def test_whoever_had_the_last_turn_reckons_with_the_turn_that_others_are_owed(tmp_path: Path) -> None:
+    async with bench(tmp_path) as one:
+        await one.ask("anna", "a", 44)
+        await one.ask("bert", "b", 36)
+        await one.stage.answer("a/0")
+        assert "b/0" in one.stage.inside
+        assert sum(one.queue._ahead("bert", 1).values()) == PASS + 1 + PASS, "anna's next turn comes first"
+        assert sum(one.queue._ahead("anna", 1).values()) == PASS + 1
+
+
+@alone
 async def test_the_ceiling_stops_who_floods_and_lets_others_in_up_to_their_share(tmp_path: Path) -> None:
     async with bench(tmp_path, ceiling_detections=40) as one:
         await one.ask("flood", "f", 44)

@@ -1,0 +1,50 @@
+"""Print one summary line in pytest's form for several runs: scripts/sum_tests.py OUTPUT OUTPUT ...
+
+Each file holds what a run printed. Exits with 1 if a run printed no summary (it broke off), or reports a failure.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+_SUMMARY = re.compile(r"^=* ?(\d+ \w+(?:, \d+ \w+)*) in ([\d.]+)s(?: \([\d:, days]+\))? ?=*$")
+_ORDER = ("failed", "passed", "skipped", "deselected", "xfailed", "xpassed", "warnings", "errors")
+_SINGULAR = {"warning": "warnings", "error": "errors"}
+
+
+def read(text: str) -> tuple[Counter[str], float] | None:
+    """Return what the last summary in a run's output counts, and its seconds; None where there is none."""
+    found = [match for line in text.splitlines() if (match := _SUMMARY.match(line.strip()))]
+    if not found:
+        return None
+    counts: Counter[str] = Counter()
+    for part in found[-1][1].split(", "):
+        number, word = part.split()
+        counts[_SINGULAR.get(word, word)] += int(number)
+    return counts, float(found[-1][2])
+
+
+def main(paths: list[str]) -> int:
+    """Print the line; return 1 where a run failed or broke off."""
+    counts: Counter[str] = Counter()
+    seconds, broken = 0.0, False
+    for path in paths:
+        run = read(Path(path).read_text(errors="replace"))
+        if run is None:
+            print(f"{path}: the run printed no summary: it broke off", file=sys.stderr)
+            counts["errors"] += 1
+            broken = True
+            continue
+        counts += run[0]
+        seconds += run[1]
+    counts.pop("deselected", None)  # each run leaves out what another runs
+    words = ", ".join(f"{counts[word]} {word}" for word in _ORDER if counts[word]) or "no tests ran"
+    print(f"==== {words} in {seconds:.2f}s ====")
+    return int(broken or bool(counts["failed"] or counts["errors"]) or not counts["passed"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
