@@ -10,7 +10,8 @@
     <root>/.trash-<uuid>/                 being deleted
 
 Every file appears under its name only when it is whole: written beside it, flushed to the disk, renamed. So a kill at
-any moment leaves old or new, never half; `sweep` removes what was left behind.
+any moment leaves old or new, never half; `sweep` removes what was left behind. A name that moves is written to its new
+object first: killed before the old one is written, both claim it, and the one of the greater revision has it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +46,9 @@ class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
 
     object_id: str
     name: str | None  # the latest one it was given
-    aliases: list[str] = []  # those before, which go on working
+    aliases: list[str] = []  # those before, which go on working, oldest first
+    awaited: list[str] = []  # names that it takes from other objects once it is ready
+    revision: int = 0  # grows with each change in the store: of two objects that claim a name, the greater has it
     cad_format: str
     model_unit: Literal["mm", "m"]
     files: list[str]
@@ -56,6 +59,15 @@ class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str] = []
     declared_symmetries: dict[str, Any] | None = None  # BOP's spelling: symmetries_discrete, symmetries_continuous
     created_unix: float
+
+    @property
+    def names(self) -> list[str]:
+        """Everything that the object answers to beside its id, the latest last."""
+        return [*self.aliases, *([] if self.name is None else [self.name])]
+
+    def named(self, names: Sequence[str]) -> StoredObject:
+        """The same object answering to these names, the latest last."""
+        return msgspec.structs.replace(self, name=names[-1] if names else None, aliases=list(names[:-1]))
 
 
 _Objects = list[StoredObject]  # written out here, since ObjectStore has a method of the name `list`
@@ -154,7 +166,7 @@ class ObjectStore:
         return stored if stored.object_id == object_id else None
 
     def replace(self, stored: StoredObject) -> None:
-        """Write what is known of an object anew (its name, its declared symmetries); StoreError where there is none."""
+        """Write what is known of an object anew (names, declared symmetries); StoreError where there is none."""
         if self.get(stored.object_id) is None:
             raise StoreError("there is no such object")
         write_atomically(self.folder(stored.object_id) / "object.json", msgspec.json.encode(stored))

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import msgspec
 from python_multipart.multipart import MultipartParser
 
+from posekit.io.meshes import unreadable
 from serve.errors import ApiError
 
 T = TypeVar("T")
@@ -313,6 +314,8 @@ def validation_error(message: str, prefix: str = "") -> ApiError:
     path = path.lstrip(".")
     if "base64" in text:
         return ApiError("bad_body", f"{path} is not base64", field=path)
+    if path.endswith("cad_format") and (words := unreadable("".join(text.split("'")[1:2]).lower())):
+        return ApiError("invalid", words, field=path)
     return ApiError("invalid", f"{text}{f', at {path}' if path and not named else ''}", field=path or None)
 
 

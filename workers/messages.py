@@ -255,7 +255,7 @@ class InspectTask(msgspec.Struct, frozen=True, kw_only=True):
     task_id: str
     folder: str  # holds exactly the client's file(s), already named safely
     cad_format: str  # ply | obj | stl | glb | off | zip
-    model_unit: Literal["mm", "m", "auto"]
+    model_unit: Literal["mm", "m", "auto"] | None  # None: the format's
     max_faces: int
 
 

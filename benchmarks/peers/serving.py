@@ -95,9 +95,7 @@ class Decoder:
             reference = ObjectRef(
                 object_id=stored.object_id, diameter_mm=stored.diameter_mm, middle_mm=sorted(stored.extents_mm)[1]
             )
-            for name in (stored.object_id, stored.name, *stored.aliases):
-                if name is not None:
-                    self._known[name] = reference
+            self._known |= dict.fromkeys([stored.object_id, *stored.names], reference)
 
     def decode(self, body: bytes) -> Cut:
         """The request's detections, cut out. Raises ApiError, PoseError and KeyError (an object that is not known)."""

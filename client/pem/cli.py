@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _hint(error: client.RequestRefused) -> str | None:
     if (error.code, error.field) == ("invalid", "name") and "belongs to object" in error.detail:
-        return "`pem objects remove NAME` frees it"
+        return "`pem objects remove NAME` frees it, `pem objects add --replace` moves it"
     return _HINTS.get(error.code)
 
 

@@ -186,7 +186,8 @@ class Objects:
 
         cad: the path of a file, its bytes with `cad_format`, a `trimesh.Trimesh` or another mesh with vertices and
         faces, or the pair `(vertices, faces)`: (n, 3) lengths in `model_unit` and (m, 3) indices. Adding what the
-        server already has is quick. Raises OnboardingFailed.
+        server already has is quick. With `replace` a name moves here from the object that has it, once this one is
+        ready. Raises OnboardingFailed; then the name has stayed where it was.
         """
         chosen = ObjectOptions(**merged("add", ObjectOptions, options, more, "cad", "options"))
         return self._client._run(self._client._add(cad, chosen))
@@ -200,7 +201,7 @@ class Objects:
         return self._client._run(self._client._get(object_path(object_id), ObjectAnswer))
 
     def remove(self, object_id: str) -> None:
-        """Forget an object, by its id or name."""
+        """By a name: take that away, and the object with its last one. By its id: remove it with all of its names."""
         self._client._run(self._client._remove(object_id))
 
 

@@ -76,7 +76,7 @@ class PoseOptions(Options):
     objects: Mapping[int | str, str | Mapping[str, str]] | None = _option(
         'category -> object id or name, or {"cad_path": ...}, where detections are of different objects'
     )
-    model_unit: Unit | None = _option('of `cad` and `cad_path`; "mm" unless told')
+    model_unit: Unit | None = _option('of `cad` and `cad_path`; "m" for GLB and "mm" for the others unless told')
     depth_scale: float | None = _option(
         'raw depth x this = millimetres (metres with depth_unit="m"); 1 unless told, float depth needs one of the two'
     )
@@ -115,7 +115,8 @@ class ObjectOptions(Options):
     """What `objects.add` takes besides the CAD. Symmetries are BOP's, in millimetres."""
 
     name: str | None = _option("to ask for it by; works wherever the id does")
-    model_unit: Unit | None = _option('of the CAD; "mm" unless told')
+    replace: bool = _option("take the name from the object that has it, once this one is ready", False)
+    model_unit: Unit | None = _option('of the CAD; "m" for GLB and "mm" for the others unless told')
     cad_format: CadFormat | None = _option("required with bytes, else taken from the file's name")
     symmetries_discrete: Sequence[npt.ArrayLike] | None = _option("(4, 4) each; found by the server unless told")
     symmetries_continuous: Sequence[Mapping[str, npt.ArrayLike]] | None = _option(

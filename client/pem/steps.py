@@ -302,6 +302,7 @@ class Verbs:
         )
         request = {
             "name": options.name,
+            "replace": options.replace or None,
             "model_unit": options.model_unit,
             "cad_format": cad_format,
             "symmetries_discrete": None if discrete is None else [_numbers(T_obj_obj) for T_obj_obj in discrete],

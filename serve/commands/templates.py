@@ -80,6 +80,6 @@ def templates(
 def _stored(store: Store, which: str) -> StoredObject:
     """The object of this id or name in a data directory."""
     for stored in store.list():
-        if which in (stored.object_id, stored.name, *stored.aliases):
+        if which in (stored.object_id, *stored.names):
             return stored
     common.fail(f"no object is registered as {which}; `pem objects add FILE --name NAME` registers one at the server")

@@ -121,7 +121,7 @@ ROUTES: Final = (
         tag=OBJECTS,
         summary="Register a CAD model",
         text="PLY, OBJ, STL, GLB, OFF, or a zip of OBJ, MTL and textures; at most 80 MB. Onboarding goes on by itself; "
-        "`wait` blocks until it is done.",
+        "`wait` blocks until it is done. A taken name is refused, or moved with `replace`.",
         request=contract.ObjectRequest,
         answer=contract.ObjectAnswer,
         statuses={201: "A new object.", 200: "An object that was known already."},
@@ -147,7 +147,9 @@ ROUTES: Final = (
         path="/api/v1/objects/{id}",
         handler=object_routes.delete_object,
         tag=OBJECTS,
-        summary="Remove an object",
+        summary="Remove a name or an object",
+        text="By a name: takes that name away, and the object with its last one. By its id: removes the object with "
+        "all of its names.",
         statuses={204: "It is gone."},
         codes=(*DOOR, "unknown_object"),
         curl=f"curl -X DELETE {openapi.BASE}/api/v1/objects/mug",

@@ -1,8 +1,8 @@
 """The CAD models that the service knows: registered, found by path, or sent along; onboarded once, however many ask.
 
 An object's identity is its content (posekit/io/meshes/content.py: `content_id`). Its folder on disk is the truth
-(posekit/store.py); this module adds names, and the bound on the disk. What comes in passes through ingest.py, and what
-engines make of it through onboarding.py.
+(posekit/store.py); this module adds the bound on the disk. What comes in passes through ingest.py, what engines make of
+it through onboarding.py, and what it is called through names.py.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from posekit.store import ObjectStore, StoredObject
 from serve.backend.mosec import Backend
 from serve.errors import ApiError, from_posekit
 from serve.objects.choice import CadChoice
-from serve.objects.ingest import FORMATS, Ingest, Source, declared_symmetries
+from serve.objects.ingest import FORMATS, Ingest, Source, declared_symmetries, format_of, same_files
+from serve.objects.names import Names
 from serve.objects.onboarding import Known, Model, Onboarding
 from serve.settings import Settings
-from workers.messages import (
-    ObjectRef,
-    symmetries_to_wire,
-)
+from workers.messages import Inspected, ObjectRef, symmetries_to_wire
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 
 _REMEMBERED_SOURCES = 4096
+_METRES = {"m": "metres", "mm": "millimetres"}
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,10 @@ class Objects:
         self._store = ObjectStore(settings.objects_path)
         self.ingest = Ingest(settings, backend, self._store)
         self.onboarding = Onboarding(backend, self._store, engine_versions)
-        self.onboarding.is_known = lambda known: self._known.get(known.stored.object_id) is known
         self._known: dict[str, Known] = {}
-        self._names: dict[str, str] = {}
+        self._names = Names(self._store, self._known)
+        self.onboarding.is_known = lambda known: self._known.get(known.stored.object_id) is known
+        self.onboarding.ended = self._settle
         self._ingesting: dict[tuple[Any, ...], asyncio.Task[str]] = {}
         self._sources: dict[tuple[Any, ...], str] = {}  # what a path or an inline CAD turned out to be
 
@@ -80,10 +80,13 @@ class Objects:
             )
         for stored in self._store.list():
             self._learn(stored)
+        self._names.tidy()
+        for known in self._known.values():
+            self._settle(known)
 
     def _learn(self, stored: StoredObject) -> Known:
         known = self._known[stored.object_id] = self.onboarding.known(stored)
-        self._names |= dict.fromkeys(_names(stored), stored.object_id)
+        self._names.learn(known)
         return known
 
     async def warm_up(self) -> None:
@@ -107,7 +110,7 @@ class Objects:
     def label(self, object_id: str | None) -> str:
         """The name for a metric's label: one of the object's that is on the settings' list, or `other`."""
         known = self._known.get(object_id or "")
-        names = _names(known.stored) if known is not None else []
+        names = known.stored.names if known is not None else []
         return next((name for name in self._settings.metrics.objects if name in names), "other")
 
     def listing(self) -> list[schemas.ObjectAnswer]:
@@ -119,10 +122,11 @@ class Objects:
         known = self._find(id_or_name, "object_id")
         for engine in self.onboarding.versions:
             self.onboarding.look(known, engine)
+        self._settle(known)
         return self._answer(known)
 
     def _find(self, id_or_name: str, field: str | None) -> Known:
-        known = self._known.get(self._names.get(id_or_name, id_or_name))
+        known = self._known.get(self._names.holder(id_or_name) or id_or_name)
         if known is None:
             shown = id_or_name if len(id_or_name) <= 80 else id_or_name[:77] + "..."
             raise ApiError(
@@ -132,19 +136,35 @@ class Objects:
             )
         return known
 
+    def _status(self, known: Known) -> Literal["ready", "failed", "onboarding"]:
+        models = {engine: known.models[engine] for engine in self.onboarding.engines}
+        if any(not model.ready and not model.error for model in models.values()):
+            return "onboarding"
+        alone = self._default in models and self._settings.stand_in(self._default) is None
+        usable = models[self._default].ready if alone else any(model.ready for model in models.values())
+        return "ready" if usable else "failed"
+
+    def _settle(self, known: Known) -> None:
+        """Move the names that an object waits for to it once it is ready; leave them where they are if it failed."""
+        if not known.stored.awaited or not self.onboarding.is_known(known):
+            return
+        status = self._status(known)
+        if status == "ready" or (status == "failed" and any(model.error for model in known.models.values())):
+            self._names.settle(known, ready=status == "ready")
+
     def _answer(self, known: Known) -> schemas.ObjectAnswer:
         stored = known.stored
         models = {engine: known.models[engine] for engine in self.onboarding.engines}
         errors = [model.error for model in models.values() if model.error]
-        alone = self._default in models and self._settings.stand_in(self._default) is None
-        usable = models[self._default].ready if alone else any(model.ready for model in models.values())
-        status: Literal["ready", "failed", "onboarding"] = "ready" if usable else "failed"
-        if any(not model.ready and not model.error for model in models.values()):
-            status = "onboarding"
+        status = self._status(known)
+        if status == "failed" and errors:
+            errors[0] = "; ".join([errors[0], *map(self._not_moved, known.missed or stored.awaited)])
         facts = [model.facts for model in models.values() if model.facts is not None]
         return schemas.ObjectAnswer(
             object_id=stored.object_id,
             name=stored.name,
+            names=stored.names,
+            pending_names=stored.awaited,
             status=status,
             progress=1.0 if status == "ready" else self.onboarding.progress(known),
             model_unit=stored.model_unit,
@@ -161,6 +181,10 @@ class Objects:
             engines={engine: self._model_answer(known, engine) for engine in models},
             error=errors[0] if errors else None,
         )
+
+    def _not_moved(self, name: str) -> str:
+        holder = self._names.holder(name)
+        return f"the name {name!r} was not moved" + (f" and stays with object {holder[:12]}..." if holder else "")
 
     def _model_answer(self, known: Known, engine: str) -> schemas.ObjectModelAnswer:
         model, facts = known.models[engine], known.models[engine].facts
@@ -179,11 +203,10 @@ class Objects:
 
     # ------------------------------------------------------------------------------------------- use by a pose request
 
-    async def resolve(
-        self, choice: CadChoice, unit: Literal["mm", "m", "auto"], deadline: float, engine: str
-    ) -> Resolved:
+    async def resolve(self, choice: CadChoice, unit: schemas.Unit | None, deadline: float, engine: str) -> Resolved:
         """The object behind a request's CAD, onboarded for `engine`; waits for that until `deadline` (monotonic).
 
+        `unit` is that of a file's numbers, None for the one of its format.
         Raises ApiError: unknown or forbidden CAD, a mesh that cannot be used, `onboarding` where that lasts too long,
         `onboarding_failed` where it cannot be.
         """
@@ -272,44 +295,54 @@ class Objects:
     ) -> tuple[schemas.ObjectAnswer, bool]:
         """An uploaded CAD -> its answer, and whether it is new. Starts the onboarding and does not wait for it."""
         try:
-            suffix = Path(file_name).suffix.lower()
-            cad_format = request.cad_format or FORMATS.get(suffix)
-            if cad_format is None:
-                raise ApiError(
-                    "invalid",
-                    "the file name does not tell the format: "
-                    f"end it in one of {', '.join(FORMATS)}, or send cad_format",
-                    field="file",
-                )
+            cad_format = request.cad_format or format_of(
+                file_name,
+                f"the file name does not tell the format: end it in one of {', '.join(FORMATS)}, or send cad_format",
+                "file",
+            )
             if request.name is not None and re.fullmatch(r"[0-9a-f]{64}", request.name):
                 raise ApiError("invalid", "a name must not look like an object id", field="name")
+            if request.replace and request.name is None:
+                raise ApiError("invalid", "replace moves a name to this object; give the name", field="replace")
             name = f"model.{cad_format}"
             (staged / "source" / "upload").rename(staged / "source" / name)
-            declared = declared_symmetries(request)
             known, created = await self._enter(
-                staged, [name], cad_format, request.model_unit, field="file", name=request.name, declared=declared
+                staged,
+                [name],
+                cad_format,
+                request.model_unit,
+                field="file",
+                name=request.name,
+                replace=request.replace,
+                declared=declared_symmetries(request),
             )
             if any(model.error for model in known.models.values()):  # asked for once more: perhaps the reason is gone
+                known.missed = []
                 for model in known.models.values():
                     model.error = None
                 self._store.clear_failures(known.stored.object_id)
             self.onboarding.onboard_all(known)
+            self._settle(known)
             return self._answer(known), created
         finally:
             self.ingest.discard(staged)
 
     def remove(self, id_or_name: str) -> None:
-        """Forget an object and delete its folder."""
+        """Take a name away, and the object with its last one; by its id, remove the object with all of its names."""
         known = self._find(id_or_name, "object_id")
         object_id = known.stored.object_id
+        left = [name for name in known.stored.names if name != id_or_name]
         try:
+            if left and id_or_name in known.stored.names:
+                self._names.change(known, known.stored.named(left))
+                log.info("object_changed", object_id=object_id, names=left)
+                return
             self._store.remove(object_id)
         except PoseError as error:
             raise from_posekit(error) from None
         self._known.pop(object_id, None)
         self.onboarding.forget(object_id)
-        for name in _names(known.stored):
-            self._names.pop(name, None)
+        self._names.forget(known)
         log.info("object_removed", object_id=object_id, name=known.stored.name)
 
     async def _enter(
@@ -317,10 +350,11 @@ class Objects:
         staged: Path,
         files: list[str],
         cad_format: str,
-        unit: str,
+        unit: schemas.Unit | None,
         *,
         field: str,
         name: str | None = None,
+        replace: bool = False,
         declared: dict[str, Any] | None = None,
     ) -> tuple[Known, bool]:
         """A staged CAD -> the object it is, and whether it is new. The staged folder is gone afterwards."""
@@ -328,21 +362,26 @@ class Objects:
         try:
             inspected = await self.ingest.inspect(staged, cad_format, unit, field)
             object_id = inspected.object_id
-            self._check_name(name, object_id)
             known = self._known.get(object_id)
-            if known is not None:
-                running = self.onboarding.of(object_id)
-                if running and declared not in (None, known.stored.declared_symmetries):
+            if known is not None and declared not in (None, known.stored.declared_symmetries):
+                if running := self.onboarding.of(object_id):
                     await asyncio.wait(running)  # or a model with other symmetries would come after the change
-                self._update(known, name, declared)
+                known = self._known.get(object_id)
+            if name is not None and not replace:
+                await self._check_name(name, inspected, staged)
+            if known is not None:
+                self._update(known, name, declared, replace=replace)
                 return known, False
-            if name is not None:
-                self._names[name] = object_id  # taken from here on, not only once it is stored
+            awaited = [name] if name is not None and self._names.holder(name) not in (None, object_id) else []
+            if name is not None and not awaited:
+                self._names.reserve(name, object_id)  # from here on, not only once it is stored
             await self._make_room()
             health = inspected.health
             stored = StoredObject(
                 object_id=object_id,
-                name=name,
+                name=None if awaited else name,
+                awaited=awaited,
+                revision=self._names.next_revision(),
                 cad_format=cad_format,
                 model_unit=inspected.model_unit,
                 files=sorted(files),
@@ -358,7 +397,10 @@ class Objects:
             if object_id not in self._known:
                 self._learn(stored)
             if not created:  # another request was faster with the same files
-                self._update(self._known[object_id], name, declared)
+                self._update(self._known[object_id], name, declared, replace=replace)
+            elif name is not None and replace:
+                self._names.wait_no_more(name, object_id)
+            self._names.tidy()
             log.info(
                 "object_added",
                 object_id=object_id,
@@ -375,36 +417,57 @@ class Objects:
             ) from None
         finally:
             self.ingest.discard(staged)
-            if name is not None and self._names.get(name) == object_id and object_id not in self._known:
-                del self._names[name]
+            if name is not None:
+                self._names.release(name, object_id)
 
-    def _check_name(self, name: str | None, object_id: str) -> None:
-        taken_by = self._names.get(name or "")
-        if taken_by is not None and taken_by != object_id:
-            raise ApiError(
-                "invalid",
-                f"the name {name!r} belongs to object {taken_by[:12]}...; delete that one or choose another",
-                field="name",
-            )
-
-    def _update(self, known: Known, name: str | None, declared: dict[str, Any] | None) -> None:
-        """A known object that is registered once more, perhaps under one more name or with other symmetries."""
-        changes: dict[str, Any] = {}
-        if name is not None and name != known.stored.name:
-            changes["name"] = name
-            changes["aliases"] = [one for one in _names(known.stored) if one != name]  # somebody may be using them
-        if declared is not None and declared != known.stored.declared_symmetries:
-            changes["declared_symmetries"] = declared
-        if not changes:
+    async def _check_name(self, name: str, inspected: Inspected, staged: Path) -> None:
+        """Refuse a name that another object has, or takes as soon as it is ready."""
+        taken_by = self._names.kept_from(inspected.object_id, name)
+        if taken_by is None:
             return
-        stored = msgspec.structs.replace(known.stored, **changes)
-        self._store.replace(stored)
-        if "declared_symmetries" in changes:
-            self._store.remove_models(stored.object_id)
+        known = self._known.get(taken_by)
+        words = f"the name {name!r} belongs to object {taken_by[:12]}..."
+        if known is not None and known.stored.model_unit != inspected.model_unit:
+            ours, its = staged / "source", self._store.folder(taken_by) / "source"
+            if await asyncio.to_thread(same_files, ours, its):
+                before, now = known.stored.model_unit, inspected.model_unit
+                raise ApiError(
+                    "invalid",
+                    f"{words}, which is this same file in {_METRES[before]}, while this request takes it to be in "
+                    f'{_METRES[now]}; send model_unit: "{before}" to mean that object, or replace: true to give the '
+                    f"name to the file in {_METRES[now]}",
+                    field="name",
+                )
+        if self._names.holder(name) is None:
+            words = f"object {taken_by[:12]}... takes the name {name!r} as soon as it is ready"
+        raise ApiError(
+            "invalid",
+            f"{words}; send replace: true to give the name to this one, choose another name, or delete that object",
+            field="name",
+        )
+
+    def _update(
+        self, known: Known, name: str | None, declared: dict[str, Any] | None, *, replace: bool = False
+    ) -> None:
+        """A known object that is registered once more, perhaps under one more name or with other symmetries."""
+        stored, object_id = known.stored, known.stored.object_id
+        if name is not None and self._names.holder(name) in (None, object_id):
+            if name != stored.name:  # those before stay: somebody may be using them
+                stored = stored.named([*(one for one in stored.names if one != name), name])
+            stored = msgspec.structs.replace(stored, awaited=[one for one in stored.awaited if one != name])
+        elif name is not None and name not in stored.awaited:
+            stored = msgspec.structs.replace(stored, awaited=[*stored.awaited, name])
+        anew = declared is not None and declared != stored.declared_symmetries
+        if anew:
+            stored = msgspec.structs.replace(stored, declared_symmetries=declared)
+        if stored != known.stored:
+            self._names.change(known, stored)
+            log.info("object_changed", object_id=object_id, names=stored.names)
+        if name is not None and replace:
+            self._names.wait_no_more(name, object_id)
+        if anew:
+            self._store.remove_models(object_id)
             known.models = {engine: Model(error=model.error) for engine, model in known.models.items()}
-        self._names |= dict.fromkeys(_names(stored), stored.object_id)
-        known.stored = stored
-        log.info("object_changed", object_id=stored.object_id, name=stored.name, aliases=stored.aliases)
 
     async def _make_room(self) -> None:
         """Keep the store below its bound: unnamed objects leave first, least recently used."""
@@ -413,7 +476,7 @@ class Objects:
             idle = [
                 known
                 for known in self._known.values()
-                if known.stored.name is None
+                if not (known.stored.names or known.stored.awaited)
                 and not self.onboarding.of(known.stored.object_id)
                 and time.time() - known.last_used > 60
             ]
@@ -423,12 +486,9 @@ class Objects:
                     "the object store is full; remove objects that are no longer needed",
                     retry_after_s=60,
                 )
-            object_id = min(idle, key=lambda known: known.last_used).stored.object_id
+            known = min(idle, key=lambda known: known.last_used)
+            object_id = known.stored.object_id
             self._known.pop(object_id, None)
+            self._names.forget(known)
             await asyncio.to_thread(self._store.remove, object_id)
             log.warning("object_evicted", object_id=object_id, reason="storage.objects_mb is reached")
-
-
-def _names(stored: StoredObject) -> list[str]:
-    """Everything that an object answers to beside its id."""
-    return [*stored.aliases, *([stored.name] if stored.name is not None else [])]

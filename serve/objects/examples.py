@@ -8,6 +8,7 @@ _ID: Final = "9f2c" * 16
 _OBJECT: Final[dict[str, Any]] = {
     "object_id": _ID,
     "name": "mug",
+    "names": ["cup", "mug"],
     "status": "ready",
     "progress": 1.0,
     "model_unit": "mm",
@@ -26,7 +27,10 @@ _OBJECT: Final[dict[str, Any]] = {
 
 #: schema -> name -> an example that its struct accepts
 EXAMPLES: Final[dict[str, dict[str, dict[str, Any]]]] = {
-    "ObjectRequest": {"named": {"name": "mug", "model_unit": "m"}},
+    "ObjectRequest": {
+        "named": {"name": "mug", "model_unit": "m"},
+        "replacing": {"name": "mug", "replace": True},
+    },
     "ObjectAnswer": {"ready": _OBJECT},
     "ObjectList": {"default": {"objects": [_OBJECT]}},
 }

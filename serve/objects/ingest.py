@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import filecmp
 import hashlib
 import math
 import os
@@ -23,6 +24,7 @@ import structlog
 
 from pem import contract
 from posekit.errors import PoseError
+from posekit.io import meshes
 from posekit.store import ObjectStore
 from serve.backend.mosec import Backend, BackendError, Interrupted
 from serve.errors import ApiError, from_failure, from_posekit, internal_error
@@ -32,7 +34,7 @@ from workers.messages import Failure, InspectAnswer, Inspected, InspectTask
 
 log = structlog.get_logger()
 
-FORMATS: Final = {".ply": "ply", ".obj": "obj", ".stl": "stl", ".glb": "glb", ".off": "off", ".zip": "zip"}
+FORMATS: Final = {f".{name}": name for name in meshes.FORMATS}  # by a file name's ending
 _decoder: msgspec.msgpack.Decoder[Inspected | Failure] = msgspec.msgpack.Decoder(InspectAnswer)
 _REMEMBERED = 4096
 _MAX_COMPANIONS = 64  # files that an OBJ may refer to
@@ -45,7 +47,7 @@ class Source:
 
     key: tuple[Any, ...]  # the same for the same files in the same unit
     cad_format: str
-    unit: str
+    unit: contract.Unit | None  # None: the format's
     field: str  # of the request
     fill: Callable[[Path], list[str]]  # puts the files into a folder; their names, the CAD's first
 
@@ -88,13 +90,12 @@ class Ingest:
     def cad_file(self, text: str, field: str) -> Path:
         """The CAD file at a path below the CAD root."""
         path = inside(self._settings.cad_path, text, field)
-        if path.suffix.lower() not in FORMATS:
-            raise ApiError("invalid", f"a CAD file ends in {', '.join(FORMATS)}", field=field)
+        format_of(path.name, f"a CAD file ends in {', '.join(FORMATS)}", field)
         if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long for any file
             raise ApiError("no_cad_file", "no CAD file at this path under the CAD root", field=field)
         return path
 
-    async def from_path(self, path: Path, unit: str, field: str) -> Source:
+    async def from_path(self, path: Path, unit: contract.Unit | None, field: str) -> Source:
         """A CAD file with whatever it refers to. ApiError where it cannot be read or is too large."""
         limit = self._settings.limits.object_body_mb
         try:
@@ -110,7 +111,7 @@ class Ingest:
         )
 
     @staticmethod
-    def from_inline(choice: CadChoice, unit: str) -> Source:
+    def from_inline(choice: CadChoice, unit: contract.Unit | None) -> Source:
         """A mesh that stands in the request itself."""
         assert choice.cad is not None
         assert choice.cad_format is not None
@@ -129,13 +130,13 @@ class Ingest:
             self._companions[stamp] = await asyncio.to_thread(_companions, path, self._settings.cad_path.resolve())
         return self._companions[stamp]
 
-    async def inspect(self, staged: Path, cad_format: str, unit: str, field: str) -> Inspected:
+    async def inspect(self, staged: Path, cad_format: str, unit: contract.Unit | None, field: str) -> Inspected:
         """What the files in a staged folder are. ApiError where they are no usable mesh, or nobody gets to it."""
         task = InspectTask(
             task_id=f"inspect-{uuid.uuid4().hex}",
             folder=str(staged),
             cad_format=cad_format,
-            model_unit=unit,  # type: ignore[arg-type]
+            model_unit=unit,
             max_faces=self._settings.onboard.max_faces,
         )
         try:
@@ -161,6 +162,25 @@ class Ingest:
 
 
 # --------------------------------------------------------------------------------------------------------------- paths
+
+
+def format_of(file_name: str, otherwise: str, field: str) -> str:
+    """The format that a file name's ending tells. ApiError where it tells none, in the words `otherwise`."""
+    suffix = Path(file_name).suffix.lower()
+    if suffix not in FORMATS:
+        raise ApiError("invalid", meshes.unreadable(suffix.removeprefix(".")) or otherwise, field=field)
+    return FORMATS[suffix]
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold files of the same names and bytes; False also where one cannot be read."""
+    try:
+        names = sorted(path.name for path in one.iterdir())
+        if names != sorted(path.name for path in other.iterdir()):
+            return False
+        return all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
+    except OSError:
+        return False
 
 
 def inside(root: Path, text: str, field: str) -> Path:

@@ -47,6 +47,7 @@ class Known:
     stored: StoredObject
     models: dict[str, Model] = field(default_factory=dict)  # by engine, in the order in which they are made
     last_used: float = 0.0
+    missed: list[str] = field(default_factory=list)  # names that it was to take, had it not failed
 
 
 class Onboarding:
@@ -56,6 +57,7 @@ class Onboarding:
         self.versions = {name: engine_versions[name] for name in registry.names() if name in engine_versions}
         self.lost: Callable[[], Collection[str]] = tuple  # engines that do not answer: nothing waits for their models
         self.is_known: Callable[[Known], bool] = lambda known: True  # whether an object is still registered
+        self.ended: Callable[[Known], None] = lambda known: None  # told after each onboarding of an object
         self._backend = backend
         self._store = store
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}  # by object and engine
@@ -94,14 +96,15 @@ class Onboarding:
             known.models[engine].started = time.monotonic()
             task = asyncio.create_task(self._run(known, engine))
             self._tasks[key] = task
-            task.add_done_callback(lambda done: self._ended(key, done))
+            task.add_done_callback(lambda done: self._ended(key, known, done))
         return task
 
-    def _ended(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
+    def _ended(self, key: tuple[str, str], known: Known, task: asyncio.Task[None]) -> None:
         if self._tasks.get(key) is task:
             del self._tasks[key]
         if not task.cancelled():
             task.exception()  # looked at, also where nobody waited
+            self.ended(known)
 
     async def _run(self, known: Known, engine: str) -> None:
         object_id, model = known.stored.object_id, known.models[engine]

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import typer
 
-from pem import __version__, cli, imagefiles
+from pem import __version__, cli, client, imagefiles
 from pem.commands import common
 from pem.commands.estimate import read_camera
+from pem.contract import Health, ObjectAnswer
 from pem.rle import encode_rle
 from posekit.io import images
 from posekit.synthetic.scenes import demo_scene
@@ -299,6 +300,7 @@ def frame(files: Path) -> list[object]:
         (["--cad", "housing.ply", "--detections", "rgb.png"], "no list of detections"),
         (["--object", "a", "--object", "b", "--mask", "mask.png"], "CATEGORY=NAME"),
         (["--object", "a", "--model-unit", "m", "--mask", "mask.png"], "--model-unit"),
+        (["--object", "a", "--cad-format", "ply", "--mask", "mask.png"], "--cad-format"),
     ],
 )
 def test_estimate_says_what_is_missing(pem: Pem, files: Path, arguments: list[str], words: str) -> None:
@@ -420,18 +422,65 @@ def test_objects_from_file_to_removal(server: RunningServer, pem: Pem, tmp_path:
     other.write_bytes(mesh_to_ply(SHAPES["wedge"]().mesh))
     taken = pem("objects", "add", other, "--name", "cli-tee", *at)
     assert (taken.code, "`pem objects remove NAME` frees it" in taken.err) == (1, True)
+    assert "`pem objects add --replace` moves it" in taken.err
+    odd = tmp_path / "tee.bin"
+    odd.write_bytes(file.read_bytes())
+    pem("objects", "add", odd, "--cad-format", "ply", "--name", "cli-t", "--json", "-", *at).json()
     listed = pem("objects", "list", "--json", "-", *at).json()["objects"]
     assert added["object_id"] in [item["object_id"] for item in listed]
-    assert "cli-tee" in pem("objects", "list", *at).out
+    assert re.search(rf"cli-tee, cli-t .* {added['object_id'][:12]} ", pem("objects", "list", *at).out)
     shown = pem("objects", "show", "cli-tee", *at).out
     assert added["object_id"] in shown
     assert re.search(r"engine geometric .* ready, onboarded in \d+\.\d s on 1 thread, \d\.\d MB on disk", shown)
+    moved = pem("objects", "add", other, "--name", "cli-tee", "--replace", "--json", "-", *at).json()
+    assert moved["object_id"] != added["object_id"]
+    short = added["object_id"][:12].upper()
+    assert pem("objects", "show", short, "--json", "-", *at).json()["names"] == ["cli-t"]
+    pem("objects", "add", file, "--name", "cli-tea", *at)
+    removed = pem("objects", "remove", "cli-t", *at)
+    assert (removed.code, "removed the name cli-t; the object is still cli-tea" in removed.err) == (0, True)
+    assert pem("objects", "remove", short, "--json", "-", *at).json() == {"removed": added["object_id"]}
+    assert pem("objects", "show", "cli-tea", *at).code == 1
+    assert "takes" not in pem("objects", "show", "cli-tee", *at).out
     assert pem("objects", "remove", "cli-tee", *at).code == 0
     gone = pem("objects", "show", "cli-tee", *at)
     assert gone.code == 1
     assert "404" in gone.err
     assert "\n`pem objects list` shows the names" in gone.err
     assert "request id" in gone.err
+
+
+def test_the_beginning_of_an_id_stands_for_its_object_where_no_name_is_meant(
+    pem: Pem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    health = Health(faces=4, watertight=True, extents_mm=(1, 1, 1), diameter_mm=2)
+
+    def item(object_id: str, *names: str) -> ObjectAnswer:
+        more: dict[str, Any] = {"model_unit": "mm", "health": health, "symmetries": None, "names": list(names)}
+        name = names[-1] if names else None
+        return ObjectAnswer(object_id=object_id.ljust(64, "0"), name=name, status="ready", progress=1.0, **more)
+
+    objects = [item("beef01", "mug", "cup"), item("beef02"), item("cafe03", "beef")]
+    removed: list[str] = []
+
+    def get(_: client.Objects, which: str) -> ObjectAnswer:
+        for one in objects:
+            if which in (one.object_id, *one.names):
+                return one
+        raise client.NotFound(404, "unknown_object", f"no object is registered as {which!r}")
+
+    monkeypatch.setattr(client.Objects, "get", get)
+    monkeypatch.setattr(client.Objects, "list", lambda _: objects)
+    monkeypatch.setattr(client.Objects, "remove", lambda _, which: removed.append(which))
+    assert pem("objects", "remove", "beef").code == 0  # a name
+    assert pem("objects", "remove", "beef02").code == 0
+    assert removed == ["beef", objects[1].object_id]
+    several = pem("objects", "remove", "beef0")
+    assert several.code == 2
+    assert "2 ids begin with beef0: beef01000000 (mug, cup), beef02000000 (-)" in several.err
+    for unknown in ("bee", "caff", "mugs", ""):  # too short for the beginning of an id, of none, no beginning
+        assert "no object is registered" in pem("objects", "remove", unknown).err
+    assert len(removed) == 2
 
 
 def test_status_is_a_table_or_json(server: RunningServer, pem: Pem) -> None:

@@ -315,7 +315,8 @@ def test_an_upload_tells_how_far_it_is_and_waits_for_the_object(script: tuple[st
     path.write_bytes(b"x" * 300_000)
     told: list[tuple[str, float]] = []
     with client.Client(url) as pem:
-        added = pem.objects.add(path, name="mug", model_unit="m", on_progress=lambda *step: told.append(step))
+        options = client.ObjectOptions(name="mug", replace=True, model_unit="m")
+        added = pem.objects.add(path, options, on_progress=lambda *step: told.append(step))
     assert added.status == "ready"
     uploaded = [fraction for phase, fraction in told if phase == "upload"]
     assert uploaded == sorted(uploaded)
@@ -324,7 +325,7 @@ def test_an_upload_tells_how_far_it_is_and_waits_for_the_object(script: tuple[st
     method, route, headers, body = played.seen[0]
     assert (method, route) == ("POST", "/api/v1/objects")
     assert headers["content-type"].startswith("multipart/form-data")
-    assert b'{"name":"mug","model_unit":"m"}' in body
+    assert b'{"name":"mug","replace":true,"model_unit":"m"}' in body
     assert b'filename="mug.ply"' in body
     assert played.seen[1][1] == "/api/v1/objects/9f"
 
@@ -403,8 +404,11 @@ def test_a_real_server_refuses_in_words(server: RunningServer, scene: Scene) -> 
 def test_objects_come_and_go(server: RunningServer) -> None:
     mesh = mesh_to_ply(SHAPES["wedge"]().mesh, unit="m")
     with client.Client(server.url, timeout_s=120) as pem:
-        added = pem.objects.add(mesh, cad_format="ply", name="client-wedge", model_unit="m")
+        before = pem.objects.add(mesh, cad_format="ply", name="client-wedge")  # in millimetres: another object
+        added = pem.objects.add(mesh, cad_format="ply", name="client-wedge", model_unit="m", replace=True)
         assert (added.status, added.model_unit) == ("ready", "m")
+        assert (added.names, pem.objects.get(before.object_id).names) == (["client-wedge"], [])
+        pem.objects.remove(before.object_id)
         assert pem.objects.get("client-wedge") == added
         assert added.object_id in [item.object_id for item in pem.objects.list()]
         pem.objects.remove("client-wedge")

@@ -120,9 +120,13 @@ def test_a_broken_folder_makes_way_for_the_object(store):
 
 def test_a_name_can_change(store):
     add(store)
-    store.replace(msgspec.structs.replace(described(), name="cup", aliases=["mug"]))
+    assert store.get(ID).names == ["mug"]
+    store.replace(described().named(["mug", "can", "cup"]))
     assert store.get(ID).name == "cup"
-    assert store.get(ID).aliases == ["mug"]
+    assert store.get(ID).aliases == ["mug", "can"]
+    assert store.get(ID).names == ["mug", "can", "cup"]
+    store.replace(described().named([]))
+    assert (store.get(ID).name, store.get(ID).names) == (None, [])
     with pytest.raises(StoreError, match="no such object"):
         store.replace(msgspec.structs.replace(described(), object_id=OTHER))
 

@@ -55,7 +55,7 @@ class InspectStage(Stage):
         if cad_format == "zip":  # an object is its files, however they were packed
             files, cad_format = self.meshes.expand(files)
         raw = self.meshes.load_mesh(files, cad_format, task.max_faces)
-        unit, guessed = self.meshes.resolve_unit(raw, task.model_unit)
+        unit, guessed = self.meshes.resolve_unit(raw, task.model_unit, cad_format)
         mesh = self.meshes.to_mesh(raw, unit)
         health = self.meshes.health(raw, mesh)
         self.store.save_mesh(folder, mesh)

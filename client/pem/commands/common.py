@@ -28,6 +28,7 @@ Json = Annotated[
     typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output, without the table."),
 ]
 URL_DEFAULT = DEFAULT_URL
+MODEL_UNIT = "m for GLB, else mm"  # what a CAD file's numbers are unless told
 INSTALL_SERVER = "run `pip install ./client .` in the folder of PEM Server"
 WIDE = 150  # columns of a table that goes into a file or a pipe
 

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from pem.client import Client
 from pem.commands import common
-from pem.contract import Unit
+from pem.contract import CadFormat, Unit
+from pem.options import ObjectOptions
 from pem.poses import Float64, Pose, PoseResult, rotation_vector_deg
 
 
@@ -50,7 +51,10 @@ def estimate(
     depth_unit: Annotated[
         Literal["mm", "m"] | None, typer.Option(help="m: raw depth x depth scale is metres (RealSense, ROS).")
     ] = None,
-    model_unit: Annotated[Unit | None, typer.Option(help="Unit of --cad.", show_default="mm")] = None,
+    model_unit: Annotated[Unit | None, typer.Option(help="Unit of --cad.", show_default=common.MODEL_UNIT)] = None,
+    cad_format: Annotated[
+        CadFormat | None, typer.Option(help="What --cad is.", show_default="its name's ending")
+    ] = None,
     engine: Annotated[str | None, typer.Option(help="Which engine, of those that the server has.")] = None,
     refine: Annotated[Literal["auto", "icp", "none"] | None, typer.Option(help="How to refine.")] = None,
     min_score: Annotated[float | None, typer.Option(help="Reject poses of lower confidence.")] = None,
@@ -97,9 +101,11 @@ def estimate(
     masks = [common.read_file(path) for path in mask] if mask else None
     with common.connect(url, api_key) as client:
         if cad is not None:
-            chosen["object_id"] = _register(client, cad, model_unit)
+            chosen["object_id"] = _register(client, cad, model_unit, cad_format)
         elif model_unit is not None:
             common.fail("--model-unit belongs to --cad: a registered object already has its unit", 2)
+        elif cad_format is not None:
+            common.fail("--cad-format belongs to --cad", 2)
         with common.spinner("estimating"):
             result = client.estimate(common.read_file(rgb), common.read_file(depth), K, masks, **chosen)
     for text in result.warnings:
@@ -158,10 +164,11 @@ def _cells(pose: Pose) -> list[str]:
     return [str(pose.index), name, status, f"{pose.confidence:.2f}", t, turn, evidence]
 
 
-def _register(client: Client, cad: Path, model_unit: Unit | None) -> str:
+def _register(client: Client, cad: Path, model_unit: Unit | None, cad_format: CadFormat | None) -> str:
     """Have the server know the model: quick where it already does, with a progress bar where it does not."""
     with common.phases(cad.name) as show:
-        return client.objects.add(cad, model_unit=model_unit, on_progress=show).object_id
+        options = ObjectOptions(model_unit=model_unit, cad_format=cad_format, on_progress=show)
+        return client.objects.add(cad, options).object_id
 
 
 def _objects_of_detections(names: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,19 +10,30 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from pem.client import Client, NotFound
 from pem.commands import common
-from pem.contract import ObjectAnswer, ObjectModelAnswer, Unit
-from pem.options import ALREADY_KNOWN
+from pem.contract import CadFormat, ObjectAnswer, ObjectModelAnswer, Unit
+from pem.options import ALREADY_KNOWN, ObjectOptions
 
 app = typer.Typer(help="The CAD models that a server knows.", no_args_is_help=True)
-Which = Annotated[str, typer.Argument(metavar="OBJECT", help="Name or id of the object.")]
+Which = Annotated[
+    str, typer.Argument(metavar="OBJECT", help="A name or the id of the object, or the beginning of the id.")
+]
+_SHORT = 12  # digits of an id as tables show it
+_BEGINNING = re.compile(r"[0-9a-f]{4,63}", re.IGNORECASE)  # of an id; fewer digits are rather a slip
 
 
 @app.command()
 def add(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="PLY, OBJ, STL, GLB, OFF, or zip of OBJ.")],
     name: Annotated[str | None, typer.Option(help="A name to ask for it by; works wherever the id does.")] = None,
-    model_unit: Annotated[Unit | None, typer.Option(help="Unit of the file.", show_default="mm")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the name from the object that has it, once this one is ready.")
+    ] = False,
+    model_unit: Annotated[Unit | None, typer.Option(help="Unit of the file.", show_default=common.MODEL_UNIT)] = None,
+    cad_format: Annotated[
+        CadFormat | None, typer.Option(help="What the file is.", show_default="its name's ending")
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Wait until the object is ready.")] = True,
     json: common.Json = None,
     url: common.Url = common.URL_DEFAULT,
@@ -29,9 +41,11 @@ def add(
 ) -> None:
     """Register a CAD model and wait until it is ready. What the server already has costs nothing.
 
-    Example:
+    Examples:
 
       pem objects add mug.ply --name mug
+
+      pem objects add mug-2.ply --name mug --replace
     """
     told: set[str] = set()
     with common.connect(url, api_key) as client, common.phases(file.name) as show:
@@ -40,7 +54,8 @@ def add(
             told.add(phase)
             show(phase, fraction)
 
-        added = client.objects.add(file, name=name, model_unit=model_unit, wait=wait, on_progress=progress)
+        options = ObjectOptions(name=name, replace=replace, model_unit=model_unit, cad_format=cad_format, wait=wait)
+        added = client.objects.add(file, options, on_progress=progress)
     if ALREADY_KNOWN in told and json != "-":
         common.note(f"{file.name} was already known to the server")
     _show(added, json)
@@ -58,12 +73,12 @@ def list_(json: common.Json = None, url: common.Url = common.URL_DEFAULT, api_ke
         common.note("no objects yet: pem objects add FILE --name NAME")
         return
     rows = Table(header_style="bold")
-    for column in ("name", "id", "status", "unit", "diameter (mm)", "faces", "warnings"):
+    for column in ("names", "id", "status", "unit", "diameter (mm)", "faces", "warnings"):
         rows.add_column(column, justify="right" if column in ("diameter (mm)", "faces") else "left")
     for item in objects:
         rows.add_row(
-            escape(item.name or "-"),
-            item.object_id[:12],
+            escape(_names(item)),
+            item.object_id[:_SHORT],
             _status(item),
             item.model_unit,
             f"{item.health.diameter_mm:.1f}",
@@ -79,19 +94,42 @@ def show(
 ) -> None:
     """Show one object: health, symmetries, state, and what each engine's model of it took in time and takes on disk."""
     with common.connect(url, api_key) as client:
-        _show(client.objects.get(which), json)
+        _show(_find(client, which), json)
 
 
 @app.command()
 def remove(
     which: Which, json: common.Json = None, url: common.Url = common.URL_DEFAULT, api_key: common.ApiKey = None
 ) -> None:
-    """Forget an object."""
+    """Take a name away, and the object with its last one; by its id, remove the object with all of its names."""
     with common.connect(url, api_key) as client:
-        client.objects.remove(which)
-    common.write_json(json, {"removed": which})
+        item = _find(client, which)
+        removed = which if which in item.names else item.object_id
+        client.objects.remove(removed)
+    common.write_json(json, {"removed": removed})
     if json != "-":
-        common.note(f"removed {which}")
+        left = [name for name in item.names if which in item.names and name != which]
+        common.note(f"removed the name {which}; the object is still {', '.join(left)}" if left else f"removed {which}")
+
+
+def _find(client: Client, which: str) -> ObjectAnswer:
+    """The object of a name or an id, or the one whose id begins so. NotFound where there is none."""
+    try:
+        return client.objects.get(which)
+    except NotFound:
+        if not _BEGINNING.fullmatch(which):
+            raise
+        found = [item for item in client.objects.list() if item.object_id.startswith(which.lower())]
+        if not found:
+            raise
+    if len(found) > 1:
+        candidates = ", ".join(f"{item.object_id[:_SHORT]} ({_names(item)})" for item in found)
+        common.fail(f"{len(found)} ids begin with {which}: {candidates}; write more digits, or a name", 2)
+    return found[0]
+
+
+def _names(item: ObjectAnswer) -> str:
+    return ", ".join(item.names or [item.name or "-"])
 
 
 def _show(item: ObjectAnswer, json: str | None) -> None:
@@ -103,7 +141,9 @@ def _show(item: ObjectAnswer, json: str | None) -> None:
     rows.add_column(overflow="fold")
     health, symmetries = item.health, item.symmetries
     rows.add_row("id", item.object_id)
-    rows.add_row("name", escape(item.name or "-"))
+    rows.add_row("names" if len(item.names) > 1 else "name", escape(_names(item)))
+    if item.pending_names:
+        rows.add_row("takes once ready", escape(", ".join(item.pending_names)))
     rows.add_row("status", _status(item))
     rows.add_row("unit of the file", item.model_unit)
     rows.add_row("diameter", f"{health.diameter_mm:.1f} mm")

@@ -107,8 +107,8 @@ class Asked(Wire, kw_only=True):
     model_unit: Annotated[
         Unit | None,
         Meta(
-            description="Unit of the CAD's numbers, mm unless given; auto guesses and says so. "
-            "Not with object_id, which has its unit."
+            description="Unit of the CAD's numbers: m for GLB and mm for the others unless given; auto guesses and "
+            "says so. Not with object_id, which has its unit."
         ),
     ] = None
     engine: Annotated[

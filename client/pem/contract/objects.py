@@ -23,10 +23,24 @@ class ContinuousSymmetry(Wire, kw_only=True):
 class ObjectRequest(Wire, kw_only=True):
     """What is known about a CAD file."""
 
-    name: Annotated[ObjectName | None, Meta(description="Works wherever the id does.")] = None
+    name: Annotated[
+        ObjectName | None,
+        Meta(description="Works wherever the id does. An object may have several, each given by one request."),
+    ] = None
+    replace: Annotated[
+        bool,
+        Meta(
+            description="Take the name from the object that has it, in one step, once this one is ready; until then, "
+            "and where onboarding fails, it stays there. Without it a taken name is refused."
+        ),
+    ] = False
     model_unit: Annotated[
-        Unit, Meta(description="Unit of the file's numbers; auto guesses and says so in the health report.")
-    ] = "mm"
+        Unit | None,
+        Meta(
+            description="Unit of the file's numbers; m for GLB and mm for the others unless given. "
+            "auto guesses and says so in the health report."
+        ),
+    ] = None
     cad_format: Annotated[CadFormat | None, Meta(description="By default the file name's ending.")] = None
     symmetries_discrete: Annotated[
         list[Matrix] | None,
@@ -78,7 +92,13 @@ class ObjectAnswer(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One CAD object."""
 
     object_id: Annotated[str, Meta(description="sha256 over the resolved unit and the files' names and bytes.")]
-    name: Annotated[str | None, Meta(description="Works wherever the id does.")]
+    name: Annotated[str | None, Meta(description="The latest of its names; works wherever the id does.")]
+    names: Annotated[list[str], Meta(description="All that it answers to beside its id, the latest last.")] = (
+        msgspec.field(default_factory=lambda: [])  # said also where it is empty, unlike a plain []
+    )
+    pending_names: Annotated[
+        list[str], Meta(description="Names that it takes from other objects once it is ready (`replace`).")
+    ] = []
     status: Annotated[
         Literal["onboarding", "ready", "failed"], Meta(description="ready: poses can be asked for at once.")
     ]

@@ -6,8 +6,8 @@ one mesh in the file's own unit; `resolve_unit`, `to_mesh` and `health` then say
 
 from posekit.io.meshes.archive import expand, unzip
 from posekit.io.meshes.content import content_id
-from posekit.io.meshes.formats import FORMATS, sniff
-from posekit.io.meshes.inspection import HealthReport, Unit, diameter_m, health, is_watertight, resolve_unit, to_mesh
+from posekit.io.meshes.formats import FORMATS, Unit, sniff, unreadable
+from posekit.io.meshes.inspection import HealthReport, diameter_m, health, is_watertight, resolve_unit, to_mesh
 from posekit.io.meshes.raw import RawMesh
 from posekit.io.meshes.read import load_mesh
 
@@ -25,5 +25,6 @@ __all__ = [
     "resolve_unit",
     "sniff",
     "to_mesh",
+    "unreadable",
     "unzip",
 ]

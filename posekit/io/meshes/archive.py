@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from posekit.errors import BadData, InvalidInput, TooLarge
-from posekit.io.meshes.formats import FORMATS, suffix
+from posekit.io.meshes.formats import FORMATS, refuse_unreadable, suffix, unreadable
 
 MAX_UNZIPPED_BYTES = 512 << 20
 
@@ -21,8 +21,13 @@ def expand(files: Mapping[str, bytes], field: str | None = "file") -> tuple[dict
     """Unpack the one zip in `files` and find the mesh in it: (its files, the mesh's format)."""
     if len(files) != 1:
         raise InvalidInput("a zip is sent alone", field)
-    inside = unzip(next(iter(files.values())), field=field)
+    (data,) = files.values()
+    refuse_unreadable(data, field)
+    inside = unzip(data, field=field)
     meshes = [name for name in inside if suffix(name) in FORMATS and suffix(name) != "zip"]
+    if not meshes:
+        for words in filter(None, (unreadable(suffix(name)) for name in inside)):
+            raise InvalidInput(f"the zip holds no mesh; of a file in it: {words}", field)
     if len(meshes) != 1:
         what = "no mesh" if not meshes else f"{len(meshes)} meshes ({', '.join(sorted(meshes)[:5])})"
         raise InvalidInput(f"the zip holds {what}; it must hold one, with its material and texture files", field)

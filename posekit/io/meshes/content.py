@@ -12,8 +12,7 @@ import hashlib
 import struct
 from collections.abc import Mapping
 
-from posekit.io.meshes.formats import suffix
-from posekit.io.meshes.inspection import Unit
+from posekit.io.meshes.formats import Unit, suffix
 
 
 def content_id(unit: Unit, files: Mapping[str, bytes]) -> str:

@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from posekit.engine import Mesh
+from posekit.io.meshes.formats import UNIT_OF, Unit
 from posekit.io.meshes.raw import Float64, Int64, RawMesh, unique_rows
 from posekit.units import METRES_OF, MM_PER_M, m_to_mm
-
-Unit = Literal["mm", "m"]
 
 MANY_FACES = 500_000  # more than any pose engine gains from
 METRES_BELOW = 3.0  # unit "auto": an object of 5 mm to 3 m, so a smaller diameter is in metres
@@ -30,11 +29,13 @@ class HealthReport:
     warnings: list[str]
 
 
-def resolve_unit(raw: RawMesh, unit: Literal["mm", "m", "auto"]) -> tuple[Unit, str | None]:
-    """The unit of a mesh's file, and for `auto` a sentence that reports the guess.
+def resolve_unit(raw: RawMesh, unit: Literal["mm", "m", "auto"] | None, cad_format: str) -> tuple[Unit, str | None]:
+    """The unit of a mesh's file (None: its format's), and for `auto` a sentence that reports the guess.
 
     Objects that one estimates poses of measure 5 mm to 3 m: a number below 3 is in metres, any other in millimetres.
     """
+    if unit is None:
+        return UNIT_OF.get(cad_format, "mm"), None
     if unit != "auto":
         return unit, None
     diameter = diameter_m(raw.vertices)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from posekit.errors import BadData, InvalidInput, TooLarge
 from posekit.io.meshes.archive import expand
-from posekit.io.meshes.formats import FORMATS, sniff, suffix
+from posekit.io.meshes.formats import FORMATS, refuse_unreadable, sniff, suffix
 from posekit.io.meshes.obj_glb import read_with_trimesh
 from posekit.io.meshes.off import read_off
 from posekit.io.meshes.ply import read_ply
@@ -19,7 +19,8 @@ def load_mesh(files: Mapping[str, bytes], cad_format: str, max_faces: int, field
 
     Several bodies become one mesh, each at its place; textures and face colours become vertex colours (vertices are
     doubled where face colours meet). Raises BadData for what is not a mesh of that format, TooLarge for more faces than
-    `max_faces` (before parsing where a header tells), InvalidInput for a mesh without faces, with NaN, or without area.
+    `max_faces` (before parsing where a header tells), InvalidInput for a mesh without faces, with NaN, or without area,
+    and for a known format that is not read, such as STEP.
     """
     if cad_format not in FORMATS:
         raise InvalidInput(f"cad_format {cad_format!r} is unknown; it is one of {', '.join(FORMATS)}", field)
@@ -30,6 +31,7 @@ def load_mesh(files: Mapping[str, bytes], cad_format: str, max_faces: int, field
         raise BadData("the mesh file is empty (0 bytes)", field)
     found = sniff(data)
     if found != cad_format:
+        refuse_unreadable(data, field)
         like = f"looks like {found.upper()}" if found else "does not look like one"
         raise BadData(f"the mesh was sent as {cad_format.upper()} and {like}", field)
     others = {other: content for other, content in files.items() if other != name}

@@ -40,7 +40,7 @@ class Question:
     asked: Asked
     choices: list[CadChoice]
     by_category: dict[str, int] | None  # `objects`: category as text -> index into choices
-    model_unit: Literal["mm", "m", "auto"]
+    model_unit: schemas.Unit | None  # None: the format's
     engine: str
     refine: Literal["auto", "icp", "none"]
     deadline_ms: int | None = None
@@ -159,7 +159,7 @@ def _common(request: schemas.Asked, protocol: Protocol, limits: Limits) -> Quest
         asked=asked,
         choices=choices,
         by_category=by_category,
-        model_unit=request.model_unit or "mm",
+        model_unit=request.model_unit,
         engine=request.engine,
         refine=request.refine,
         deadline_ms=request.deadline_ms,

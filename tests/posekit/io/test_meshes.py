@@ -20,7 +20,17 @@ from scipy.spatial.distance import pdist
 
 from posekit.errors import BadData, InvalidInput, PoseError, TooLarge
 from posekit.io import images, meshes
-from posekit.io.meshes import RawMesh, content_id, diameter_m, health, load_mesh, resolve_unit, to_mesh, unzip
+from posekit.io.meshes import (
+    RawMesh,
+    content_id,
+    diameter_m,
+    health,
+    load_mesh,
+    resolve_unit,
+    to_mesh,
+    unreadable,
+    unzip,
+)
 from tests.fuzzing import examples
 
 REAL = Path(__file__).parents[3] / "../shared/real"
@@ -241,7 +251,7 @@ def test_real_models_are_read_and_healthy():
     report = health(raw, to_mesh(raw, "mm"))
     assert report.warnings == []
     assert report.diameter_mm == pytest.approx(201.404, abs=1e-3)  # as BOP's models_info.json has it
-    assert resolve_unit(raw, "auto")[0] == "mm"
+    assert resolve_unit(raw, "auto", "ply")[0] == "mm"
     mustard = load((REAL / "ycbv_mustard/obj_000005.ply").read_bytes(), "ply")
     assert mustard.faces.shape == (15728, 3)
     assert mustard.vertex_colors is None
@@ -327,6 +337,46 @@ def test_a_wrong_extension_is_told_with_what_the_file_looks_like(cad_format, con
 def test_what_is_no_mesh_is_bad_data(cad_format, data):
     with pytest.raises(BadData):
         load(data, cad_format)
+
+
+STEP = b"ISO-10303-21;\nHEADER;\nFILE_DESCRIPTION((''),'2;1');\n"
+IGES = b"an IGES file".ljust(72) + b"S      1\n" + b"1H,,1H;,".ljust(72) + b"G      1\n"
+COLLADA = b'<?xml version="1.0"?>\n<COLLADA xmlns="http://www.collada.org/2005/11/COLLADASchema" version="1.4.1">'
+GLTF = b'{"asset": {"version": "2.0"}, "meshes": []}'
+
+
+def three_mf() -> bytes:
+    return zipped({"[Content_Types].xml": b"<Types/>", "_rels/.rels": b"", "3D/3dmodel.model": b"<model/>" * 20_000})
+
+
+@pytest.mark.parametrize("cad_format", [*FORMATS, "zip"])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: STEP, "a STEP file, a CAD format without triangles: export the part .* as a mesh .* or tessellate"),
+        (lambda: IGES, "an IGES file, a CAD format without triangles: .* FreeCAD"),
+        (lambda: COLLADA, "COLLADA .* export the model as GLB or OBJ"),
+        (three_mf, "3MF .* export the part as STL, PLY or OBJ"),
+        (lambda: GLTF, "glTF in text form, .* as GLB"),
+    ],
+    ids=["step", "iges", "dae", "3mf", "gltf"],
+)
+def test_a_known_format_that_is_not_read_says_what_to_do(cad_format, make, words):
+    with pytest.raises(InvalidInput, match=words) as caught:
+        load_mesh({f"model.{cad_format}": make()}, cad_format, MANY, "cad")
+    assert caught.value.field == "cad"
+
+
+@pytest.mark.parametrize("ending", ["step", "stp", "p21", "iges", "igs", "dae", "3mf", "gltf"])
+def test_a_known_format_that_is_not_read_is_known_by_its_ending(ending):
+    assert "export" in unreadable(ending)
+    with pytest.raises(InvalidInput, match="holds no mesh; of a file in it: this is"):
+        load_mesh({"model.zip": zipped({f"PART.{ending.upper()}": b"x", "readme.txt": b""})}, "zip", MANY)
+
+
+def test_an_ending_of_no_known_format_has_no_words():
+    assert unreadable("ply") is None
+    assert unreadable("docx") is None
 
 
 def test_an_unknown_format_is_refused():
@@ -611,7 +661,7 @@ def test_noise_in_a_zip_raises_nothing_but_our_errors(position, noise):
 @pytest.mark.parametrize("scale, unit", [(1.0, "mm"), (0.001, "m"), (0.05, "m"), (20.0, "mm")])
 def test_auto_guesses_the_unit_and_says_so(scale, unit):
     raw = load(exported(trimesh.creation.box((30 * scale, 40 * scale, 0.001)), "ply"), "ply")  # 50 across, or 0.05
-    guess, note = resolve_unit(raw, "auto")
+    guess, note = resolve_unit(raw, "auto", "glb")
     assert guess == unit
     assert "metres" in note
     assert f'send model_unit: "{"m" if unit == "mm" else "mm"}"' in note
@@ -619,8 +669,16 @@ def test_auto_guesses_the_unit_and_says_so(scale, unit):
 
 def test_a_unit_that_is_given_is_believed():
     raw = load(tetrahedron_ply(), "ply")
-    assert resolve_unit(raw, "m") == ("m", None)
-    assert resolve_unit(raw, "mm") == ("mm", None)
+    assert resolve_unit(raw, "m", "ply") == ("m", None)
+    assert resolve_unit(raw, "mm", "glb") == ("mm", None)
+
+
+@pytest.mark.parametrize("cad_format", FORMATS)
+def test_a_unit_that_is_not_given_is_the_formats(cad_format):
+    assert resolve_unit(load(box(cad_format), cad_format), None, cad_format) == (
+        "m" if cad_format == "glb" else "mm",
+        None,
+    )
 
 
 def test_a_mesh_goes_to_metres():

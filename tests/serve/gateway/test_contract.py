@@ -16,6 +16,7 @@ import httpx
 import msgspec
 import numpy as np
 import pytest
+import trimesh
 
 from pem import rle
 from posekit.io import images, masks
@@ -350,6 +351,10 @@ def test_a_cad_in_metres_is_told_by_its_unit_or_guessed(ask: Asker, tiny: Questi
         tree = one(objects=..., cad=ply(unit="m"), cad_format="ply", model_unit=unit)
         row = ask.poses(tree)[0]
         assert max(tiny.errors(1, row)) < 2, unit
+    mesh = tiny_scene().instances[1].shape.mesh
+    glb = trimesh.Scene(trimesh.Trimesh(mesh.vertices_m, mesh.faces, process=False)).export(file_type="glb")
+    row = ask.poses(one(objects=..., cad=glb, cad_format="glb"))[0]  # whose specification says metres
+    assert max(tiny.errors(1, row)) < 2
 
 
 # ----------------------------------------------------------------------------------------------- pictures and camera

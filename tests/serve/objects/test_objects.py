@@ -105,7 +105,7 @@ def obj(vertices: Any, material: str | None = None) -> bytes:
 def glb(vertices: Any) -> bytes:
     import trimesh
 
-    mesh = trimesh.Trimesh(np.asarray(vertices), np.array(FACES), process=False)
+    mesh = trimesh.Trimesh(np.asarray(vertices) / 1000, np.array(FACES), process=False)
     data: bytes = trimesh.Scene(mesh).export(file_type="glb")
     return data
 
@@ -181,6 +181,12 @@ def test_every_format_is_the_same_mesh_in_another_form(depot: Depot) -> None:
 def test_the_format_may_be_told_where_the_files_name_does_not(depot: Depot) -> None:
     refusal(depot.ask.upload(ply(), "wedge.bin"), 422, "invalid", "file")
     refusal(depot.ask.upload(ply(), "wedge"), 422, "invalid", "file")
+    for file_name in ("part.STP", "part.iges"):
+        assert "without triangles" in refusal(depot.ask.upload(b"x", file_name), 422, "invalid", "file")["detail"]
+    step = depot.ask.upload(b"ISO-10303-21;\nHEADER;", "part.ply")
+    assert "without triangles" in refusal(step, 422, "invalid", "file")["detail"]
+    told = refusal(depot.ask.upload(ply(), "wedge.bin", cad_format="step"), 422, "invalid", "cad_format")
+    assert "without triangles" in told["detail"]
     assert depot.ask.upload(ply(), "wedge.bin", cad_format="ply").status_code == 200
     assert depot.leftovers() == []
 
@@ -247,13 +253,29 @@ def test_a_name_belongs_to_one_object_until_it_is_given_up(depot: Depot) -> None
     renamed = depot.ask.upload(mesh, name="second", wait=None)
     assert (renamed.status_code, renamed.json()["name"]) == (200, "second")
     for name in ("first", "second"):  # somebody may be using the first one
-        assert depot.get(name)["object_id"] == added["object_id"]
+        assert (depot.get(name)["object_id"], depot.get(name)["names"]) == (added["object_id"], ["first", "second"])
     refusal(depot.ask.upload(ascii_ply(tetrahedron(75)), name="first"), 422, "invalid", "name")
+    assert depot.ask.send("DELETE", f"{OBJECTS}/first").status_code == 204
+    refusal(depot.ask.send("GET", f"{OBJECTS}/first"), 404, "unknown_object")
+    assert depot.get("second")["names"] == ["second"]
     assert depot.ask.send("DELETE", f"{OBJECTS}/second").status_code == 204
     for name in ("first", "second", added["object_id"]):
         refusal(depot.ask.send("GET", f"{OBJECTS}/{name}"), 404, "unknown_object")
         refusal(depot.ask.send("DELETE", f"{OBJECTS}/{name}"), 404, "unknown_object")
     depot.ask.refused(one(objects=..., object_id="second"), 404, "unknown_object", "object_id")
+
+
+def test_a_replaced_name_moves_when_the_new_object_is_ready(depot: Depot) -> None:
+    old = depot.ask.upload(ascii_ply(tetrahedron(75.1)), name="part").json()
+    with depot.server.paused("onboard"):
+        new = depot.ask.upload(ascii_ply(tetrahedron(75.2)), name="part", replace=True, wait=None).json()
+        assert (new["status"], new["names"], new["pending_names"]) == ("onboarding", [], ["part"])
+        assert depot.get("part")["object_id"] == old["object_id"]
+    wait_until(lambda: depot.get(new["object_id"])["status"] == "ready", 120, "the new one is ready")
+    assert depot.get("part")["object_id"] == new["object_id"]
+    assert depot.get(old["object_id"])["names"] == []
+    for entry in (old, new):
+        assert depot.ask.send("DELETE", f"{OBJECTS}/{entry['object_id']}").status_code == 204
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", ".hidden", "a/b", "x" * 129, "f" * 64, "ä"])

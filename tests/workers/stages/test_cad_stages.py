@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import trimesh
 
 from posekit.engine import ObjectModel
 from posekit.store import ObjectStore, StoredObject
@@ -41,7 +42,7 @@ def store(shared: Stages) -> ObjectStore:
 
 
 def look(
-    inspect: InspectStage, folder: Path, name: str, data: bytes, cad_format: str, unit: str
+    inspect: InspectStage, folder: Path, name: str, data: bytes, cad_format: str, unit: str | None
 ) -> Inspected | Failure:
     (folder / "source").mkdir(parents=True)
     (folder / "source" / name).write_bytes(data)
@@ -85,10 +86,24 @@ def test_a_zip_is_the_files_in_it_however_they_are_packed(inspect: InspectStage,
     assert len(ids) == 1
 
 
+def test_a_glb_is_in_metres_unless_told_also_in_a_zip(inspect: InspectStage, tmp_path: Path) -> None:
+    glb = trimesh.Scene(trimesh.Trimesh(BOX.vertices_m, BOX.faces, process=False)).export(file_type="glb")
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("model.glb", glb)
+    for name, data in (("model.glb", glb), ("model.zip", packed.getvalue())):
+        for unit, expected in ((None, "m"), ("mm", "mm")):
+            found = inspected(look(inspect, tmp_path / f"{unit}-{name}", name, data, name[-3:], unit))
+            assert found.model_unit == expected
+            assert found.health.extents_mm[0] == pytest.approx(100 if expected == "m" else 0.1, rel=1e-4)
+    assert inspected(look(inspect, tmp_path / "ply", "model.ply", PLY, "ply", None)).model_unit == "mm"
+
+
 @pytest.mark.parametrize(
     "data, kind",
     [
         (b"", "bad_data"),
+        (b"ISO-10303-21;\nHEADER;", "invalid"),
         (b"ply\nnonsense", "bad_data"),
         (PLY.replace(b"element face 12", b"element face 99999"), "too_large"),
         (ascii_ply(BOX.vertices_m * np.nan, BOX.faces), "invalid"),

@@ -1,0 +1,122 @@
+"""Which object answers to which name, and which waits for a name that another has.
+
+The names stand in each object's folder (posekit/store.py). A name moves by one write, that of its new object; whatever
+claims it with a smaller revision has lost it, also where the file still has to be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import structlog
+
+from posekit.errors import PoseError
+from posekit.store import ObjectStore, StoredObject
+from serve.objects.onboarding import Known
+
+log = structlog.get_logger()
+
+
+class Names:
+    """The names of the known objects."""
+
+    def __init__(self, store: ObjectStore, known: Mapping[str, Known]) -> None:
+        self._store = store
+        self._known = known
+        self._holders: dict[str, str] = {}  # name -> the object that answers to it
+        self._waiting: dict[str, str] = {}  # name -> the object that takes it once it is ready
+        self._outdated: set[str] = set()  # objects whose file claims a name that they have lost
+        self._revision = 0
+
+    def holder(self, name: str) -> str | None:
+        """The id of the object that answers to a name."""
+        return self._holders.get(name)
+
+    def kept_from(self, object_id: str, name: str) -> str | None:
+        """The id of another object that has a name, or else waits for it; None where `object_id` may have it."""
+        other = self._holders.get(name) or self._waiting.get(name)
+        return None if other == object_id else other
+
+    def next_revision(self) -> int:
+        """For what is written next."""
+        self._revision += 1
+        return self._revision
+
+    def reserve(self, name: str, object_id: str) -> None:
+        """Keep a free name for an object that is about to be stored."""
+        self._holders[name] = object_id
+
+    def release(self, name: str, object_id: str) -> None:
+        """Give a reserved name up, where the object did not come to be."""
+        if self._holders.get(name) == object_id and object_id not in self._known:
+            del self._holders[name]
+
+    def learn(self, known: Known) -> None:
+        """Take in what an object claims; of two that claim a name, the one of the greater revision has it."""
+        object_id, stored = known.stored.object_id, known.stored
+        self._revision = max(self._revision, stored.revision)
+        for claims, names in ((self._holders, stored.names), (self._waiting, stored.awaited)):
+            for name in names:
+                other = self._known.get(claims.get(name, object_id), known)
+                if other.stored.revision > stored.revision:
+                    self._lose(known, name)
+                    continue
+                claims[name] = object_id
+                if other is not known:
+                    self._lose(other, name)
+
+    def tidy(self) -> None:
+        """Write the objects that lost a name; one that cannot be written now gets its turn later."""
+        for object_id in tuple(self._outdated):
+            try:
+                self._store.replace(self._known[object_id].stored)
+            except PoseError as error:
+                log.error("object_names_not_written", object_id=object_id, error=error.detail)
+            else:
+                self._outdated.discard(object_id)
+
+    def change(self, known: Known, stored: StoredObject) -> None:
+        """Write an object anew, its names included; whoever had one of them loses it. PoseError changes nothing."""
+        stored = msgspec.structs.replace(stored, revision=self.next_revision())
+        self._store.replace(stored)
+        self.forget(known)
+        known.stored = stored
+        self.learn(known)
+        self.tidy()
+
+    def wait_no_more(self, name: str, object_id: str) -> None:
+        """Let `object_id` be the only one that may be waiting for a name."""
+        other = self._known.get(self._waiting.get(name, object_id))
+        if other is not None and other.stored.object_id != object_id:
+            del self._waiting[name]
+            self._lose(other, name)
+            self.tidy()
+
+    def settle(self, known: Known, *, ready: bool) -> None:
+        """Give an object the names that it waits for, in one step, or take it off the list if it failed."""
+        names, object_id = known.stored.awaited, known.stored.object_id
+        stored = msgspec.structs.replace(known.stored, awaited=[])
+        if ready:
+            stored = stored.named([*(name for name in stored.names if name not in names), *names])
+        try:
+            self.change(known, stored)
+        except PoseError as error:
+            log.error("object_names_not_written", object_id=object_id, error=error.detail)
+            return
+        known.missed = [] if ready else names
+        log.info("object_names_moved" if ready else "object_names_kept", object_id=object_id, names=names)
+
+    def forget(self, known: Known) -> None:
+        """An object is gone: its names are free."""
+        object_id = known.stored.object_id
+        self._outdated.discard(object_id)
+        for claims, names in ((self._holders, known.stored.names), (self._waiting, known.stored.awaited)):
+            for name in names:
+                if claims.get(name) == object_id:
+                    del claims[name]
+
+    def _lose(self, known: Known, name: str) -> None:
+        stored = known.stored.named([one for one in known.stored.names if one != name])
+        known.stored = msgspec.structs.replace(stored, awaited=[one for one in stored.awaited if one != name])
+        self._outdated.add(stored.object_id)
