@@ -30,4 +30,4 @@ def test_a_changed_status_is_found_and_everything_else_is_the_same(
     rows = [row for row in json.loads(figures.read_text())["results"] if row["group"] == "404 and 405"]
     different = {row["name"] for row in rows if row["verdict"] != "same"}
     assert "PUT /api/v1/objects" in different
-    assert {row["name"] for row in rows} - different >= {"GET /api/v1/nothing", "OPTIONS /readyz"}
+    assert {row["name"] for row in rows} - different >= {"GET /api/v1/nothing", "GET /api"}
