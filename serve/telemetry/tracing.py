@@ -67,7 +67,7 @@ Value = str | int | float
 def _caller(headers: Sequence[tuple[bytes, bytes]]) -> SpanContext:
     """Read the caller's span; invalid where the headers name none or break the rules, which fails no request."""
     parents = [value.decode("latin-1") for name, value in headers if name == b"traceparent"]
-    if len(parents) != 1 or parents[0] != parents[0].strip():
+    if len(parents) != 1 or parents[0] != parents[0].strip():  # the propagator takes the first, and forgives blanks
         return INVALID_SPAN_CONTEXT
     state = b",".join(value for name, value in headers if name == b"tracestate").decode("latin-1")
     carrier = {"traceparent": parents[0], "tracestate": state if len(state) <= _LONGEST_STATE else ""}
