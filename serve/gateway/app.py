@@ -54,7 +54,7 @@ class Gateway:
             return
         answer.headers["X-Request-Id"] = call.request_id
         answer.headers["Server-Timing"] = call.server_timing
-        answer.headers["traceparent"] = call.trace.own.traceparent
+        answer.headers["traceparent"] = call.trace.traceparent
         if call.sends_body and not call.body_read:
             # Whoever is still sending would never see the answer if the connection were closed under the body.
             patient = call.error != "body_timeout" and "expect" not in call.headers
@@ -168,7 +168,7 @@ class Gateway:
             field=call.field,
             rejected=notes.rejected or None,
             client=call.client,
-            trace_id=call.trace.own.trace_id,
+            trace_id=call.trace.trace_id,
         )
         self.service.tracing.end(
             call.trace,

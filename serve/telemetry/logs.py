@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import itertools
+import errno
+import io
 import json
 import logging
 import os
@@ -21,9 +22,9 @@ import re
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Final, Literal, TextIO, cast
 
@@ -33,13 +34,8 @@ from structlog.typing import EventDict, WrappedLogger
 
 from serve.settings import Log
 
-LEVELS: Final[dict[str, int]] = {
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-    "critical": logging.CRITICAL,
-}
+LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+_ALIASES: Final = {"trace": 10, "warn": 30, "fatal": 50}  # in lines of others
 _WAITING_LINES: Final = 20_000  # between the callers and the writing thread
 _FLUSH_S: Final = 3.0  # at the end, and in flush()
 
@@ -49,34 +45,42 @@ def configure(log: Log, data_path: Path, *, stream: TextIO | None = None) -> Non
 
     May be called again, with other settings: what was said before is written first.
     """
+    global _writer
     shutdown()
     stream = sys.stderr if stream is None else stream
-    on_terminal = _is_terminal(stream)
+    on_terminal = False
+    with contextlib.suppress(AttributeError, ValueError):  # there may be none, or a closed one
+        on_terminal = stream.isatty()
     as_json = log.format == "json" or (log.format == "auto" and not on_terminal)
     console = None if as_json else Console(color=on_terminal and not os.environ.get("NO_COLOR"))
     file = RotatingFile(data_path / "logs" / "pem.log", log.file_mb * 2**20, log.files) if log.file else None
-    _state.writer = _Writer(stream, console, file)
+    _writer = writer = _Writer(stream, console, file)
     structlog.configure(
-        processors=[structlog.processors.add_log_level, _stamp, _exception, redact, _fan_out],
+        processors=[structlog.processors.add_log_level, _stamp, _exception, redact],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[log.level]),
-        logger_factory=lambda *_: _state.writer or _Nowhere(),
+        logger_factory=lambda *_: writer,
         cache_logger_on_first_use=False,
     )
-    _take_over_stdlib(LEVELS[log.level])
+    _undo.callback(structlog.reset_defaults)
+    root, level, handler = logging.getLogger(), LEVELS[log.level], _Stdlib()
+    _undo.callback(root.setLevel, root.level)
+    _undo.callback(root.removeHandler, handler)
+    root.addHandler(handler)
+    root.setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))  # no chatter of libraries
 
 
 def shutdown() -> None:
     """Write what is waiting and stop; logging goes back to where it was."""
-    writer, _state.writer = _state.writer, None
+    global _writer
+    writer, _writer = _writer, None
     if writer is not None:
-        _give_back_stdlib()
-        structlog.reset_defaults()
+        _undo.close()
         writer.close()
 
 
 def flush(timeout_s: float = _FLUSH_S) -> bool:
     """Wait until everything said so far is written; False where that took too long."""
-    return _state.writer is None or _state.writer.flush(timeout_s)
+    return _writer is None or _writer.flush(timeout_s)
 
 
 def get(**fields: Any) -> structlog.typing.FilteringBoundLogger:
@@ -86,7 +90,7 @@ def get(**fields: Any) -> structlog.typing.FilteringBoundLogger:
 
 def dropped_lines() -> int:
     """Lines that could not be written since the start."""
-    return _state.writer.dropped if _state.writer is not None else 0
+    return _writer.dropped if _writer is not None else 0
 
 
 # ------------------------------------------------------------------------------------------------------- what we log
@@ -143,7 +147,6 @@ _NOISE: Final = re.compile(
     r"|failed to read from socket: unpack requires|warmup successfully"
 )
 _LONGEST_LINE: Final = 65_536
-_LEVEL_NAMES: Final = {"trace": "debug", "warn": "warning", "fatal": "critical"}
 
 
 def forward_line(line: bytes) -> None:
@@ -185,12 +188,10 @@ _OURS: Final = frozenset({"source", "timestamp", "level", "event", "self"})
 
 
 def _forward(source: str, level: str, event: str, fields: Mapping[str, Any], unix: object = None) -> None:
-    name = level.lower()
-    number = LEVELS.get(_LEVEL_NAMES.get(name, name), logging.INFO)
     ours = {k: v for k, v in fields.items() if k not in _OURS}
     if isinstance(unix, (int, float)) and 0 < unix < 1e11:
         ours["timestamp"] = _iso(unix)
-    get(source=source).log(number, event, **ours)
+    get(source=source).log((LEVELS | _ALIASES).get(level.lower(), logging.INFO), event, **ours)
 
 
 # -------------------------------------------------------------------------------------------------------- processors
@@ -201,16 +202,16 @@ def _iso(unix: float) -> str:
 
 
 def _stamp(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """The time, to the millisecond; structlog's stamper writes six digits, or none where they are noughts."""
     event.setdefault("timestamp", _iso(time.time()))
     return event
 
 
-def _exception(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+def _exception(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     """`exc_info` (True, or an exception) becomes the text of its traceback."""
-    given = event.pop("exc_info", None)
-    error = sys.exc_info()[1] if given is True else given[1] if isinstance(given, tuple) else given
-    if isinstance(error, BaseException):
-        event["traceback"] = "".join(traceback.format_exception(error))
+    event = structlog.processors.format_exc_info(logger, method, event)
+    if "exception" in event:
+        event["traceback"] = event.pop("exception")
     return event
 
 
@@ -272,15 +273,15 @@ def _clean_text(text: str, longest: int) -> str:
     return text
 
 
-def _fan_out(_logger: WrappedLogger, _method: str, event: EventDict) -> tuple[tuple[EventDict], dict[str, Any]]:
-    return (event,), {}
-
-
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
 class _Writer:
-    """A thread that writes what it is handed; the levels' methods are what structlog calls."""
+    """A thread that writes what it is handed; the levels' methods are what structlog calls.
+
+    The standard library's QueueHandler and QueueListener were tried: a short line costs its caller half as much again,
+    and the listener's end waits for a stuck terminal for ever, or fails where the queue is full.
+    """
 
     def __init__(self, stream: TextIO, console: Console | None, file: RotatingFile | None) -> None:
         self._stream = stream
@@ -297,7 +298,7 @@ class _Writer:
     def dropped(self) -> int:
         return self._full + (self._file.dropped if self._file is not None else 0)
 
-    def put(self, event: EventDict) -> None:
+    def put(self, /, **event: Any) -> None:
         """Never waits, never raises."""
         if self._closed:
             return
@@ -317,8 +318,6 @@ class _Writer:
         self._closed = True
         self._queue.put(None)
         self._thread.join(_FLUSH_S)
-        if self._file is not None and not self._thread.is_alive():
-            self._file.close()
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -327,14 +326,16 @@ class _Writer:
                 continue
             with contextlib.suppress(Exception):  # the log is never what brings the server down
                 self._write(item)
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, event: EventDict) -> None:
         if (full := self._full) > self._full_said:
             missing, self._full_said = _missing(full - self._full_said), full
             self._write(missing)
         line = encode(event)
-        if self._file is not None and not self._file.write(line) and self._file.first_failure:
-            self._say(_full_disk(self._file))
+        if self._file is not None and (failure := self._file.write(line)) is not None:
+            self._say(_full_disk(self._file.path, failure))
         self._say(event, line)
 
     def _say(self, event: EventDict, line: bytes | None = None) -> None:
@@ -342,15 +343,6 @@ class _Writer:
         with contextlib.suppress(OSError, ValueError):
             self._stream.write(text)
             self._stream.flush()
-
-
-class _Nowhere:
-    """Where a logger kept from before writes after shutdown()."""
-
-    def put(self, event: EventDict) -> None:
-        """Nothing."""
-
-    debug = info = warning = warn = error = critical = fatal = exception = log = msg = put
 
 
 def encode(event: Mapping[str, Any]) -> bytes:
@@ -365,14 +357,13 @@ def encode(event: Mapping[str, Any]) -> bytes:
 _encoder = msgspec.json.Encoder(enc_hook=str)
 
 
-def _full_disk(file: RotatingFile) -> EventDict:
-    reason = file.failure.strerror if file.failure is not None else "short write"
+def _full_disk(path: Path, failure: OSError) -> EventDict:
     return {
         "timestamp": _iso(time.time()),
         "level": "warning",
         "event": "log_file_not_written",
-        "reason": reason,
-        "file": str(file.path),
+        "reason": failure.strerror,
+        "file": str(path),
         "hint": "lines go to standard error only until there is room again",
     }
 
@@ -381,83 +372,66 @@ class RotatingFile:
     """`path`, then `path.1` to `path.<files - 1>`, newest first, each of at most `limit_bytes`.
 
     `write` never raises: a line that cannot be written whole is taken back and counted. The first line that can be
-    written again is preceded by one that says how many are missing.
+    written again is preceded by one that says how many are missing. The standard library's RotatingFileHandler does the
+    renaming only: on a full disk it leaves half a line and miscounts, and it never rotates a single file.
     """
-
-    RETRY_S: Final = 1.0  # between attempts to open a file that cannot be opened
 
     def __init__(self, path: Path, limit_bytes: int, files: int) -> None:
         self.path = path
         self.dropped = 0
-        self.failure: OSError | None = None  # the last one; None after a line was written
-        self.first_failure = False  # whether the last write was the first to fail
         self._limit = limit_bytes
-        self._files = files
-        self._fd: int | None = None
+        self._rotation = RotatingFileHandler(path, backupCount=files - 1, delay=True)
+        self._file: io.FileIO | None = None
         self._size = 0
         self._missing = 0
-        self._next_open = 0.0
+        self._fails = False
 
-    def write(self, line: bytes) -> bool:
-        """Append one line, rotating first where it would not fit; False where it was dropped."""
-        before = self.failure
+    def write(self, line: bytes) -> OSError | None:
+        """Append one line, rotating first where it would not fit. Gives the reason of the first of a row that fail."""
+        fails, self._fails = self._fails, True
         try:
             if self._missing:
                 self._append(encode(_missing(self._missing)))
                 self._missing = 0
             self._append(line)
         except OSError as error:
-            self.failure = error
-            self.first_failure = before is None
             self.dropped += 1
             self._missing += 1
-            return False
-        self.failure = None
-        self.first_failure = False
-        return True
+            return None if fails else error
+        self._fails = False
+        return None
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._fd is not None:
+        if self._file is not None:
             with contextlib.suppress(OSError):
-                os.close(self._fd)
-        self._fd = None
+                self._file.close()
+        self._file = None
 
     def _append(self, line: bytes) -> None:
-        if self._fd is not None and self._size and self._size + len(line) > self._limit:
+        file = self._file or self._open()
+        if self._size and self._size + len(line) > self._limit:
             self.close()
             self._rotate()
-        fd = self._open() if self._fd is None else self._fd
-        written = os.write(fd, line)
+            file = self._open()
+        written = file.write(line)
         if written < len(line):
             with contextlib.suppress(OSError):
-                os.ftruncate(fd, self._size)
-            raise OSError(28, "the disk took only a part of a line")
+                file.truncate(self._size)
+            raise OSError(errno.ENOSPC, "the disk took only a part of a line")
         self._size += written
 
-    def _open(self) -> int:
-        now = time.monotonic()
-        if now < self._next_open and self.failure is not None:
-            raise self.failure
-        self._next_open = now + self.RETRY_S
+    def _open(self) -> io.FileIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        self._fd = os.open(self.path, flags, 0o640)
-        self._size = os.fstat(self._fd).st_size
-        if self._size >= self._limit:
-            self.close()
-            self._rotate()
-            self._fd = os.open(self.path, flags, 0o640)
-            self._size = 0
-        return self._fd
+        self._file = io.FileIO(self.path, "ab", opener=lambda path, flags: os.open(path, flags, 0o640))
+        self._size = self._file.tell()
+        return self._file
 
     def _rotate(self) -> None:
-        names = [self.path, *(self.path.with_name(f"{self.path.name}.{n}") for n in range(1, self._files))]
-        if len(names) == 1:
-            names[0].unlink(missing_ok=True)
-        for newer, older in reversed(list(itertools.pairwise(names))):
-            with contextlib.suppress(FileNotFoundError):
-                newer.replace(older)
+        if self._rotation.backupCount:
+            self._rotation.doRollover()
+        else:
+            self.path.unlink(missing_ok=True)
 
 
 def _missing(count: int) -> dict[str, Any]:
@@ -466,121 +440,49 @@ def _missing(count: int) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------------------------- console
 
-_COLORS: Final = {"debug": "2", "info": "32", "warning": "33", "error": "31", "critical": "31;1"}
-_STAGES: Final = ("decode_ms", "queue_ms", "pose_ms", "respond_ms", "onboard_ms", "ism_ms")
-_HASH: Final = re.compile(r"([0-9a-f]{12})[0-9a-f]{52}")
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
 
 class Console:
     """Lines for people: the hour, the level, what happened, and its fields; tracebacks below."""
 
     def __init__(self, *, color: bool) -> None:
-        self._color = color
+        plain = structlog.dev.plain_traceback  # what comes here has been made text
+        self._renderer = structlog.dev.ConsoleRenderer(colors=color, sort_keys=False, exception_formatter=plain)
 
     def render(self, event: Mapping[str, Any]) -> str:
         """One event as text, newline included. Nothing in it can steer the terminal."""
-        rest = {k: v for k, v in event.items() if k not in ("timestamp", "level", "event", "traceback")}
-        level = str(event.get("level", "info"))
-        stamp = str(event.get("timestamp", ""))[11:23]
-        head = f"{self._paint(stamp, '2')} {self._paint(level.ljust(7), _COLORS.get(level, '0'))} "
-        if event.get("event") == "request" and "status" in rest:
-            body = self._request(rest)
-        else:
-            source = f"{rest.pop('source', '')} " if "source" in rest else ""
-            stage = f"{rest.pop('stage', '')} " if source and "stage" in rest else ""
-            body = (self._paint(_safe(source + stage), "2") + _safe(event.get("event", ""))).ljust(28)
-        fields = " ".join(f"{self._paint(_safe(name) + '=', '2')}{_value(value)}" for name, value in rest.items())
-        lines = [f"{head}{body} {fields}".rstrip()]
-        if trace := event.get("traceback"):
-            lines += ["    " + _safe(line) for line in str(trace).rstrip().splitlines()]
-        return "\n".join(lines) + "\n"
-
-    def _request(self, rest: dict[str, Any]) -> str:
-        """Takes the columns that each request has out of `rest`."""
-        status = rest.pop("status")
-        color = "32" if status < 400 else "33" if status < 500 else "31"
-        columns = [
-            self._paint(str(status), color),
-            _safe(rest.pop("method", "")).ljust(6),
-            _HASH.sub(r"\1..", _safe(rest.pop("route", ""))).ljust(24),
-            f"{rest.pop('ms', 0.0):9.1f} ms",
-        ]
-        if "detections" in rest:
-            detections = rest.pop("detections")
-            columns.append(f"{rest.pop('poses', 0):>3} of {detections:>3} posed")
-        timing = rest.pop("timing", None)
-        if isinstance(timing, Mapping):
-            parts = (f"{name.removesuffix('_ms')} {timing[name]:.0f}" for name in _STAGES if timing.get(name))
-            columns.append(", ".join(parts) + " ms")
-        rest.pop("client", None)  # in the file: it is the same for long
-        rest.pop("trace_id", None)  # likewise: a person has the id of the request
-        return "  ".join(columns)
-
-    def _paint(self, text: str, code: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self._color and text else text
+        shown = dict(event)
+        shown["timestamp"] = str(event.get("timestamp", ""))[11:23]
+        if event.get("event") == "request" and "status" in event:
+            columns = (shown.pop("status"), shown.pop("method", ""), shown.pop("route", ""), shown.pop("ms", ""))
+            shown["event"] = "{}  {:<6}  {:<24}  {:>9} ms".format(*map(str, columns))
+            timing = shown.pop("timing", {})
+            shown |= {name: value for name, value in timing.items() if value}
+            for name in ("client", "trace_id"):  # in the file: one is the same for long, and a person has the id
+                shown.pop(name, None)
+        elif "source" in event:
+            shown["logger"] = f"{shown.pop('source')} {shown.pop('stage', '')}".rstrip()
+        trace = str(shown.pop("traceback", "")).rstrip().splitlines()
+        shown = {_printable(name): _printable(v) if isinstance(v, str) else v for name, v in shown.items()}
+        if trace:
+            shown["exception"] = "\n".join("    " + _printable(line) for line in trace)
+        return self._renderer(None, "", shown) + "\n"
 
 
-def _safe(value: object) -> str:
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", str(value)).replace("\n", "\\n").replace("\t", " ")
-
-
-def _value(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "{" + " ".join(f"{_safe(k)}={_value(v)}" for k, v in value.items()) + "}"
-    text = _safe(value)
-    if isinstance(value, str):
-        text = _HASH.sub(r"\1..", text)
-    quoted = isinstance(value, str) and (not text or " " in text)
-    return '"' + text.replace('"', '\\"') + '"' if quoted else text
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    try:
-        return stream.isatty()
-    except (AttributeError, ValueError):
-        return False
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 # ------------------------------------------------------------------------------------------- other libraries' logging
 
 
 class _Stdlib(logging.Handler):
-    """What libraries say through the standard library's logging, in our form."""
+    """What libraries say through the standard library's logging, in our form: warnings and errors, unless for debug."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
+        with contextlib.suppress(Exception):  # a library's broken message is not our failure
             get().log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
-        except Exception:  # a library's broken message is not our failure
-            self.handleError(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the base class's name)
-        """Drop it."""
 
 
-def _take_over_stdlib(level: int) -> None:
-    """Warnings and errors of every library come to us; their chatter only where debug was asked for."""
-    root = logging.getLogger()
-    _state.handler = _Stdlib()
-    _state.root_level = root.level
-    root.addHandler(_state.handler)
-    root.setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))
-
-
-def _give_back_stdlib() -> None:
-    if _state.handler is not None:
-        logging.getLogger().removeHandler(_state.handler)
-        logging.getLogger().setLevel(_state.root_level)
-        _state.handler = None
-
-
-class _State:
-    """What `configure` set up, so that it can be taken down."""
-
-    writer: _Writer | None = None
-    handler: logging.Handler | None = None
-    root_level: int = logging.WARNING
-
-
-_state = _State()
+_writer: _Writer | None = None
+_undo: Final = contextlib.ExitStack()  # what `configure` set up
 atexit.register(shutdown)

@@ -3,7 +3,7 @@
 Every request is a span of a trace: its caller's, where the header `traceparent` names one, else one of its own. Its ids
 go into the log, the answer and what is asked of other servers; that costs some microseconds. What happened inside it is
 kept only where it is exported (otlp.py): the standard variables of OpenTelemetry switch that on, and without them
-none of its packages is imported.
+OpenTelemetry's SDK is not imported. Spans and contexts are those of OpenTelemetry's API.
 
 A request has one child for each stage, a set of them for each part. Passes are shared, so that they can be nobody's
 child: each is a trace of its own, which the `pose` spans of all that rode in it link to.
@@ -13,75 +13,78 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
+import logging
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
 import structlog
+from opentelemetry.context import Context
+from opentelemetry.trace import (
+    INVALID_SPAN_CONTEXT,
+    Link,
+    NonRecordingSpan,
+    NoOpTracer,
+    Span,
+    SpanContext,
+    SpanKind,
+    StatusCode,
+    TraceFlags,
+    Tracer,
+    TraceState,
+    format_trace_id,
+    get_current_span,
+    set_span_in_context,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from serve.errors import ApiError
-from serve.telemetry.spans import SAMPLED, Context, Span, Value
 from workers.messages import PartAnswer, PassRecord
 
 log = structlog.get_logger()
 
-_RANDOM: Final = 0x02  # its trace id is random
+_DEFINED_FLAGS: Final = TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID
 _LONGEST_STATE: Final = 512  # characters that everybody must be able to pass on; a longer state is left behind whole
-_MOST_MEMBERS: Final = 32
-_TRACEPARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-_KEY: Final = r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
-_MEMBER: Final = re.compile(rf"({_KEY})=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{{0,255}}[\x21-\x2b\x2d-\x3c\x3e-\x7e]")
 _PACKAGES: Final = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 _REMEMBERED_PASSES: Final = 1024
 _LONGEST_FLUSH_S: Final = 3.0
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 
-_NO_ATTRIBUTES: Final[Mapping[str, Value]] = {}
+_W3C: Final = TraceContextTextMapPropagator()
+_NO_TRACER: Final = NoOpTracer()
+logging.getLogger(TraceState.__module__).setLevel(logging.ERROR)  # it warns of each `tracestate` that breaks the rules
+
+Value = str | int | float
 
 
 # -------------------------------------------------------------------------------------------------------- the headers
 
 
-def parse_traceparent(text: str) -> Context | None:
-    """The caller's span; None where the header breaks the rules of its version, which is no error of the request.
-
-    Of a version that we do not know the fields of version 00 are read, and what follows them is ignored.
-    """
-    match = _TRACEPARENT.fullmatch(text)
-    if match is None:
-        return None
-    version, trace_id, span_id, flags, more = match.groups()
-    if version == "ff" or (version == "00" and more is not None):
-        return None
-    if trace_id.strip("0") == "" or span_id.strip("0") == "":
-        return None
-    return Context(trace_id, span_id, int(flags, 16) & (SAMPLED | _RANDOM))
+def _caller(headers: Sequence[tuple[bytes, bytes]]) -> SpanContext:
+    """Read the caller's span; invalid where the headers name none or break the rules, which fails no request."""
+    parents = [value.decode("latin-1") for name, value in headers if name == b"traceparent"]
+    if len(parents) != 1 or parents[0] != parents[0].strip():  # the propagator takes the first, and forgives blanks
+        return INVALID_SPAN_CONTEXT
+    state = b",".join(value for name, value in headers if name == b"tracestate").decode("latin-1")
+    carrier = {"traceparent": parents[0], "tracestate": state if len(state) <= _LONGEST_STATE else ""}
+    found = get_current_span(_W3C.extract(carrier, Context())).get_span_context()
+    flags = TraceFlags(found.trace_flags & _DEFINED_FLAGS)
+    return SpanContext(found.trace_id, found.span_id, found.is_remote, flags, found.trace_state)
 
 
-def parse_tracestate(text: str) -> str:
-    """The state as it came; empty where it breaks the rules or is too long to be passed on."""
-    members = [member for part in text.split(",") if (member := part.strip(" \t"))]
-    if len(text) > _LONGEST_STATE or len(members) > _MOST_MEMBERS:
-        return ""
-    matches = [_MEMBER.fullmatch(member) for member in members]
-    keys = {match[1] for match in matches if match is not None}
-    return text if len(keys) == len(members) > 0 else ""  # a broken member or a key that comes twice spoils it
+def headers_of(context: SpanContext) -> dict[str, str]:
+    """Write the headers of a request or an answer that belongs to this span."""
+    headers: dict[str, str] = {}
+    _W3C.inject(headers, _inside(context))
+    return headers
 
 
-def _caller(headers: Iterable[tuple[bytes, bytes]]) -> Context | None:
-    parents = [value for name, value in headers if name == b"traceparent"]
-    if len(parents) != 1:
-        return None
-    parent = parse_traceparent(parents[0].decode("latin-1"))
-    if parent is None:
-        return None
-    states = [value.decode("latin-1") for name, value in headers if name == b"tracestate"]
-    return replace(parent, state=parse_tracestate(",".join(states))) if states else parent
+def _inside(context: SpanContext) -> Context:
+    return set_span_in_context(NonRecordingSpan(context), Context())
 
 
 # ----------------------------------------------------------------------------------------------------------- requests
@@ -91,80 +94,78 @@ def _caller(headers: Iterable[tuple[bytes, bytes]]) -> Context | None:
 class Trace:
     """One request's span, and what happened in it where that is recorded."""
 
-    own: Context
-    parent: Context | None  # the caller's span
-    onward: Context  # what others are told: our span, but the caller's where ours is nowhere to be seen
+    own: SpanContext
+    parent: SpanContext  # the caller's span; invalid where there is none
     begun_unix: float
     begun: float  # the same moment, monotonic
-    recorded: bool = False
-    name: str = ""
-    attributes: dict[str, Value] = field(default_factory=dict)
-    spans: list[Span] = field(default_factory=list)
+    onward: SpanContext  # what others are told: our span, but the caller's where ours is nowhere to be seen
+    tracer: Tracer = _NO_TRACER
+    span: Span | None = None  # where it is recorded
 
     @classmethod
-    def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> Self:
+    def of(cls, headers: Sequence[tuple[bytes, bytes]]) -> Self:
         """The trace of a request with these headers (names in lower case), recorded nowhere until `begin` says so."""
         parent = _caller(headers)
-        own = parent.child() if parent is not None else Context(secrets.token_hex(16), secrets.token_hex(8))
-        return cls(own, parent, onward=parent or own, begun_unix=time.time(), begun=time.monotonic())
+        trace_id = parent.trace_id or secrets.randbits(128)
+        own = SpanContext(trace_id, secrets.randbits(64), False, parent.trace_flags, parent.trace_state)
+        return cls(own, parent, time.time(), time.monotonic(), onward=parent if parent.is_valid else own)
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
+        return format_trace_id(self.own.trace_id)
+
+    @property
+    def traceparent(self) -> str:
+        """The answer's header of this name."""
+        return headers_of(self.own)["traceparent"]
 
     def unix(self, moment: float) -> float:
         """A monotonic moment of this request as Unix time."""
         return self.begun_unix + moment - self.begun
+
+    def now_unix(self) -> float:
+        """Unix time that never goes back within this request: the system's clock may be set meanwhile."""
+        return self.unix(time.monotonic())
 
     def add(
         self,
         name: str,
         begun_unix: float,
         ended_unix: float,
-        attributes: Mapping[str, Value] = _NO_ATTRIBUTES,
-        links: tuple[Context, ...] = (),
+        attributes: Mapping[str, Value] | None = None,
+        links: Sequence[Link] = (),
     ) -> None:
-        """A stage of this request."""
-        if self.recorded:
-            self.spans.append(
-                Span(
-                    name=name,
-                    context=self.own.child(),
-                    parent=self.own,
-                    begun_unix=begun_unix,
-                    ended_unix=ended_unix,
-                    attributes=attributes,
-                    links=links,
-                )
+        """Record a stage that has ended, within the request's time whatever the clocks say."""
+        if self.span is None:
+            return
+        now = self.now_unix()
+        begun = min(max(begun_unix, self.begun_unix), now)
+        with _harmless():
+            span = self.tracer.start_span(
+                name, _inside(self.own), attributes=attributes, links=links, start_time=_ns(begun)
             )
+            span.end(_ns(min(max(ended_unix, begun), now)))
 
     @contextlib.contextmanager
-    def asking(self, name: str) -> Iterator[Context]:
-        """A span around a request to another server; gives the context that goes with it."""
-        if not self.recorded:
-            yield self.onward
-            return
-        context, begun_unix = self.own.child(), time.time()
-        error: dict[str, Value] = {}
+    def asking(self, name: str) -> Iterator[dict[str, str]]:
+        """Record a request to another server; gives the headers that go with it."""
+        span: Span = NonRecordingSpan(self.onward)
+        with _harmless():
+            span = self.tracer.start_span(name, _inside(self.onward), SpanKind.CLIENT, start_time=_ns(self.now_unix()))
         try:
-            yield context
+            yield headers_of(span.get_span_context())
         except BaseException as exception:  # a cancellation, too
-            error["error.type"] = exception.code if isinstance(exception, ApiError) else type(exception).__name__
+            code = exception.code if isinstance(exception, ApiError) else type(exception).__name__
+            span.set_attribute("error.type", code)
+            span.set_status(StatusCode.ERROR)
             raise
         finally:
-            self.spans.append(
-                Span(
-                    name=name,
-                    context=context,
-                    parent=self.own,
-                    kind="client",
-                    begun_unix=begun_unix,
-                    ended_unix=time.time(),
-                    attributes=error,
-                    failed=bool(error),
-                )
-            )
+            with _harmless():
+                span.end(_ns(self.now_unix()))
 
     def part(self, answer: PartAnswer, queued_unix: float, waited_s: float) -> None:
         """The stages of one part, or of the last step of a request that was split (`finish`)."""
-        if not self.recorded:
-            return
         index = answer.part_id.rpartition("/")[2]
         which: dict[str, Value] = {"pem.part": int(index) if index.isdigit() else index}
         if answer.decode_unix > 0:
@@ -176,15 +177,19 @@ class Trace:
                 "pem.detections": len(answer.rows),
                 "pem.batch_wait_ms": round(answer.queue_ms, 3),  # since it was decoded
             }
-            links = tuple(pass_context(pass_id) for pass_id in answer.pass_ids)
+            links = [Link(pass_context(pass_id)) for pass_id in answer.pass_ids]
             self.add("pose", answer.pose_unix, answer.pose_unix + answer.pose_ms / 1e3, which | about, links)
         if answer.respond_unix > 0:
             self.add("respond", answer.respond_unix, answer.respond_unix + answer.respond_ms / 1e3, which)
 
 
-def pass_context(pass_id: str) -> Context:
+def _ns(unix: float) -> int:
+    return round(unix * 1e9)
+
+
+def pass_context(pass_id: str) -> SpanContext:
     """The span of a pass: its ids are made where it runs."""
-    return Context(pass_id[:32], pass_id[32:], SAMPLED)
+    return SpanContext(int(pass_id[:32], 16), int(pass_id[32:], 16), False, TraceFlags(TraceFlags.SAMPLED))
 
 
 # ------------------------------------------------------------------------------------------------------------- export
@@ -193,11 +198,14 @@ def pass_context(pass_id: str) -> Context:
 class Exporter(Protocol):
     """Where spans go; nothing here may wait."""
 
-    def samples(self, parent: Context | None, trace_id: str, name: str, attributes: Mapping[str, Value]) -> bool:
-        """Whether a request is recorded."""
+    @property
+    def tracer(self) -> Tracer:
+        """Makes the spans of requests, and decides which are recorded."""
 
-    def export(self, span: Span) -> None:
-        """Take a span that has ended."""
+    def export(
+        self, name: str, context: SpanContext, begun_unix: float, ended_unix: float, attributes: Mapping[str, Value]
+    ) -> None:
+        """Take a span whose ids are given; no sampler is asked."""
 
     def close(self) -> None:
         """Deliver what is waiting; may take long."""
@@ -235,21 +243,26 @@ class Tracing:
 
         route: as the metrics name it; None for probes and for what is no route of ours: they never are.
         """
-        if self._exporter is None:
+        if self._exporter is None or route is None:
             return
-        if route is not None:
-            known = method in _METHODS  # a client cannot make names
-            trace.name = f"{method if known else 'HTTP'} {route}"
-            trace.attributes = {"http.request.method": method if known else "_OTHER", "http.route": route}
-            with _harmless():
-                trace.recorded = self._exporter.samples(trace.parent, trace.own.trace_id, trace.name, trace.attributes)
-        flags = trace.own.flags & ~SAMPLED | (SAMPLED if trace.recorded else 0)
-        trace.own = trace.onward = replace(trace.own, flags=flags)
+        known = method in _METHODS  # a client cannot make names
+        attributes = {"http.request.method": method if known else "_OTHER", "http.route": route}
+        with _harmless():
+            tracer = self._exporter.tracer
+            span = tracer.start_span(
+                f"{method if known else 'HTTP'} {route}",
+                _inside(trace.parent),
+                SpanKind.SERVER,
+                attributes,
+                start_time=_ns(trace.begun_unix),
+            )
+            trace.own = trace.onward = span.get_span_context()
+            trace.tracer, trace.span = tracer, span if trace.own.trace_flags.sampled else None
 
     @contextlib.contextmanager
     def queued(self, job_id: str, trace: Trace) -> Iterator[None]:
         """While it lasts, the answers to this job's parts become spans of the trace."""
-        if trace.recorded:
+        if trace.span is not None:
             self._jobs[job_id] = (trace, time.time())
         try:
             yield
@@ -261,33 +274,31 @@ class Tracing:
         if self._exporter is None:
             return
         found = self._jobs.get(answer.part_id.rpartition("/")[0])
-        if found is not None:
-            trace, queued_unix = found
-            trace.part(answer, queued_unix, waited_s)
         with _harmless():
+            if found is not None:
+                trace, queued_unix = found
+                trace.part(answer, queued_unix, waited_s)
             for record in self._passes.to_export(answer, wanted=found is not None):
-                self._exporter.export(_pass_span(record))
+                attributes: dict[str, Value] = {
+                    "pem.engine": record.engine,
+                    "pem.device": record.device,
+                    "pem.detections": record.detections,
+                    "pem.requests": record.requests,
+                }
+                ended_unix = record.begun_unix + record.seconds
+                context = pass_context(record.pass_id)
+                self._exporter.export("pass", context, record.begun_unix, ended_unix, attributes)
 
     def end(self, trace: Trace, status: int, attributes: Mapping[str, Value | None]) -> None:
         """The request was answered; attributes that are None are left out."""
-        if self._exporter is None or not trace.recorded:
+        if trace.span is None:
             return
         about = {name: value for name, value in attributes.items() if value is not None}
-        span = Span(
-            name=trace.name,
-            context=trace.own,
-            parent=trace.parent,
-            parent_is_remote=True,
-            kind="server",
-            begun_unix=trace.begun_unix,
-            ended_unix=trace.unix(time.monotonic()),
-            attributes={**trace.attributes, "http.response.status_code": status, **about},
-            failed=status >= 500,
-        )
         with _harmless():
-            for stage in trace.spans:
-                self._exporter.export(stage.within(span.begun_unix, span.ended_unix))
-            self._exporter.export(span)
+            trace.span.set_attributes({"http.response.status_code": status, **about})
+            if status >= 500:
+                trace.span.set_status(StatusCode.ERROR)
+            trace.span.end(_ns(trace.now_unix()))
 
     async def close(self, limit_s: float) -> None:
         """Deliver what is waiting, for so long at the most: a collector that is away holds up no stop."""
@@ -355,18 +366,3 @@ class _Passes:
 def _shorten(remembered: OrderedDict[str, bool] | OrderedDict[str, PassRecord]) -> None:
     while len(remembered) > _REMEMBERED_PASSES:
         remembered.popitem(last=False)
-
-
-def _pass_span(record: PassRecord) -> Span:
-    return Span(
-        name="pass",
-        context=pass_context(record.pass_id),
-        begun_unix=record.begun_unix,
-        ended_unix=record.begun_unix + record.seconds,
-        attributes={
-            "pem.engine": record.engine,
-            "pem.device": record.device,
-            "pem.detections": record.detections,
-            "pem.requests": record.requests,
-        },
-    )

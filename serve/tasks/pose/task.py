@@ -143,7 +143,7 @@ class PoseTask:
         begun = time.monotonic()
         assert question.template_dir is not None
         asked = question.asked
-        with asker.trace.asking("ism") as context:
+        with asker.trace.asking("ism") as headers:
             found = await self._ism.find(
                 rgb=asked.rgb,
                 depth=asked.depth,
@@ -152,7 +152,7 @@ class PoseTask:
                 cad_path=question.ism_cad_path,
                 deadline_unix=time.time() + asker.deadline - begun,
                 request_id=asker.request_id,
-                headers=context.headers,
+                headers=headers,
             )
         self._metrics.stage("ism", found.seconds)
         detections_from_ism(question, found.masks, found.boxes, found.scores, found.object_ids)

@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import re
+import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,8 +145,9 @@ def test_a_terminal_gets_aligned_columns_in_colour(tmp_path: Path, monkeypatch: 
     plain = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in terminal.getvalue().splitlines()]
     assert "\x1b[" in terminal.getvalue()
     assert [line[12:] for line in plain] == [
-        " info    200  POST    /api/v1/pose_estimation       182.3 ms   11 of  12 posed  decode 12, pose 141 ms id=r-1",
-        " info    404  POST    /api/v1/objects               182.3 ms id=r-1 error=unknown_object",
+        " [info     ] 200  POST    /api/v1/pose_estimation       182.3 ms "
+        "id=r-1 detections=12 poses=11 decode_ms=12.4 pose_ms=140.6 total_ms=160.0",
+        " [info     ] 404  POST    /api/v1/objects               182.3 ms id=r-1 error=unknown_object",
     ]
 
 
@@ -152,7 +155,7 @@ def test_the_console_form_is_plain_where_nobody_can_see_colour(tmp_path: Path, s
     logs.configure(Log(format="console", file=False), tmp_path, stream=stream)
     logs.get().info("ready", seconds=1.5, why="all warm")
     logs.shutdown()
-    assert stream.getvalue()[12:] == ' info    ready                        seconds=1.5 why="all warm"\n'
+    assert stream.getvalue()[12:] == " [info     ] ready                          seconds=1.5 why='all warm'\n"
     assert not (tmp_path / "logs").exists()
 
 
@@ -166,10 +169,15 @@ def test_json_can_be_asked_for_on_a_terminal(tmp_path: Path) -> None:
 
 def test_no_field_can_steer_the_terminal_or_forge_a_line(tmp_path: Path, stream: io.StringIO) -> None:
     logs.configure(Log(format="console"), tmp_path, stream=stream)
-    logs.get().info("hello\n12:00:00.000 error   forged", name="\x1b[2J\u202e\r\n")
+    evil = "\x1b[2J\u202e\r\n12:00:00.000 [error    ] forged"
+    logs.get().info(evil, name=evil, bare=evil.split()[0], deep=[{evil: evil}], **{evil: 1})
+    logs.get(source=evil, stage=evil).info("raised", traceback=f"Traceback\n  {evil}")
+    logs.log_request(request_id="r-1", method=evil, route=evil, status=404, seconds=0.1, error=evil)
     logs.shutdown()
-    assert stream.getvalue().count("\n") == 1
-    assert not re.search(r"[\x1b\r\u202e]", stream.getvalue())
+    text = stream.getvalue()
+    assert not re.search(r"[\x1b\r\u202e]", text)
+    assert [line for line in text.splitlines() if line.startswith("12:00")] == []
+    assert text.count("\n") == 1 + 4 + 1
 
 
 def test_an_exception_brings_its_traceback(lines: Lines, stream: io.StringIO) -> None:
@@ -335,7 +343,7 @@ def test_empty_lines_are_nothing_and_odd_ones_do_no_harm(lines: Lines) -> None:
 def test_the_file_rotates_and_keeps_so_many(tmp_path: Path) -> None:
     file = RotatingFile(tmp_path / "logs" / "pem.log", limit_bytes=100, files=3)
     for number in range(20):
-        assert file.write(b'{"n": 1%02d, "pad": "................"}\n' % number)
+        file.write(b'{"n": 1%02d, "pad": "................"}\n' % number)
     file.close()
     names = sorted(path.name for path in (tmp_path / "logs").iterdir())
     assert names == ["pem.log", "pem.log.1", "pem.log.2"]
@@ -370,20 +378,76 @@ def test_a_full_disk_is_said_once_and_the_console_goes_on(tmp_path: Path, stream
     assert [line["number"] for line in said if line["event"] == "event"] == [0, 1, 2, 3, 4]
 
 
-def test_when_there_is_room_again_the_file_says_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_line_that_the_disk_takes_in_part_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "pem.log"
+    file = RotatingFile(path, limit_bytes=1000, files=2)
+    assert file.write(b"whole\n") is None
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))  # Python ignores SIGXFSZ
+    try:
+        assert isinstance(file.write(b"partly\n"), OSError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "whole\n"
+    file.write(b"again\n")
+    file.close()
+    assert [line for line in path.read_text().splitlines() if not line.startswith("{")] == ["whole", "again"]
+
+
+def test_lines_that_find_the_queue_full_are_counted_and_told(
+    tmp_path: Path, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RotatingFile, "RETRY_S", 0.0)
+    written, may_go_on = threading.Event(), threading.Event()
+
+    class Slow(io.StringIO):
+        def write(self, text: str) -> int:
+            written.set()
+            assert may_go_on.wait(60)
+            return super().write(text)
+
+    monkeypatch.setattr(logs, "_WAITING_LINES", 2)
+    terminal = Slow()
+    logs.configure(Log(format="json"), tmp_path, stream=terminal)
+    logs.get().info("event", number=0)
+    assert written.wait(60)
+    for number in range(1, 6):  # two have room
+        logs.get().info("event", number=number)
+    assert logs.dropped_lines() == 3
+    may_go_on.set()
+    logs.shutdown()
+    for text in (terminal.getvalue(), (tmp_path / "logs" / "pem.log").read_text()):
+        lines = [json.loads(line) for line in text.splitlines()]
+        assert [line["number"] for line in lines if line["event"] == "event"] == [0, 1, 2]
+        assert [line["lines"] for line in lines if line["event"] == "log_lines_missing"] == [3]
+
+
+def test_a_terminal_that_is_stuck_holds_up_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go_on = threading.Event()
+
+    class Stuck(io.StringIO):
+        def write(self, text: str) -> int:
+            assert may_go_on.wait(60)
+            return 0
+
+    monkeypatch.setattr(logs, "_FLUSH_S", 0.1)
+    logs.configure(Log(), tmp_path, stream=Stuck())
+    logs.get().info("event")
+    assert not logs.flush(0.05)
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "log"]
+    logs.shutdown()
+    assert thread.is_alive()
+    may_go_on.set()
+    thread.join(60)
+
+
+def test_when_there_is_room_again_the_file_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("in the way")
     file = RotatingFile(tmp_path / "logs" / "pem.log", limit_bytes=1000, files=2)
-    assert [file.write(b"{}\n"), file.first_failure, file.write(b"{}\n"), file.first_failure] == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    assert isinstance(file.write(b"{}\n"), OSError)
+    assert file.write(b"{}\n") is None  # said once
+    assert file.dropped == 2
     (tmp_path / "logs").unlink()
-    assert file.write(b'{"event": "back"}\n')
+    file.write(b'{"event": "back"}\n')
     file.close()
     first, second = (json.loads(line) for line in (tmp_path / "logs" / "pem.log").read_text().splitlines())
     assert (first["event"], first["lines"]) == ("log_lines_missing", 2)

@@ -14,10 +14,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import pytest
@@ -26,12 +26,14 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SentSpan
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SpanExportResult
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import INVALID_SPAN_CONTEXT, NoOpTracer, SpanContext, Tracer
 
 from pem.client import Client
 from serve.telemetry import otlp, tracing
-from serve.telemetry.tracing import Context, Span, Trace, Tracing, Value
+from serve.telemetry.tracing import Trace, Tracing, Value
 from tests.running import ROOT, RunningServer, post, register, wait_until
 from tests.serve.ism_server import IsmServer
 from tests.serve.tiny import FULL, NAMES, POSE, Asker, ascii_ply, masks_of, one, tetrahedron, tiny_question, tiny_scene
@@ -39,6 +41,12 @@ from workers.messages import PartAnswer, PassRecord
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE}-{SPAN}-01"
+
+
+def called_with(*headers: tuple[str, str]) -> Trace:
+    """The trace of a request with these headers."""
+    return Trace.of([(name.encode(), value.encode("latin-1")) for name, value in headers])
+
 
 # --------------------------------------------------------------------------------------------------------- the headers
 
@@ -55,7 +63,9 @@ PARENT = f"00-{TRACE}-{SPAN}-01"
     ],
 )
 def test_a_span_is_read_from_the_header(text: str, flags: int) -> None:
-    assert tracing.parse_traceparent(text) == Context(TRACE, SPAN, flags)
+    trace = called_with(("traceparent", text))
+    assert tracing.headers_of(trace.onward) == {"traceparent": f"00-{TRACE}-{SPAN}-{flags:02x}"}
+    assert trace.parent.is_remote
 
 
 @pytest.mark.parametrize(
@@ -80,7 +90,7 @@ def test_a_span_is_read_from_the_header(text: str, flags: int) -> None:
     ],
 )
 def test_a_malformed_header_is_no_span(text: str) -> None:
-    assert tracing.parse_traceparent(text) is None
+    assert called_with(("traceparent", text)).parent == INVALID_SPAN_CONTEXT
 
 
 @pytest.mark.parametrize(
@@ -105,51 +115,62 @@ def test_a_malformed_header_is_no_span(text: str) -> None:
         ("", False),
     ],
 )
-def test_the_state_is_passed_on_as_it_came_or_not_at_all(text: str, kept: bool) -> None:
-    assert tracing.parse_tracestate(text) == (text if kept else "")
+def test_the_state_is_passed_on_member_by_member_or_not_at_all(
+    text: str, kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = tracing.headers_of(called_with(("traceparent", PARENT), ("tracestate", text)).onward).get("tracestate")
+    assert state == (re.sub(r",?[ \t]*,[ \t]*|,$", ",", text).rstrip(",") if kept else None)
+    assert caplog.records == []  # a client fills no log
 
 
 def test_a_request_continues_its_callers_trace() -> None:
-    headers = [(b"traceparent", PARENT.encode()), (b"tracestate", b"a=1"), (b"accept", b"*/*"), (b"tracestate", b"b=2")]
-    trace = Trace.of(headers)
-    assert trace.parent == Context(TRACE, SPAN, 1, "a=1,b=2")
-    assert (trace.own.trace_id, trace.own.flags, trace.own.state) == (TRACE, 1, "a=1,b=2")
-    assert trace.own.span_id != SPAN
-    assert not trace.recorded
+    trace = called_with(("traceparent", PARENT), ("tracestate", "a=1"), ("accept", "*/*"), ("tracestate", "b=2"))
+    assert tracing.headers_of(trace.parent) == {"traceparent": PARENT, "tracestate": "a=1,b=2"}
+    assert (trace.trace_id, trace.own.trace_flags, trace.own.trace_state.to_header()) == (TRACE, 1, "a=1,b=2")
+    assert SPAN not in trace.traceparent
+    assert trace.span is None
 
 
-@pytest.mark.parametrize("parents", [[], [b"malformed"], [PARENT.encode(), PARENT.encode()]])
-def test_a_request_without_one_good_caller_begins_a_trace(parents: list[bytes]) -> None:
-    traces = [Trace.of([*((b"traceparent", parent) for parent in parents), (b"tracestate", b"a=1")]) for _ in range(2)]
+@pytest.mark.parametrize("parents", [[], ["malformed"], [PARENT, PARENT]])
+def test_a_request_without_one_good_caller_begins_a_trace(parents: list[str]) -> None:
+    headers = [*(("traceparent", parent) for parent in parents), ("tracestate", "a=1")]
+    traces = [called_with(*headers) for _ in range(2)]
     for trace in traces:
-        assert trace.parent is None
-        assert tracing.parse_traceparent(trace.own.traceparent) == Context(trace.own.trace_id, trace.own.span_id, 0, "")
+        assert not trace.parent.is_valid
+        assert trace.own.is_valid
+        assert tracing.headers_of(trace.own) == {"traceparent": trace.traceparent}
+        assert re.fullmatch(rf"00-{trace.trace_id}-[0-9a-f]{{16}}-00", trace.traceparent)
         assert trace.onward is trace.own
-    assert traces[0].own.trace_id != traces[1].own.trace_id != TRACE
+    assert traces[0].trace_id != traces[1].trace_id != TRACE
 
 
 def test_without_export_other_servers_become_children_of_the_caller() -> None:
-    trace = Trace.of([(b"traceparent", PARENT.encode()), (b"tracestate", b"a=1")])
+    trace = called_with(("traceparent", PARENT), ("tracestate", "a=1"))
     Tracing().begin(trace, "POST", POSE)
-    with trace.asking("ism") as context:  # a span of ours would be a hole in the caller's trace
-        assert context.headers == {"traceparent": PARENT, "tracestate": "a=1"}
-    assert trace.spans == []
+    with trace.asking("ism") as headers:  # a span of ours would be a hole in the caller's trace
+        assert headers == {"traceparent": PARENT, "tracestate": "a=1"}
+    assert trace.span is None
 
 
 # ---------------------------------------------------------------------------------------------------- what is exported
 
 
-@dataclass
 class Kept:
-    """An exporter that keeps what it is given of requests whose caller is sampled."""
+    """An exporter that keeps what it is given of requests whose caller is sampled, and of those without one."""
 
-    spans: list[Span] = field(default_factory=list)
+    def __init__(self, processor: SpanProcessor | None = None) -> None:
+        self._memory = InMemorySpanExporter()
+        provider = TracerProvider(shutdown_on_exit=False)
+        provider.add_span_processor(processor or SimpleSpanProcessor(self._memory))
+        self.tracer: Tracer = provider.get_tracer("tests")
+        self.given: list[tuple[Any, ...]] = []
 
-    def samples(self, parent: Context | None, trace_id: str, name: str, attributes: Mapping[str, Value]) -> bool:
-        return parent is not None and bool(parent.flags & tracing.SAMPLED)
+    @property
+    def spans(self) -> Sequence[ReadableSpan]:
+        return self._memory.get_finished_spans()
 
-    def export(self, span: Span) -> None:
-        self.spans.append(span)
+    def export(self, name: str, context: SpanContext, begun: float, ended: float, about: Mapping[str, Value]) -> None:
+        self.given.append((name, context, begun, ended, about))
 
     def close(self) -> None:
         pass
@@ -162,7 +183,7 @@ def part(job: str, passes: list[PassRecord], rode: PassRecord) -> PartAnswer:
 
 
 def recorded(kept: Tracing, flags: str = "01") -> Trace:
-    trace = Trace.of([(b"traceparent", f"{PARENT[:-2]}{flags}".encode())])
+    trace = called_with(("traceparent", f"{PARENT[:-2]}{flags}"))
     kept.begin(trace, "POST", POSE)
     return trace
 
@@ -184,10 +205,14 @@ def test_a_pass_is_exported_once_if_anyone_who_is_recorded_rode_in_it(order: tup
         else:
             with one_tracing.queued(name, trace):
                 one_tracing.part(part(name, passes, record), 0.0)
-    (span,) = exporter.spans
-    assert (span.name, span.context.trace_id + span.context.span_id, span.parent) == ("pass", record.pass_id, None)
-    assert (span.begun_unix, span.ended_unix) == (1e9, 1e9 + 0.5)
-    assert span.attributes == {"pem.engine": "geometric", "pem.device": "cpu", "pem.detections": 2, "pem.requests": 3}
+    ((name, context, begun, ended, attributes),) = exporter.given
+    assert (name, f"{context.trace_id:032x}{context.span_id:016x}", begun, ended) == (
+        "pass",
+        record.pass_id,
+        1e9,
+        1e9 + 0.5,
+    )
+    assert attributes == {"pem.engine": "geometric", "pem.device": "cpu", "pem.detections": 2, "pem.requests": 3}
 
 
 def test_a_request_that_is_not_recorded_exports_nothing_and_says_so_onward() -> None:
@@ -196,35 +221,56 @@ def test_a_request_that_is_not_recorded_exports_nothing_and_says_so_onward() -> 
     trace = recorded(one_tracing, flags="00")
     trace.add("read", 1.0, 2.0)
     one_tracing.end(trace, 200, {})
-    assert exporter.spans == []
-    assert trace.onward.traceparent == f"00-{TRACE}-{trace.own.span_id}-00"
+    assert exporter.spans == ()
+    assert trace.onward is trace.own
+    assert trace.traceparent == f"00-{TRACE}-{trace.own.span_id:016x}-00"
 
 
 def test_an_exporter_that_fails_is_not_the_requests_trouble(capsys: pytest.CaptureFixture[str]) -> None:
-    class Broken(Kept):
-        def export(self, span: Span) -> None:
+    class Broken(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
             raise ValueError("no room")
 
-    one_tracing = Tracing(Broken())
+    one_tracing = Tracing(Kept(Broken()))
     trace = recorded(one_tracing)
     record = PassRecord(engine="geometric", detections=1, requests=1, seconds=0.1, pass_id=secrets.token_hex(24))
     with one_tracing.queued("job", trace):
         one_tracing.part(part("job", [record], record), 0.0)
+    with trace.asking("ism") as headers:
+        assert headers["traceparent"].startswith(f"00-{TRACE}-")
     one_tracing.end(trace, 200, {})
-    assert capsys.readouterr().out.count("] trace_failed") == 2
+    assert capsys.readouterr().out.count("] trace_failed") == 6  # four stages, the ISM server, the request
+
+
+def test_a_sampler_that_fails_leaves_a_request_unrecorded(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(NoOpTracer):
+        def start_span(self, *args: Any, **kwargs: Any) -> NoReturn:
+            raise ValueError("cannot decide")
+
+    exporter = Kept()
+    exporter.tracer = Broken()
+    trace = recorded(Tracing(exporter))
+    assert (trace.span, trace.onward) == (None, trace.parent)
+    assert capsys.readouterr().out.count("] trace_failed") == 1
 
 
 def test_a_request_without_a_route_to_name_is_not_recorded() -> None:
-    trace = Trace.of([(b"traceparent", PARENT.encode())])
+    trace = called_with(("traceparent", PARENT))
     Tracing(Kept()).begin(trace, "GET", None)
-    assert not trace.recorded
+    assert trace.span is None
 
 
 def test_a_clock_that_is_set_back_makes_no_span_that_ends_before_it_begins() -> None:
-    span = Span(name="pose", context=Context(TRACE, SPAN), begun_unix=50.0, ended_unix=40.0, attributes={})
-    for begun, ended in ((0.0, 100.0), (60.0, 70.0), (10.0, 20.0), (45.0, 47.0)):
-        inside = span.within(begun, ended)
-        assert begun <= inside.begun_unix <= inside.ended_unix <= ended
+    exporter = Kept()
+    trace = recorded(Tracing(exporter))
+    for begun_s, ended_s in ((50.0, 40.0), (-50.0, -40.0), (-1.0, 50.0), (50.0, -50.0)):
+        trace.add("pose", trace.begun_unix + begun_s, trace.begun_unix + ended_s)
+    now_ns = round(trace.now_unix() * 1e9)
+    assert len(exporter.spans) == 4
+    for span in exporter.spans:
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert round(trace.begun_unix * 1e9) <= span.start_time <= span.end_time <= now_ns
 
 
 @pytest.mark.parametrize(
@@ -263,11 +309,12 @@ def test_spans_that_find_the_queue_full_are_told_once_and_counted(
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
     exporter = otlp.OtlpExporter()
-    span = Span(name="pose", context=Context(TRACE, SPAN, 1), begun_unix=1e9, ended_unix=1e9 + 1, attributes={})
-    exporter.export(span)
+    trace = recorded(Tracing(exporter))
+    trace.add("pose", 1e9, 1e9)
     assert Slow.begun.wait(60)
-    for _ in range(7):  # two have room
-        exporter.export(span)
+    for _ in range(6):  # two have room
+        trace.add("pose", 1e9, 1e9)
+    exporter.export("pass", trace.own, 1e9, 1e9, {})
     Slow.may_end.set()
     wait_until(lambda: Slow.taken == 3, 60, "the collector takes what has waited")
     exporter.close()
@@ -286,10 +333,11 @@ def run(code: str, **environment: str) -> str:
     return answer.stdout + answer.stderr
 
 
-def test_without_export_opentelemetry_is_not_imported(server: RunningServer) -> None:
+def test_without_export_opentelemetrys_sdk_is_not_imported(server: RunningServer) -> None:
     code = (
         "import os, sys, serve.server; from serve.telemetry.tracing import Tracing; Tracing.start(os.environ);"
-        "print([name for name in sys.modules if name.startswith(('opentelemetry', 'google'))])"
+        "heavy = ('opentelemetry.sdk', 'opentelemetry.exporter', 'google');"
+        "print([name for name in sys.modules if name.startswith(heavy)])"
     )
     assert run(code).strip() == "[]"
     assert "google/_upb" not in Path(f"/proc/{server.pid}/maps").read_text()  # protobuf's library
@@ -297,7 +345,7 @@ def test_without_export_opentelemetry_is_not_imported(server: RunningServer) -> 
 
 def test_missing_packages_are_a_warning_that_says_what_to_install() -> None:
     code = (
-        "import os, sys; sys.modules['opentelemetry'] = None; from serve.telemetry.tracing import Tracing;"
+        "import os, sys; sys.modules['opentelemetry.sdk'] = None; from serve.telemetry.tracing import Tracing;"
         "print(Tracing.start(os.environ)._exporter)"
     )
     said = run(code, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1")
