@@ -33,6 +33,7 @@ _HINTS: Final[dict[str, str]] = {
     "unknown_object": "`pem objects list` shows the names; `pem objects add FILE --name NAME` registers one",
     "key_missing": "give the key with --api-key or the variable PEM_API_KEY",
     "key_wrong": "give the key with --api-key or the variable PEM_API_KEY",
+    "not_ready": "`pem status --wait 120` waits for it",
 }
 
 app = typer.Typer(
