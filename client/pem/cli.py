@@ -27,9 +27,8 @@ _SERVER_COMMANDS: Final = {
 
 _ANYTHING: Final[dict[str, Any]] = {"ignore_unknown_options": True, "help_option_names": []}
 
-#: error code -> what to do about it on the command line; the server's own words are about the request
+#: error code -> what to do about it on the command line, where the server's own words do not say
 _HINTS: Final[dict[str, str]] = {
-    "units": "on the command line: --depth-scale, --depth-unit m, --model-unit m",
     "unknown_object": "`pem objects list` shows the names; `pem objects add FILE --name NAME` registers one",
     "key_missing": "give the key with --api-key or the variable PEM_API_KEY",
     "key_wrong": "give the key with --api-key or the variable PEM_API_KEY",
