@@ -130,7 +130,7 @@ def status(
     """Say how a server is doing."""
     with common.connect(url, api_key) as pem:
         if wait is not None:
-            with common.spinner(f"waiting for {url}") as tell:
+            with common.step(f"waiting for {url}") as tell:
                 pem.wait_ready(wait, on_wait=tell)
         state = pem.status()
     common.write_json(json, state)

@@ -79,8 +79,8 @@ T = TypeVar("T")
 class Client(Verbs):
     """A connection to a PEM server; `with Client(url) as pem:` closes it. Safe to share between threads.
 
-    A call is retried where the server refuses with Retry-After (Overloaded, NotReady, a lost worker: the pause is the
-    server's) and where the connection broke (pauses of 0.2, 0.4 and 0.8 s). That ends after `retries` (3) retries, after
+    A call is retried where the server refuses with Retry-After (Overloaded, NotReady, a lost worker; the pause is the
+    server's) and where the connection broke (pauses of 0.2, 0.4, 0.8 s). That ends after `retries` (3) retries, after
     `retry_budget_s` (30 s) of pauses altogether, and at `deadline_s`, whichever comes first; then the last error is
     raised. An answer that does not come within `timeout_s` (60 s) is TimedOut and not asked for again. Every other
     refusal is raised at once.

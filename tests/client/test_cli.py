@@ -154,6 +154,14 @@ def test_an_address_that_is_none_is_said_in_words(pem: Pem) -> None:
     assert (done.code, "is no address" in done.err) == (1, True)
 
 
+def test_a_long_step_is_a_line_for_each_new_word_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with common.step("waiting") as tell:
+        for words in ("loading", "loading", "warming up"):
+            tell(words)
+    told = capfd.readouterr()
+    assert (told.out, told.err) == ("", "waiting\nwaiting (loading)\nwaiting (warming up)\n")
+
+
 @pytest.mark.parametrize("arguments", [["nothing"], ["status", "--urll", "x"], ["objects", "add", "no.ply"]], ids=str)
 def test_wrong_use_exits_with_2(pem: Pem, arguments: list[str]) -> None:
     assert pem(*arguments).code == 2
