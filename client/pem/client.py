@@ -123,8 +123,9 @@ class Client(Verbs):
         """The pose of each detection, in the order given.
 
         rgb: (H, W, 3) uint8, or a PNG or JPEG. depth: (H, W) uint16 as the sensor gave it, or floats with `depth_scale`
-        or `depth_unit="m"`, or a 16-bit PNG or float TIFF; 0 and NaN = no reading. K: (3, 3) pixels, or a loaded
-        camera.json, a dict with `cam_K` whose `depth_scale` and `depth_unit` hold unless the options say otherwise.
+        or `depth_unit="m"`, or a 16-bit PNG or float TIFF; 0 and NaN = no reading. K: (3, 3) pixels, whole numbers
+        being pixel centres as in OpenCV, or a loaded camera.json, a dict with `cam_K` whose `depth_scale` and
+        `depth_unit` hold unless the options say otherwise.
         masks: each (H, W) bool, a PNG, a COCO RLE, or a list of polygons; none at all is a valid question.
         Image files go by their path (str or Path) or as bytes.
         """
