@@ -173,7 +173,8 @@ def _decode_rle(value: dict[Any, Any], height: int, width: int, field: str | Non
     total = int(runs.sum())
     if total != pixels:
         raise InvalidInput(
-            f"the mask, {form}, has counts that cover {total} pixels, the image has {pixels} ({height} rows of {width})",
+            f"the mask, {form}, has counts that cover {total} pixels, "
+            f"the image has {pixels} ({height} rows of {width})",
             field,
         )
     inside = np.arange(runs.size) % 2 == 1
