@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from posekit.engine import Bool, Float64, Mesh, UInt8
-from posekit.render import Caster
+from posekit.render import Caster, finer
 
 Rgb = tuple[int, int, int]
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, (0, 0) being the image's outer corner
 
 PALETTE: tuple[Rgb, ...] = (
     (255, 196, 0),
@@ -143,9 +143,9 @@ def _prepared(
         casters[id(item.mesh)] = Caster([item.mesh])
     left, top, w, h = window
     fine = 2 if w * h <= 400_000 else 1  # rays per side of a pixel
-    scale = np.diag([fine, fine, 1.0])
-    scale[:2, 2] = (fine - 1) / 2
-    seen = casters[id(item.mesh)].silhouette(item.T_cam_obj, scale @ K, w * fine, h * fine, left * fine, top * fine)
+    seen = casters[id(item.mesh)].silhouette(
+        item.T_cam_obj, finer(K, fine), w * fine, h * fine, left * fine, top * fine
+    )
     if not seen.any():
         return drawing
     rows, columns = np.nonzero(seen.any(axis=1))[0], np.nonzero(seen.any(axis=0))[0]
@@ -238,7 +238,7 @@ def _fixed(points: npt.ArrayLike) -> npt.NDArray[np.int32]:
 
 
 def _dashed_box(canvas: UInt8, box: Box, color: Rgb, line: int, size: float) -> None:
-    left, top, right, bottom = box
+    left, top, right, bottom = (side - 0.5 for side in box)  # OpenCV draws about pixel centres
     corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
     dashes = []
     for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]], strict=True):

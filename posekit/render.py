@@ -38,6 +38,13 @@ def pixel_rays(K: Float64, width: int, height: int, u0: float = 0.0, v0: float =
     return np.asarray(np.stack([u, v, np.ones_like(u)], axis=-1) @ np.linalg.inv(K).T, dtype=np.float64)
 
 
+def finer(K: Float64, n: int) -> Float64:
+    """K of the same picture with n x n pixels in place of each, whose middle stays where that pixel's centre was."""
+    scale = np.diag([n, n, 1.0])
+    scale[:2, 2] = (n - 1) / 2
+    return scale @ K
+
+
 def depth_to_points(depth_m: Float32, K: Float64) -> Float32:
     """Points in the camera frame, (h, w, 3) metres; pixels without depth become (0, 0, 0)."""
     h, w = depth_m.shape

@@ -27,12 +27,12 @@ _SERVER_COMMANDS: Final = {
 
 _ANYTHING: Final[dict[str, Any]] = {"ignore_unknown_options": True, "help_option_names": []}
 
-#: error code -> what to do about it on the command line; the server's own words are about the request
+#: error code -> what to do about it on the command line, where the server's own words do not say
 _HINTS: Final[dict[str, str]] = {
-    "units": "on the command line: --depth-scale, --depth-unit m, --model-unit m",
     "unknown_object": "`pem objects list` shows the names; `pem objects add FILE --name NAME` registers one",
     "key_missing": "give the key with --api-key or the variable PEM_API_KEY",
     "key_wrong": "give the key with --api-key or the variable PEM_API_KEY",
+    "not_ready": "`pem status --wait 120` waits for it",
 }
 
 app = typer.Typer(
@@ -130,7 +130,7 @@ def status(
     """Say how a server is doing."""
     with common.connect(url, api_key) as pem:
         if wait is not None:
-            with common.spinner(f"waiting for {url}") as tell:
+            with common.step(f"waiting for {url}") as tell:
                 pem.wait_ready(wait, on_wait=tell)
         state = pem.status()
     common.write_json(json, state)

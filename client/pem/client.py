@@ -24,6 +24,7 @@ from pem.errors import (
     KeyRefused,
     NoPose,
     NotFound,
+    NotReady,
     OnboardingFailed,
     Overloaded,
     PemError,
@@ -59,6 +60,7 @@ __all__ = [
     "KeyRefused",
     "NoPose",
     "NotFound",
+    "NotReady",
     "ObjectOptions",
     "OnboardingFailed",
     "Overloaded",
@@ -75,7 +77,16 @@ T = TypeVar("T")
 
 
 class Client(Verbs):
-    """A connection to a PEM server; `with Client(url) as pem:` closes it. Safe to share between threads."""
+    """A connection to a PEM server; `with Client(url) as pem:` closes it. Safe to share between threads.
+
+    A call is retried where the server refuses with Retry-After (Overloaded, NotReady, a lost worker; the pause is the
+    server's) and where the connection broke (pauses of 0.2, 0.4, 0.8 s). That ends after `retries` (3) retries, after
+    `retry_budget_s` (30 s) of pauses altogether, and at `deadline_s`, whichever comes first; then the last error is
+    raised. An answer that does not come within `timeout_s` (60 s) is TimedOut and not asked for again. Every other
+    refusal is raised at once.
+
+    A server that has just been started needs longer than these retries: `wait_ready` waits for it, 120 s unless told.
+    """
 
     @takes(ClientOptions)
     def __init__(
@@ -112,8 +123,9 @@ class Client(Verbs):
         """The pose of each detection, in the order given.
 
         rgb: (H, W, 3) uint8, or a PNG or JPEG. depth: (H, W) uint16 as the sensor gave it, or floats with `depth_scale`
-        or `depth_unit="m"`, or a 16-bit PNG or float TIFF; 0 and NaN = no reading. K: (3, 3) pixels, or a loaded
-        camera.json, a dict with `cam_K` whose `depth_scale` and `depth_unit` hold unless the options say otherwise.
+        or `depth_unit="m"`, or a 16-bit PNG or float TIFF; 0 and NaN = no reading. K: (3, 3) pixels, whole numbers
+        being pixel centres as in OpenCV, or a loaded camera.json, a dict with `cam_K` whose `depth_scale` and
+        `depth_unit` hold unless the options say otherwise.
         masks: each (H, W) bool, a PNG, a COCO RLE, or a list of polygons; none at all is a valid question.
         Image files go by their path (str or Path) or as bytes.
         """
@@ -152,7 +164,10 @@ class Client(Verbs):
         return self._run(self._ready()) is None
 
     def wait_ready(self, timeout_s: float = 120.0, on_wait: Callable[[str], None] | None = None) -> None:
-        """Wait for the server to be ready; `on_wait` is told why it is not, now and then. Raises TimedOut."""
+        """Wait for the server to be ready, also for one that does not answer yet; it is asked five times a second.
+
+        `on_wait` is told each time why it is not ready. Raises TimedOut after `timeout_s`.
+        """
         self._run(self._wait_ready(timeout_s, on_wait))
 
     def _run(self, steps: Steps[T]) -> T:

@@ -52,6 +52,7 @@ def pose_request(
             raise ValueError("give masks or detections, not both")
         body["detections"] = [dict(item) for item in given["detections"]]
     elif masks is not None:
+        _check_sizes(masks, _size(rgb, body["rgb_image"]) or _size(depth, body["depth_image"]))
         body["detections"] = _columns(masks, given)
     if "init_poses" in given:
         body["init_poses"] = [_init_pose(pose) for pose in given["init_poses"]]
@@ -109,6 +110,25 @@ def encode_mask(mask: Mask) -> Any:
     if mask.ndim != 2:
         raise ValueError(f"a mask must be (H, W), not {mask.shape}")
     return encode_rle(mask != 0)
+
+
+def _size(picture: Picture, encoded: bytes) -> tuple[int, int] | None:
+    """Rows and columns of a picture; None of a file that is no PNG."""
+    if isinstance(picture, np.ndarray):
+        return picture.shape[0], picture.shape[1]
+    return imagefiles.png_size(encoded)
+
+
+def _check_sizes(masks: Sequence[Mask], size: tuple[int, int] | None) -> None:
+    """ValueError for an array that is not as large as the image: the server would speak of the RLE that it becomes."""
+    for index, mask in enumerate(masks):
+        if size is None or not isinstance(mask, np.ndarray) or mask.ndim != 2 or mask.shape == size:
+            continue
+        hint = "; transpose it" if mask.shape == size[::-1] else ""
+        raise ValueError(
+            f"masks[{index}], an array, is {mask.shape[0]} rows of {mask.shape[1]} pixels, "
+            f"the image is {size[0]} rows of {size[1]}{hint}"
+        )
 
 
 def _file_bytes(what: str, file: Any) -> bytes:

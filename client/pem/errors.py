@@ -48,7 +48,7 @@ class RequestRefused(PemError):
 
 
 class BadInput(RequestRefused):
-    """The request itself is wrong (400, 405, 408, 413, 415, 422): sending it again will not help."""
+    """The request itself is wrong (400, 405, 408, 413, 415, 422): only another one will help."""
 
 
 class KeyRefused(RequestRefused):
@@ -59,8 +59,18 @@ class NotFound(RequestRefused):
     """No such object or CAD file (404)."""
 
 
+class NotReady(RequestRefused):
+    """The server is loading, warming up or restarting its workers (503 `not_ready`): `Client.wait_ready` waits for it.
+
+    Raised after all retries.
+    """
+
+
 class Overloaded(RequestRefused):
-    """Over capacity, or not ready (429, 503), after all retries; `retry_after_s` says when to come back."""
+    """What passes by itself: too many requests (429), or a server that is onboarding or shutting down (503).
+
+    Raised after all retries; `retry_after_s` says when to come back.
+    """
 
 
 class DeadlinePassed(RequestRefused):
@@ -68,8 +78,17 @@ class DeadlinePassed(RequestRefused):
 
 
 class ServerFailed(RequestRefused):
-    """The server's fault (500), or that of the ISM server behind it (502)."""
+    """The server's fault (500, 503 `worker_lost`), the ISM server's (502), or what its operator must mend: a full disk
+    (503 `storage_full`), no ISM server configured (503 `no_ism`)."""
 
+
+#: error code -> what it is, where its status does not tell
+BY_CODE: Final[dict[str, type[RequestRefused]]] = {
+    "not_ready": NotReady,
+    "worker_lost": ServerFailed,
+    "storage_full": ServerFailed,
+    "no_ism": ServerFailed,
+}
 
 #: HTTP status -> what it is; any other below 500 is BadInput, from 500 on ServerFailed
 BY_STATUS: Final[dict[int, type[RequestRefused]]] = {
@@ -80,3 +99,9 @@ BY_STATUS: Final[dict[int, type[RequestRefused]]] = {
     503: Overloaded,
     504: DeadlinePassed,
 }
+
+
+def kind_of(status: int, code: str) -> type[RequestRefused]:
+    """The error that a refusal becomes; a code that this client does not know goes by its status."""
+    by_status = BY_STATUS.get(status, BadInput if status < 500 else ServerFailed)
+    return BY_CODE.get(code, by_status)

@@ -80,6 +80,14 @@ def read_png(data: bytes) -> Image:
     return rows if bits == 8 else rows.view(">u2").astype(np.uint16)
 
 
+def png_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width that a PNG says it has; None where the bytes are none."""
+    if not data.startswith(_SIGNATURE) or len(data) < 24:
+        return None
+    width, height = struct.unpack_from(">II", data, 16)
+    return height, width
+
+
 def write_float_tiff(image: Image) -> bytes:
     """Encode an (H, W) array as an uncompressed little-endian float32 TIFF of one strip; NaN and infinity stay."""
     if image.ndim != 2 or image.size == 0 or image.dtype.kind != "f":

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from pem import __version__
 from pem.contract import ObjectAnswer, ObjectList
 from pem.encode import asked_for, pose_request
-from pem.errors import ConnectionFailed, OnboardingFailed, Overloaded, PemError, TimedOut
+from pem.errors import ConnectionFailed, OnboardingFailed, PemError, RequestRefused, TimedOut
 from pem.meshfiles import Mesh, read_cad
 from pem.options import (
     ALREADY_KNOWN,
@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 _GRACE_S: Final = 2.0  # beyond a deadline, for the server's 504 to arrive
 _BACKOFF_S: Final = 0.2  # after a broken connection; doubles
+_NOT_YET: Final = (429, 502, 503, 504)  # of /readyz: the server's own 503, or a proxy that does not reach it yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +194,7 @@ class Verbs:
                 if response.is_success:
                     return response
                 failure = refusal = refused(response)
-                if not isinstance(refusal, Overloaded) or refusal.retry_after_s is None:
+                if refusal.retry_after_s is None:
                     raise refusal
                 pause_s = refusal.retry_after_s
             pause_s += random.uniform(0.0, 0.1 * pause_s + 0.05)  # so that clients do not come back all at once
@@ -278,7 +279,9 @@ class Verbs:
             yield from self._exchange(_Call(method="GET", path="/readyz", retries=0))
         except ConnectionFailed as error:
             return str(error)
-        except Overloaded as error:
+        except RequestRefused as error:
+            if error.status not in _NOT_YET:
+                raise
             return error.detail
         return None
 

@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 import httpx
 import msgspec
 
-from pem.errors import BY_STATUS, BadInput, PemError, RequestRefused, ServerFailed
+from pem.errors import PemError, RequestRefused, kind_of
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
@@ -37,15 +37,15 @@ class _ErrorAnswer(msgspec.Struct):
 
 def refused(response: httpx.Response) -> RequestRefused:
     status = response.status_code
-    kind = BY_STATUS.get(status, BadInput if status < 500 else ServerFailed)
     retry_after_s = _retry_after(response)
     try:
         error = decoded(response, _ErrorAnswer).error
     except PemError:  # a proxy's page, or no PEM server at all
         words = f"{response.request.url} answered {status} {response.reason_phrase}"
         request_id = response.headers.get("x-request-id")
+        kind = kind_of(status, "unknown")
         return kind(status, "unknown", words, request_id=request_id, retry_after_s=retry_after_s)
-    return kind(
+    return kind_of(status, error.code)(
         status,
         error.code,
         error.detail,

@@ -34,6 +34,8 @@ _RLE_CHARACTERS = 7  # per run, five bits each: more than any run of an image ne
 _POLYGON_WORK = 400_000_000  # what the polygons of one mask may cost, in pixels filled: a second or two
 _CROSSING_COST = 10  # of an edge with a row, in pixels
 _CROSSINGS_AT_ONCE = 1 << 20
+_BINARY = "the rows of a mask that is a nested list hold 0 and 1 only"
+_ROWS_AT_LEAST = 4  # of a nested list of 0 and 255: fewer may be polygons around a corner of 255 pixels
 
 
 # ------------------------------------------------------------------------------------------------------------- decode
@@ -58,7 +60,7 @@ def decode_mask(spec: object, height: int, width: int, field: str | None, max_pi
         return _decode_rle(value, height, width, field)
     if not isinstance(value, list):
         raise _unknown(value, field)
-    rows = _binary_rows(value)
+    rows = _binary_rows(value, field)
     if rows is not None:
         return _decode_rows(rows, height, width, field)
     return _decode_polygons(value, height, width, field)
@@ -118,18 +120,20 @@ def _unknown(value: object, field: str | None) -> InvalidInput:
 
 def _decode_png(data: bytes, height: int, width: int, field: str | None) -> Bool:
     info = images.inspect(data, field)
-    _check_size((info.height, info.width), height, width, "the mask PNG", field)
+    _check_size((info.height, info.width), height, width, "a PNG", field)
     image = images.decode_png(data, field)
     inside: Bool = image != 0 if image.ndim == 2 else (image[:, :, :3] != 0).any(axis=2)
     return inside
 
 
-def _check_size(size: tuple[int, int], height: int, width: int, what: str, field: str | None) -> None:
+def _check_size(size: tuple[int, int], height: int, width: int, form: str, field: str | None) -> None:
+    """Raise InvalidInput where a mask that was sent as `form` is not as large as the image."""
     if size == (height, width):
         return
-    hint = "; sizes are [height, width]" if size == (width, height) else ""
+    turned = "sizes are [height, width]" if form.startswith("an RLE") else "rows and columns are exchanged"
+    hint = f"; {turned}" if size == (width, height) else ""
     raise InvalidInput(
-        f"{what} is {size[0]} rows of {size[1]} pixels, the image is {height} rows of {width}{hint}", field
+        f"the mask, {form}, is {size[0]} rows of {size[1]} pixels, the image is {height} rows of {width}{hint}", field
     )
 
 
@@ -150,10 +154,11 @@ def _rle_size(value: dict[Any, Any], field: str | None) -> tuple[int, int]:
 
 
 def _decode_rle(value: dict[Any, Any], height: int, width: int, field: str | None) -> Bool:
-    _check_size(_rle_size(value, field), height, width, "the RLE", field)
     counts = value["counts"]
     if isinstance(counts, bytes):
         counts = counts.decode("latin-1")
+    form = "an RLE with counts as a " + ("string" if isinstance(counts, str) else "list")
+    _check_size(_rle_size(value, field), height, width, form, field)
     if isinstance(counts, str):
         runs = _runs_from_string(counts, field)
     elif isinstance(counts, (list, tuple)):
@@ -168,7 +173,11 @@ def _decode_rle(value: dict[Any, Any], height: int, width: int, field: str | Non
         raise InvalidInput("the RLE's counts are negative or longer than the image", field)
     total = int(runs.sum())
     if total != pixels:
-        raise InvalidInput(f"the RLE's counts cover {total} pixels, the image has {pixels}", field)
+        raise InvalidInput(
+            f"the mask, {form}, has counts that cover {total} pixels, "
+            f"the image has {pixels} ({height} rows of {width})",
+            field,
+        )
     inside = np.arange(runs.size) % 2 == 1
     return np.ascontiguousarray(np.repeat(inside, runs).reshape(width, height).T)
 
@@ -200,21 +209,28 @@ def _runs_from_string(text: str, field: str | None) -> Int64:
 # ----------------------------------------------------------------------------------------------- nested lists, polygons
 
 
-def _binary_rows(value: list[Any]) -> list[bytes] | None:
-    """The rows of a nested 0/1 list, one byte per pixel; None where it is something else (an empty list too)."""
+def _binary_rows(value: list[Any], field: str | None) -> list[bytes] | None:
+    """The rows of a nested 0/1 list, one byte per pixel; None where it is something else (an empty list too).
+
+    Rows of 0 and 255 are refused, whatever their number: as polygons they would make a mask that nobody drew.
+    """
     if not value or not all(isinstance(row, (list, tuple)) for row in value):
         return None
     try:
         rows = [bytes(row) for row in value]
     except (TypeError, ValueError):  # not whole numbers; not below 256
         return None
-    return rows if all(max(row, default=0) <= 1 for row in rows) else None
+    if all(max(row, default=0) <= 1 for row in rows):
+        return rows
+    if len(rows) >= _ROWS_AT_LEAST and len({len(row) for row in rows}) == 1 and set(b"".join(rows)) == {0, 255}:
+        raise InvalidInput(f"{_BINARY}, these 0 and 255 in {len(rows)} rows of {len(rows[0])}", field)
+    return None
 
 
 def _decode_rows(rows: list[bytes], height: int, width: int, field: str | None) -> Bool:
     if len({len(row) for row in rows}) > 1:
         raise InvalidInput("the rows of the mask's nested list differ in length", field)
-    _check_size((len(rows), len(rows[0])), height, width, "the mask's nested list", field)
+    _check_size((len(rows), len(rows[0])), height, width, "a nested list", field)
     inside: Bool = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(height, width) != 0
     return inside
 
@@ -224,7 +240,7 @@ def _decode_polygons(value: list[Any], height: int, width: int, field: str | Non
     if value and all(isinstance(number, (int, float)) for number in value):
         value = [value]
     if len(value) == height and all(isinstance(row, list) and len(row) == width for row in value):
-        raise InvalidInput("the rows of a mask that is a nested list hold 0 and 1 only", field)
+        raise InvalidInput(_BINARY, field)
     mask = np.zeros((height, width), dtype=bool)
     work = 0
     for index, numbers in enumerate(value):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posekit.engine import Bool, Float32, Float64, Mesh, Symmetries, UInt8
-from posekit.render import Caster, depth_to_points, pixel_rays
+from posekit.render import Caster, depth_to_points, finer, pixel_rays
 from posekit.synthetic.shapes import SHAPES, Shape, rotation
 
 UInt16 = npt.NDArray[np.uint16]
@@ -488,9 +488,7 @@ def _colors(
     n = look.supersampling
     R = T_cam_world[:3, :3]
     eye = -R.T @ T_cam_world[:3, 3]
-    scale = np.diag([n, n, 1.0])
-    scale[:2, 2] = (n - 1) / 2
-    directions = (pixel_rays(scale @ K, width * n, height * n) @ R).astype(np.float32)
+    directions = (pixel_rays(finer(K, n), width * n, height * n) @ R).astype(np.float32)
     hits = caster.cast(eye, directions)
     hit = np.isfinite(hits["t_hit"])
     instance = np.where(hit, hits["geometry_ids"].astype(np.int64), -1).astype(np.int32)

@@ -122,20 +122,11 @@ def run(out: Path, *, keep: bool, json: str | None) -> int:
     return 0
 
 
-@contextmanager
-def _step(words: str) -> Iterator[None]:
-    """Say what is being done: a turning sign on a terminal, a line elsewhere, so that a log shows where it stands."""
-    if not common.stderr().is_terminal:
-        common.note(words)
-    with common.spinner(words):
-        yield
-
-
 def _demo(out: Path, keep: bool, people: Console, report: _Report) -> None:
     out.mkdir(parents=True, exist_ok=True)
     data = Path(tempfile.mkdtemp(prefix="data-", dir=out))
     try:
-        with report.timed("scene"), _step("drawing the scene"):
+        with report.timed("scene"), common.step("drawing the scene"):
             scene = demo_scene()
         _write_inputs(out, scene)
         with _server(data, report) as url, Client(url, "", timeout_s=_ANSWER_LIMIT_S) as client:
@@ -161,11 +152,11 @@ def _server(data: Path, report: _Report) -> Iterator[str]:
     options = ["--engine", registry.needing_nothing(), "--device", "cpu", "--log-format", "console"]
     child = Child.start(data, options)
     try:
-        with report.timed("start"), _step(f"starting a server at {child.url}"):
+        with report.timed("start"), common.step(f"starting a server at {child.url}"):
             child.wait_ready()
         yield child.url
     finally:
-        with _step("stopping the server"):
+        with common.step("stopping the server"):
             child.stop()
     child.check()
 
@@ -197,7 +188,7 @@ def _register(client: Client, scene: Scene, report: _Report) -> dict[str, float]
 
 def _ask(client: Client, scene: Scene, report: _Report) -> PoseResult:
     names = [instance.shape.name for instance in scene.instances]
-    with report.timed("answer"), _step(f"estimating {len(names)} poses"):
+    with report.timed("answer"), common.step(f"estimating {len(names)} poses"):
         result = client.estimate(
             scene.rgb,
             scene.depth_raw,

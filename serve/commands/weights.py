@@ -51,7 +51,7 @@ def import_(
       pem weights import tuned.pth --source "tuned here" --licence MIT --force
     """
     folder = _folder(checkpoints_dir, config)
-    with _in_words(), common.spinner(f"importing {file.name}") as tell:
+    with _in_words(), common.step(f"importing {file.name}") as tell:
         from posekit.sam6d.checkpoint import manifest, weights
 
         there = (folder / manifest.FILE_NAME).exists()
@@ -96,7 +96,7 @@ def verify(
 
         verdicts = []
         for path in [file] if file else manifest.files(folder):
-            with common.spinner(f"reading {path.name}"):
+            with common.step(f"reading {path.name}"):
                 verdicts.append(weights.verify(path))
     _show(verdicts, folder, json)
     if not verdicts or any(verdict.problem for verdict in verdicts):

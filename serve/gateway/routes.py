@@ -43,7 +43,7 @@ _POSE: Final = (
 
 _CURL_POSE: Final = f"""\
 curl -F rgb=@rgb.png -F depth=@depth.png \\
-  -F 'request={{"cam_params": {{"cam_K": [600, 0, 320, 0, 600, 240, 0, 0, 1]}},
+  -F 'request={{"cam_params": {{"cam_K": [600, 0, 319.5, 0, 600, 239.5, 0, 0, 1]}},
                "object_id": "mug",
                %s}};type={JSON}' \\
   {openapi.BASE}%s"""

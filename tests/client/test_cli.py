@@ -155,6 +155,14 @@ def test_an_address_that_is_none_is_said_in_words(pem: Pem) -> None:
     assert (done.code, "is no address" in done.err) == (1, True)
 
 
+def test_a_long_step_is_a_line_for_each_new_word_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with common.step("waiting") as tell:
+        for words in ("loading", "loading", "warming up"):
+            tell(words)
+    told = capfd.readouterr()
+    assert (told.out, told.err) == ("", "waiting\nwaiting (loading)\nwaiting (warming up)\n")
+
+
 @pytest.mark.parametrize("arguments", [["nothing"], ["status", "--urll", "x"], ["objects", "add", "no.ply"]], ids=str)
 def test_wrong_use_exits_with_2(pem: Pem, arguments: list[str]) -> None:
     assert pem(*arguments).code == 2
@@ -401,11 +409,13 @@ def test_one_object_for_the_masks_is_named_in_the_answer(server: RunningServer, 
     assert (row["status"], row["object_id"]) == ("ok", "5")
 
 
-def test_a_wrong_unit_is_told_in_options_of_the_command_line(server: RunningServer, pem: Pem, files: Path) -> None:
+def test_a_wrong_unit_is_told_in_the_servers_words_alone(server: RunningServer, pem: Pem, files: Path) -> None:
     choice = ["--object", "housing", "--mask", files / "mask.png", "--depth-scale", 0.001, "--url", server.url]
     done = pem("estimate", *frame(files), *choice)
     assert done.code == 1
-    assert "\non the command line: --depth-scale, --depth-unit m, --model-unit m\n" in done.err
+    told = done.err[done.err.index("the server refused") :].splitlines()
+    assert "multiply depth_scale by 1000 [422 units, at cam_params.depth_scale]" in told[0]
+    assert [line.startswith("(request id ") for line in told[1:]] == [True], "no hint beside the server's"
 
 
 def test_objects_from_file_to_removal(server: RunningServer, pem: Pem, tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 
 from pem import client
+from pem.errors import kind_of
 from posekit.synthetic.scenes import Scene, demo_scene, pose_errors
 from posekit.synthetic.shapes import SHAPES, mesh_to_ply
+from serve.errors import CODES
 from tests.running import RunningServer
 
 K = np.array([[600.0, 0, 31.5], [0, 600.0, 23.5], [0, 0, 1]])
@@ -125,7 +127,7 @@ def test_a_wait_beyond_the_budget_is_not_begun(script: tuple[str, Script]) -> No
 def test_a_503_that_waiting_does_not_mend_is_not_tried_again(script: tuple[str, Script]) -> None:
     url, played = script
     played.answers = [failure(503, "no_ism")]
-    with client.Client(url) as pem, pytest.raises(client.Overloaded, match="words"):
+    with client.Client(url) as pem, pytest.raises(client.ServerFailed, match="words"):
         pem.full_pipeline(RGB, DEPTH, K, template_dir="t", object_id="x")
     assert len(played.seen) == 1
 
@@ -183,6 +185,56 @@ def test_a_failure_is_raised_once_with_all_it_says(
     assert (error.status, error.code, error.detail) == (status, "some_code", "words")
     assert (error.field, error.request_id) == ("rgb_image", "abc")
     assert len(played.seen) == 1
+
+
+#: Every code of the server, and the error that it becomes.
+KINDS: dict[type[client.RequestRefused], set[str]] = {
+    client.BadInput: {
+        *("bad_body", "bad_data", "method_not_allowed", "body_timeout", "too_large", "unsupported_media_type"),
+        *("invalid", "units", "deadline_too_short", "onboarding_failed"),
+    },
+    client.KeyRefused: {"key_missing", "key_wrong"},
+    client.NotFound: {"not_found", "unknown_object", "no_cad_file"},
+    client.NotReady: {"not_ready"},
+    client.Overloaded: {"over_capacity", "rate_limited", "draining", "onboarding"},
+    client.DeadlinePassed: {"deadline"},
+    client.ServerFailed: {"internal", "ism_failed", "worker_lost", "storage_full", "no_ism"},
+}
+
+
+def test_every_code_of_the_server_becomes_the_error_that_is_meant() -> None:
+    found: dict[type[client.RequestRefused], set[str]] = {}
+    for code, (status, _) in CODES.items():
+        found.setdefault(kind_of(status, code), set()).add(code)
+    assert found == KINDS
+
+
+def test_a_503_whose_code_is_new_is_what_its_status_says() -> None:
+    assert kind_of(503, "tea_time") is client.Overloaded
+    assert (kind_of(507, "unknown"), kind_of(418, "unknown")) == (client.ServerFailed, client.BadInput)
+
+
+def test_a_server_that_is_loading_is_asked_again_and_then_not_ready(script: tuple[str, Script]) -> None:
+    url, played = script
+    played.answers = [failure(503, "not_ready", Retry_After="0")]
+    with client.Client(url, retries=1) as pem, pytest.raises(client.NotReady):
+        pem.estimate(RGB, DEPTH, K, [], object_id="x")
+    assert len(played.seen) == 2
+
+
+def test_waiting_for_a_server_outlasts_what_says_not_yet(script: tuple[str, Script]) -> None:
+    url, played = script
+    proxy = (502, {"Content-Type": "text/html"}, b"<html>Bad Gateway</html>")
+    played.answers = [proxy, failure(503, "not_ready"), failure(503, "draining"), NOTHING]
+    told: list[str] = []
+    with client.Client(url) as pem:
+        pem.wait_ready(60, on_wait=told.append)
+        assert pem.ready()
+        played.answers = [failure(500, "internal")]
+        with pytest.raises(client.ServerFailed):
+            pem.ready()
+    assert len(told) == 3
+    assert told[1:] == ["words", "words"]
 
 
 def test_what_is_no_pem_server_is_named(script: tuple[str, Script]) -> None:

@@ -147,7 +147,7 @@ def run(plan: Plan) -> int:
 def _registered(target: Target, load: Load) -> Iterator[None]:
     """The server knows the objects of the load for as long as the block runs."""
     with ExitStack() as stack:
-        with common.spinner("registering the objects") as tell:
+        with common.step("registering the objects") as tell:
             stack.enter_context(server.registered(target, load, tell))
         yield
 
@@ -166,7 +166,7 @@ def _load(plan: Plan) -> Load:
             return Load(questions=[read_request(plan.request)], objects={})
         except OSError as error:
             common.fail(f"cannot read {plan.request}: {error.strerror}", 2)
-    with common.spinner("drawing the scenes"):
+    with common.step("drawing the scenes"):
         return prepare(plan.mix)
 
 
@@ -177,7 +177,7 @@ def _target(plan: Plan) -> Iterator[Target]:
         yield Target(url=plan.url.rstrip("/"), api_key=plan.api_key, pid=plan.pid)
         return
     with ExitStack() as stack:
-        with common.spinner("starting a server"):
+        with common.step("starting a server"):
             target = stack.enter_context(server.own_server(plan.settings))
         yield target
 
@@ -227,7 +227,7 @@ def _measure(plan: Plan, target: Target, load: Load, slo: Slo | None, report: _R
                 judge=judge,
                 on_progress=watch.of(what),
             )
-            report.results.append(_run(closed))
+            report.results.append(_run(closed, watch, what))
     for rate_hz in () if plan.picture is not None else plan.rates_hz:
         what = f"{rate_hz:g} requests a second"
         with _watched(what) as watch:
@@ -242,7 +242,7 @@ def _measure(plan: Plan, target: Target, load: Load, slo: Slo | None, report: _R
                 judge=judge,
                 on_progress=watch.of(what),
             )
-            report.results.append(_run(open_))
+            report.results.append(_run(open_, watch, what))
     if plan.picture is not None:
         from pem.bench import sweep
 
@@ -277,8 +277,13 @@ def _measure(plan: Plan, target: Target, load: Load, slo: Slo | None, report: _R
     report.wrong_alone, report.wrong_alone_share = judge.wrong_alone, judge.wrong_alone_share
 
 
-def _run(load: Coroutine[Any, Any, Run]) -> Result:
-    return summarise(asyncio.run(load))
+def _run(load: Coroutine[Any, Any, Run], watch: _Watch, what: str) -> Result:
+    """Make the run and say in a line what it came to."""
+    result = summarise(asyncio.run(load))
+    latencies = [f"{name} {result.latency_ms[name]:.0f} ms" for name in ("p50", "p99") if name in result.latency_ms]
+    rates = f"{result.requests_hz:.1f} requests/s, {result.poses_hz:.1f} poses/s"
+    watch.line(f"{what}: {', '.join([rates, *latencies])}" + (f"; {result.fault}" if result.fault else ""))
+    return result
 
 
 @dataclass(kw_only=True)

@@ -148,3 +148,22 @@ def spinner(text: str) -> Iterator[Callable[[str], None]]:
     """A turning sign with words that the block may change."""
     with stderr().status(escape(text)) as status:
         yield lambda words: status.update(escape(f"{text} ({words})" if words else text))
+
+
+@contextmanager
+def step(text: str) -> Iterator[Callable[[str], None]]:
+    """Say what is being done: a spinner on a terminal, elsewhere a line for each new word, so that a log tells it."""
+    if stderr().is_terminal:
+        with spinner(text) as tell:
+            yield tell
+        return
+    said = ""
+
+    def tell_once(words: str) -> None:
+        nonlocal said
+        if words != said:
+            note(f"{text} ({words})" if words else text)
+        said = words
+
+    note(text)
+    yield tell_once

@@ -32,7 +32,8 @@ class CamParams(Wire, kw_only=True):
     cam_K: Annotated[
         msgspec.Raw,
         Meta(
-            description="Pinhole camera matrix of this image size, pixels: 9 numbers in row order, or 3 rows of 3.",
+            description="Pinhole camera matrix of this image size, pixels: 9 numbers in row order, or 3 rows of 3. "
+            "Whole numbers are pixel centres, as OpenCV's are: the middle of a picture 640 wide has cx 319.5.",
             extra_json_schema={
                 "anyOf": [
                     {"title": "flat", "type": "array", "items": {"type": "number"}, "minItems": 9, "maxItems": 9},

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
@@ -440,54 +434,3 @@ def test_the_engines_that_may_be_named_are_those_registered() -> None:
         parse.check_engine(engine)
     with pytest.raises(ApiError, match="Invalid enum value 'toy', at engine"):
         parse.check_engine("toy")
-
-
-# ----------------------------------------------------------------------------------------------------------------- page
-
-
-def test_the_page_asks_no_other_host() -> None:
-    page = openapi.page().decode()
-    assert page.startswith("<!doctype html>")
-    assert "./openapi.json" in page
-    assert not re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?(?:https?:)?//", page)
-    assert "default-src 'none'" in page
-    assert re.findall(r"https?://[^\s\"'`)]+", page) == []
-
-
-def test_the_page_shows_every_route_in_a_browser(tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium is installed (Debian: the package chromium)")
-    (tmp_path / "docs.html").write_bytes(openapi.page())
-    (tmp_path / "openapi.json").write_bytes(msgspec.json.encode(DOCUMENT))
-    dom = _dom_of(browser, tmp_path)
-    for path, methods in DOCUMENT["paths"].items():
-        for operation in methods.values():
-            assert path in dom
-            assert f'id="{operation["operationId"]}"' in dom
-    assert "over_capacity" in dom
-    assert "Loading" not in dom.partition("<script>")[0]
-    assert "header: integer" in dom  # the route named in the address is open
-
-
-def _dom_of(browser: str, folder: Path) -> str:
-    """The page as it is after its script ran, with one route named in its address."""
-    handler = partial(_Quiet, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
-            flags += " --disable-component-update --disable-sync --virtual-time-budget=3000 --dump-dom"
-            address = f"http://127.0.0.1:{server.server_address[1]}/docs.html#post_v1_pose_estimation"
-            command = [browser, *flags.split(), f"--user-data-dir={folder / 'profile'}", address]
-            done = subprocess.run(command, capture_output=True, timeout=60, check=True)
-            return done.stdout.decode()
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
