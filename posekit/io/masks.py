@@ -1,13 +1,14 @@
-"""Instance masks in every form that clients send, decoded safely (`pem.rle` writes COCO's run lengths).
+"""Decode instance masks safely, in every form that clients send (`pem.rle` writes COCO's run lengths).
 
-The forms, told apart by what they are:
+The form is recognised from the value:
 - an object `{"size": [h, w], "counts": ...}`: COCO RLE, counts as COCO's compressed string or as a list of run lengths;
 - a string: a base64 PNG; bytes that start as a PNG does: that PNG; any other bytes: JSON text of one of the forms;
 - a list of lists that hold nothing but the integers 0 and 1 (or booleans): a nested list, which must be h rows of w
   (as polygons such lists could not enclose more than a single pixel);
 - any other list: one polygon `[x, y, x, y, ...]` or a list of them, in pixels, (0, 0) being the image's outer corner.
 
-Everything is decoded here, in numpy, with sizes checked before memory is taken: masks come from strangers.
+Masks come from untrusted sources. So everything is decoded here, in numpy, and sizes are checked before memory is
+taken.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
-_RLE_CHARACTERS = 7  # per run, five bits each: more than any run of an image needs
-_POLYGON_WORK = 400_000_000  # what the polygons of one mask may cost, in pixels filled: a second or two
-_CROSSING_COST = 10  # of an edge with a row, in pixels
+_RLE_CHARACTERS = 7  # per run, five bits each: no run of an image needs more
+_POLYGON_WORK = 400_000_000  # limit on the polygons of one mask, in pixels filled: a second or two
+_CROSSING_COST = 10  # cost of an edge crossing a row, in pixels filled
 _CROSSINGS_AT_ONCE = 1 << 20
 
 
@@ -41,9 +42,9 @@ _CROSSINGS_AT_ONCE = 1 << 20
 def decode_mask(spec: object, height: int, width: int, field: str | None, max_pixels: float) -> Bool:
     """Decode one mask of any form to (height, width) bool, True inside.
 
-    `spec` is the mask as JSON text (bytes), as a parsed value, or the bytes of a PNG; `max_pixels` bounds what may be
-    decoded for it. A mask without a single pixel is a valid mask. Raises BadData where it does not parse, TooLarge
-    before decoding, InvalidInput where it parses and does not fit the image.
+    `spec` is the mask as JSON text (bytes), as a parsed value, or the bytes of a PNG. `max_pixels` limits the decoded
+    size. An empty mask is valid. Raises BadData if the mask does not parse, TooLarge before decoding, InvalidInput if
+    it parses but does not fit the image.
     """
     value = parse(spec, field)
     pixels = _pixels(value, height, width, field)
@@ -64,7 +65,7 @@ def decode_mask(spec: object, height: int, width: int, field: str | None, max_pi
 
 
 def parse(spec: object, field: str | None = None) -> object:
-    """The mask as a value, undecoded: a dict (RLE), a list, or bytes (a PNG out of base64). Idempotent."""
+    """Return the mask as an undecoded value: a dict (RLE), a list, or bytes (a PNG, base64 removed). Idempotent."""
     if isinstance(spec, (bytearray, memoryview)):
         spec = bytes(spec)
     if isinstance(spec, bytes):
@@ -88,7 +89,7 @@ def _from_base64(text: str, field: str | None) -> bytes:
         text = text.partition(",")[2]
     try:
         data = binascii.a2b_base64("".join(text.split()), strict_mode=True)
-    except ValueError:  # binascii.Error is one
+    except ValueError:  # includes binascii.Error
         raise BadData(
             'the mask is a string that is not valid base64; an RLE is {"size": [h, w], "counts": "..."}', field
         ) from None
@@ -173,7 +174,7 @@ def _decode_rle(value: dict[Any, Any], height: int, width: int, field: str | Non
 
 
 def _runs_from_string(text: str, field: str | None) -> Int64:
-    """The run lengths of a compressed string (`pem.rle` says how they are written), from a source not trusted."""
+    """Return the run lengths of an untrusted compressed string (`pem.rle` describes the format)."""
     try:
         raw = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
     except UnicodeEncodeError:
@@ -182,7 +183,7 @@ def _runs_from_string(text: str, field: str | None) -> Int64:
         return raw
     if raw.min() < 0 or raw.max() > 63:
         raise InvalidInput("the RLE's counts hold characters that COCO's encoding does not use", field)
-    last = (raw & 32) == 0  # of its number
+    last = (raw & 32) == 0  # the character ends its number
     ends = np.flatnonzero(last) + 1
     starts = np.concatenate(([0], ends[:-1]))
     if not last[-1] or int((ends - starts).max()) > _RLE_CHARACTERS:
@@ -200,12 +201,12 @@ def _runs_from_string(text: str, field: str | None) -> Int64:
 
 
 def _binary_rows(value: list[Any]) -> list[bytes] | None:
-    """The rows of a nested 0/1 list, one byte per pixel; None where it is something else (an empty list too)."""
+    """Return the rows of a nested 0/1 list, one byte per pixel; None for anything else (an empty list too)."""
     if not value or not all(isinstance(row, (list, tuple)) for row in value):
         return None
     try:
         rows = [bytes(row) for row in value]
-    except (TypeError, ValueError):  # not whole numbers; not below 256
+    except (TypeError, ValueError):  # not whole numbers, or not in 0..255
         return None
     return rows if all(max(row, default=0) <= 1 for row in rows) else None
 
@@ -219,7 +220,7 @@ def _decode_rows(rows: list[bytes], height: int, width: int, field: str | None) 
 
 
 def _decode_polygons(value: list[Any], height: int, width: int, field: str | None) -> Bool:
-    """The union of the polygons; a pixel is inside where its centre is, by the even-odd rule."""
+    """Return the union of the polygons. A pixel is inside where its centre is, by the even-odd rule."""
     if value and all(isinstance(number, (int, float)) for number in value):
         value = [value]
     if len(value) == height and all(isinstance(row, list) and len(row) == width for row in value):
@@ -259,8 +260,10 @@ def _polygon_points(numbers: object, index: int, field: str | None) -> Float64:
 
 
 def _fill_polygon(points: Float64, tops: Int64, bottoms: Int64, x0: int, y0: int, x1: int, y1: int) -> Bool:
-    """Fill inside the window; edge i crosses the centres of rows tops[i] to bottoms[i]. Every crossing flips the
-    pixels to its right, so the running sum along a row is odd inside."""
+    """Fill a polygon inside the window. Edge i crosses the centres of rows tops[i] to bottoms[i].
+
+    Every crossing flips the pixels to its right, so the running sum along a row is odd inside.
+    """
     flips = np.zeros((y1 - y0) * (x1 - x0 + 1), dtype=np.uint8)
     following = np.roll(points, -1, axis=0)
     crossings = bottoms - tops
@@ -286,7 +289,7 @@ def _fill_polygon(points: Float64, tops: Int64, bottoms: Int64, x0: int, y0: int
 
 
 def mask_box(mask: Bool) -> tuple[int, int, int, int] | None:
-    """The smallest box around an (H, W) mask as (x, y, width, height) in whole pixels; None where it is empty."""
+    """Return the smallest box around an (H, W) mask: (x, y, width, height), whole pixels; None if the mask is empty."""
     columns = np.flatnonzero(mask.any(axis=0))
     if not columns.size:
         return None
