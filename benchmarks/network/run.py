@@ -2,14 +2,14 @@
 
     python -m benchmarks.network [--batches 1,4,8] [--threads 2] [--repeats 3] [--exact] [--weights FILE] [--json FILE]
 
-Prints one table per batch: seconds of the process's CPUs and of wall time an instance, stage by stage, and the ratio of
-the CPU seconds. The settings take turns in one run, on the same inputs and the same weights; each figure is the median
-over the repeats, and "all, at best" the fastest repeat. A stage without a figure of ours is one that ours keeps of the
-object, or has inside another: the ball query is part of the position encoding. Onboarding is not timed. Plain runs the
-batch as one, ours instance by instance with as many at once as there are threads, as its engine does on a CPU.
+Prints one table per batch: CPU seconds of the process and wall time per instance, stage by stage, and the ratio of the
+CPU seconds. The settings take turns in one run, on the same inputs and the same weights. Each figure is the median over
+the repeats; "all, at best" is the fastest repeat. A stage without a figure of ours is stored with the object in ours,
+or is part of another stage: the ball query belongs to the position encoding. Onboarding is not timed. Plain runs the
+batch as one. Ours runs instance by instance, with as many at once as there are threads, as its engine does on a CPU.
 
 Inputs are those of `../shared/sam6d/golden.npz` beside the project's root, its two instances in turn, with other draws;
-without it synthetic ones of the same sizes. Weights are generated unless a checkpoint is given.
+without that file, synthetic ones of the same sizes. Weights are generated unless a checkpoint is given.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from posekit.synthetic.shapes import SHAPES
 
 GOLDEN = generated_weights.SHARED / "golden.npz"
 SYNTHETIC = ("housing", "bracket")
-QUIET_LOAD = 0.7  # of the last minute, before the run: above it others' work shows in the figures
+QUIET_LOAD = 0.7  # load of the last minute, before the run; above it, other programs show in the figures
 MUST_RATIO, AIM_RATIO, MUST_CPU_S, JUDGED_BATCH = 4, 8, 7, 4
 CONFIG = Config()
 
-#: our methods and the plain network's stages that they answer to
+#: our methods -> the stages of the plain network that they match
 OURS = {
     "features": "image features",
     "thin": "furthest-point sampling",
@@ -66,18 +66,18 @@ POINT_OPERATORS = ("furthest-point sampling", "ball query")
 
 
 class Seen(NamedTuple):
-    """Different instances, each of an object of its own; D of them, in metres."""
+    """D different instances, each with an object of its own, in metres."""
 
     rgb: Tensor  # (D, 224, 224, 3) uint8, masked, BGR
     points: Tensor  # (D, 2048, 3) in the camera's frame
-    choose: Tensor  # (D, 2048) int64, each point's pixel
+    choose: Tensor  # (D, 2048) int64, flat pixel of each point
     surface: Tensor  # (D, 1024, 3) of the CAD
-    object_points: Tensor  # (D, 2048, 3) in the CAD's frame, furthest first
+    object_points: Tensor  # (D, 2048, 3) in the CAD's frame, in furthest-point order
     object_features: Tensor  # (D, 2048, C)
 
 
 def golden_instances(network: Network) -> Seen:
-    """Those of the file of reference numbers; the network makes the objects' features of the file's views."""
+    """Return the instances of the file of reference numbers; the network computes object features of its views."""
     golden = Golden(GOLDEN)
     object_points, object_features = objects(network, golden)
     return Seen(
@@ -91,7 +91,10 @@ def golden_instances(network: Network) -> Seen:
 
 
 def synthetic_instances(network: Network) -> Seen:
-    """The same sizes: shapes half a metre away, seen from one side; pictures and objects' features are noise."""
+    """Return synthetic instances of the same sizes.
+
+    The shapes are half a metre away, seen from one side. Pictures and object features are noise.
+    """
     rng = np.random.default_rng(0)
     rows = []
     for shape in SYNTHETIC:
@@ -113,14 +116,14 @@ def synthetic_instances(network: Network) -> Seen:
 
 
 class Pass(NamedTuple):
-    """One batch: which of the instances, and their draws."""
+    """One batch: indices of its instances, and their random draws."""
 
     which: Tensor  # (B,)
     uniforms: Tensor  # (B, 3 * proposals)
 
     @classmethod
     def of(cls, batch: int, different: int) -> Pass:
-        """The different instances in turn, each row with draws of its own."""
+        """Take the different instances in turn, each row with draws of its own."""
         generator = torch.Generator().manual_seed(0)
         return cls(torch.arange(batch) % different, torch.rand(batch, 3 * CONFIG.proposals, generator=generator))
 
@@ -129,7 +132,7 @@ Run = Callable[[Pass, Stages], plain_network.Poses]  # a pass of one setting
 
 
 def plain_run(weights: dict[str, Tensor], seen: Seen, one: Pass, stages: Stages) -> plain_network.Poses:
-    """A pass of the plain network."""
+    """Run a pass of the plain network."""
     rows = Seen(*(column[one.which] for column in seen))
     inputs = plain_network.Inputs(
         rgb=normalize(rows.rgb),
@@ -145,15 +148,15 @@ def plain_run(weights: dict[str, Tensor], seen: Seen, one: Pass, stages: Stages)
 
 
 class Ours:
-    """A network whose stages are timed, and its models of the instances' objects.
+    """A network with timed stages, and its models of the instances' objects.
 
-    Instances run as Sam6dEngine runs them on a CPU: each by itself, as many at once as there are threads, and what
-    remains of the batch one after the other on all threads.
+    Instances run as Sam6dEngine runs them on a CPU: each by itself, as many at once as there are threads. The rest of
+    the batch runs one after the other on all threads.
     """
 
     def __init__(self, network: Network, seen: Seen, threads: int) -> None:
         self._network, self._seen, self._threads = network, seen, threads
-        self._here = threading.local()  # .stages: of the pass that this thread is in
+        self._here = threading.local()  # .stages: of this thread's pass
         self._pool = ThreadPoolExecutor(threads)
         each = zip(seen.object_points, seen.object_features, seen.surface, strict=True)
         self._models = [network.model(network.describe(*(of[None] for of in one))) for one in each]
@@ -161,7 +164,7 @@ class Ours:
             setattr(network, method, partial(self._timed, getattr(network, method), stage))
 
     def run(self, one: Pass, stages: Stages) -> plain_network.Poses:
-        """A pass."""
+        """Run a pass."""
         rows = list(zip(one.which.tolist(), one.uniforms, strict=True))
         in_company = len(rows) - len(rows) % self._threads if self._threads > 1 else 0
         with stages(REST):
@@ -189,7 +192,7 @@ class Ours:
 
 
 class Cost(NamedTuple):
-    """Seconds an instance."""
+    """Seconds per instance."""
 
     cpu_s: float
     wall_s: float
@@ -203,13 +206,13 @@ class Timed:
         self.runs: list[Stages] = []
 
     def stage(self, name: str) -> Cost | None:
-        """The median of a stage; None where the setting has no such stage."""
+        """Return the median of a stage; None if the setting has no such stage."""
         if name not in self.runs[0].cpu_s:
             return None
         return Cost(*(statistics.median(of[name] for of in each) / self.batch for each in self._seconds()))
 
     def whole(self, without: tuple[str, ...] = (), choose: Callable[[list[float]], float] = statistics.median) -> Cost:
-        """All stages but some, together: the median of the runs, or another choice of them."""
+        """Return the cost of all stages but some: the median of the runs, or another choice of them."""
         sums = ([sum(of[name] for name in of if name not in without) for of in each] for each in self._seconds())
         return Cost(*(choose(runs) / self.batch for runs in sums))
 
@@ -218,10 +221,10 @@ class Timed:
 
 
 class Measured(NamedTuple):
-    """One batch: costs by setting, and the difference between fast's and plain's poses."""
+    """The results of one batch: costs by setting, and the difference between fast's and plain's poses."""
 
     timed: dict[str, Timed]
-    difference: tuple[float, float]  # the largest, degrees and millimetres
+    difference: tuple[float, float]  # largest difference, degrees and millimetres
 
 
 def measure(settings: dict[str, Run], one: Pass, repeats: int) -> Measured:
@@ -237,13 +240,13 @@ def measure(settings: dict[str, Run], one: Pass, repeats: int) -> Measured:
 
 
 def apart(a: plain_network.Poses, b: plain_network.Poses) -> tuple[float, float]:
-    """The largest difference between two sets of poses: degrees and millimetres."""
+    """Return the largest difference between two sets of poses: degrees and millimetres."""
     turned = rotation_angle_deg(a.R.double(), b.R.double()).max()
     return float(turned), float((a.t_m - b.t_m).norm(dim=1).max() * 1000)
 
 
 def table_of(timed: dict[str, Timed]) -> Table:
-    """A row for each of plain's stages and for all together; ratios of CPU seconds, plain over fast."""
+    """Make a row for each of plain's stages and for all together; ratios of CPU seconds, plain over fast."""
     columns = [f"{name} {what}" for name in timed for what in ("cpu s", "wall s")]
     table = Table(["stage", *columns, "plain / fast"])
 
@@ -260,7 +263,7 @@ def table_of(timed: dict[str, Timed]) -> Table:
 
 
 def verdict(timed: dict[str, Timed], threads: int) -> dict[str, Any]:
-    """What the batch's figures come to."""
+    """Summarise the batch's figures."""
     plain, fast = timed["plain"].whole(), timed["fast"].whole()
     without = timed["plain"].whole(POINT_OPERATORS)
     batch = timed["fast"].batch
@@ -324,7 +327,7 @@ def main() -> None:
 
 
 def report(found: dict[int, Measured], threads: int, load: float) -> None:
-    """The tables, and what they come to."""
+    """Print the tables and their summary."""
     print(f"torch {torch.__version__}, {threads} threads, load average before the run {load:.2f}")
     if load > QUIET_LOAD:
         print(f"warning: the machine was busy (load average above {QUIET_LOAD}), the figures contain others' work")
