@@ -66,7 +66,7 @@ def ask(server: RunningServer) -> Iterator[Asker]:
 
 @pytest.fixture(scope="session")
 def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Special]:
-    """One special server for all tests that the shared server does not suit; the tiny scene's objects are registered."""
+    """One special server for all tests that the shared server does not suit; the tiny scene's objects are known."""
     settings = {
         "limits_body_idle_s": BODY_IDLE_S,
         "limits_in_flight_requests": 6,
