@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_kernels(package: str, path: Path) -> bool:
-    """Register the ops of the library at `path` with torch; without it, log a warning and return False."""
+    """Register the ops of the library at `path` with torch; if that fails, log a warning and return False."""
     if not path.exists():
         _log.warning("%s has no compiled kernels: the slower torch reference answers; %s", package, REBUILD)
         return False

@@ -63,7 +63,7 @@ class Outputs:
     def _load_mesh(self, object_id: str) -> Mesh | None:
         try:
             return self._store.load_mesh(object_id)
-        except StoreError:  # deleted since; the picture shows its pose without a mesh
+        except StoreError:  # deleted since; the picture shows the mask's box
             return None
 
 

@@ -77,7 +77,7 @@ class RunDir:
 
 
 def _reserve_probe(path: Path) -> None:
-    """Check that a few hundred kilobytes can be written here: the workers' state files must fit."""
+    """Check that 2 MiB can be written here: the workers' state files must fit. Raises OSError if not."""
     probe = path / "probe"
     with probe.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, 2 * 2**20)

@@ -46,7 +46,7 @@ class Verdict:
     wrong: int = 0  # poses that differ from the known one, but were right alone
     wrong_alone: int = 0  # poses that differ from the known one, alone too: an error of the engine
     changed: int = 0  # rows that differ from those given alone
-    lost: int = 0  # rows without a pose that had a right one alone
+    lost: int = 0  # rows without a pose that had one alone, and not a wrong one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,7 +38,7 @@ class Result:
     wrong: int  # poses that differ from the known one, but were right when asked alone
     wrong_alone: int  # poses that differ from the known one, with or without load
     changed: int  # rows that differ from those given alone
-    lost: int  # rows without a pose that had a right one when asked alone
+    lost: int  # rows without a pose that had one, and not a wrong one, when asked alone
     rejected: int  # rows without a pose
     answered: int  # requests answered with 200
     offered: int  # all requests

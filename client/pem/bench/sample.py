@@ -63,7 +63,7 @@ class Sample:
     wrong: int = 0  # poses that differ from the known one, but were right when asked alone
     wrong_alone: int = 0  # poses that differ from the known one, with or without load
     changed: int = 0  # rows that differ from those given when the question was asked alone
-    lost: int = 0  # rows without a pose that had a right one when the question was asked alone
+    lost: int = 0  # rows without a pose that had one, and not a wrong one, when the question was asked alone
     rejected: int = 0  # rows without a pose
     stage_ms: dict[str, float] = field(default_factory=dict)  # by STAGES; empty if the answer does not report it
     batch_detections: int = 0
