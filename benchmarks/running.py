@@ -1,4 +1,4 @@
-"""A running server as the benchmarks look into it: its address, its processes, what its workers say of themselves."""
+"""Look into a running server: its address, its processes, and its workers' states."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class Running:
     """A server on this machine."""
 
     url: str
-    pid: int  # of the gateway
+    pid: int  # pid of the gateway
 
     @property
     def port(self) -> int:
-        """The port that it listens on."""
+        """Return the port that it listens on."""
         port = urlsplit(self.url).port
         assert port is not None
         return port
 
     @property
     def run_dir(self) -> Path:
-        """Where its workers leave their state (new after each start)."""
+        """Return the folder where its workers leave their state (new after each start)."""
         for base in (Path("/dev/shm"), Path(tempfile.gettempdir())):
             for path in base.glob(f"pem-server-{self.pid}-*"):
                 return path
@@ -43,7 +43,7 @@ class Running:
 
 @contextmanager
 def own(data: Path, settings: Mapping[str, Any] = {}) -> Iterator[Running]:
-    """Start a server for as long as the block runs; its log is `<data>/server.log`. See `own_server`.
+    """Start a server while the block runs; its log is `<data>/server.log`. See `own_server`.
 
     Weights are looked for in its data directory, not in the project's folder, unless `settings` say otherwise.
     """
@@ -54,7 +54,7 @@ def own(data: Path, settings: Mapping[str, Any] = {}) -> Iterator[Running]:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Return True if a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:

@@ -1,4 +1,4 @@
-"""Two point-cloud operators: furthest-point sampling and ball query, as torch ops with a plain-torch reference.
+"""Two point-cloud operators, furthest-point sampling and ball query, as torch ops with a plain-torch reference.
 
 Importing this package is cheap and needs no torch; the first use of an operator imports it.
 """

@@ -1,7 +1,7 @@
 """The operators: one schema each, the reference for every device, and compiled libraries that override a device.
 
-A compiled library `_kernels_<device>.so` beside this file registers its kernels with torch's dispatcher when it is
-loaded; nothing else in the package knows whether it is there. `kernel_for` answers which of the two runs.
+Loading `_kernels_<device>.so` beside this file registers its kernels with torch's dispatcher; the rest of the package
+does not know if the library exists. `kernel_for` tells which of the two runs.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def furthest_point_sample(points: Tensor, count: int) -> Tensor:
 
 
 def ball_query(points: Tensor, centers: Tensor, radius: float, count: int) -> Tensor:
-    """For each center, the first `count` points strictly within `radius` of it, in the order of their indices.
+    """Return for each center the first `count` points strictly within `radius` of it, in the order of their indices.
 
     points: (B, N, 3) float32 or float64; centers: (B, M, 3) of the same dtype and device; all finite (not checked);
-    radius in the points' unit. Returns (B, M, count) int64 indices into N. Slots left over repeat the first hit; a
-    center without any hit gets index 0 throughout. Raises ValueError for a wrong shape, dtype, device, radius or count.
+    radius in the points' unit. Returns (B, M, count) int64 indices into N. Spare slots repeat the first hit; a center
+    without a hit gets index 0 in all slots. Raises ValueError for a wrong shape, dtype, device, radius or count.
     """
     _check_points("points", points)
     _check_points("centers", centers)
@@ -79,12 +79,12 @@ def ball_query(points: Tensor, centers: Tensor, radius: float, count: int) -> Te
 
 
 def kernel_for(device: str | torch.device) -> Kernel:
-    """Which kernels answer for tensors on `device` ("cpu", "cuda:1", ...): compiled ones or the torch reference."""
+    """Return which kernels answer for tensors on `device` ("cpu", "cuda:1", ...): compiled ones or the reference."""
     return "compiled" if torch.device(device).type in _compiled_devices else "reference"
 
 
 def kernels(device: str | torch.device) -> dict[str, Kernel]:
-    """`kernel_for` by operator name, as status pages and metrics show it."""
+    """Return `kernel_for` for each operator by name, for status pages and metrics."""
     return {op: kernel_for(device) for op in OPS}
 
 
@@ -96,7 +96,7 @@ def _check_points(name: str, points: Tensor) -> None:
 
 
 def _load_compiled(folder: Path) -> frozenset[str]:
-    """Load every `_kernels_<device>.so` in `folder`; returns the device types that they serve.
+    """Load every `_kernels_<device>.so` in `folder`; return the device types that they serve.
 
     Falling back to the reference is allowed, but never silent: it can be ten times slower.
     """

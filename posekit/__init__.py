@@ -1,1 +1,1 @@
-"""Pose estimation from RGB-D crops and CAD models: knows nothing of HTTP or Mosec. Importing it is cheap."""
+"""Estimate poses from RGB-D crops and CAD models. Knows nothing of HTTP or Mosec; importing it is cheap."""

@@ -1,4 +1,4 @@
-"""Compiled kernels of a package: loaded where they were built, missed aloud where they were not."""
+"""Load a package's compiled kernels, and warn where they were not built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_kernels(package: str, path: Path) -> bool:
-    """Register the ops of `path` with torch; False where slower plain torch has to answer, never in silence."""
+    """Register the ops of the library at `path` with torch; if that fails, log a warning and return False."""
     if not path.exists():
         _log.warning("%s has no compiled kernels: the slower torch reference answers; %s", package, REBUILD)
         return False

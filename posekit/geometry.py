@@ -1,4 +1,4 @@
-"""Rigid geometry on torch tensors: stateless, batched over leading dimensions, following the device of the input.
+"""Rigid geometry on torch tensors: stateless, batched over leading dimensions, on the device of the input.
 
 Frames: `T_a_b` maps points of b into a. Cameras follow OpenCV (x right, y down, z forward); pixel centres are whole
 numbers.
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def backproject(u: Tensor, v: Tensor, depth_m: Tensor, K: Tensor) -> Tensor:
-    """The points that pixels (u, v) saw at a depth, in the camera frame.
+    """Return the points in the camera frame that pixels (u, v) saw at a depth.
 
-    u, v, depth_m: (..., N) pixels and metres; K: (3, 3), or (B, 3, 3) for a leading dimension B. Returns (..., N, 3); a
+    u, v, depth_m: (..., N) pixels and metres; K: (3, 3), or (B, 3, 3) for a leading dimension B. Returns (..., N, 3). A
     pixel without reading (0) gives the origin.
     """
     k = _entries(K, u.dim())
@@ -25,9 +25,9 @@ def backproject(u: Tensor, v: Tensor, depth_m: Tensor, K: Tensor) -> Tensor:
 
 
 def project(points_cam: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixel coordinates (u, v) of camera-frame points.
+    """Return the pixel coordinates (u, v) of camera-frame points.
 
-    points_cam: (..., 3), metres; K: (3, 3), or (B, 3, 3) for a leading dimension B. Returns two (...) tensors; points
+    points_cam: (..., 3), metres; K: (3, 3), or (B, 3, 3) for a leading dimension B. Returns two (...) tensors. Points
     at or behind the camera land far outside any image.
     """
     x, y, z = points_cam.unbind(-1)
@@ -37,14 +37,17 @@ def project(points_cam: Tensor, K: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _entries(K: Tensor, dimensions: int) -> Tensor:
-    """K's entries as (3, 3, ...), each of which broadcasts against a tensor of that many dimensions."""
+    """Return K's entries as (3, 3, ...), each of which broadcasts against a tensor with `dimensions` dimensions."""
     if K.dim() == 2:
         return K
     return K.permute(1, 2, 0).reshape(3, 3, len(K), *(1,) * (dimensions - 1))
 
 
 def rotation_from_vector(omega: Tensor) -> Tensor:
-    """The rotation about `omega` by its length in radians (Rodrigues). (..., 3) -> (..., 3, 3); zero gives identity."""
+    """Return the rotation about `omega` by its length in radians (Rodrigues); zero gives identity.
+
+    (..., 3) -> (..., 3, 3).
+    """
     angle = omega.norm(dim=-1)
     small = angle < 1e-6
     safe = torch.where(small, torch.ones_like(angle), angle)
@@ -55,21 +58,21 @@ def rotation_from_vector(omega: Tensor) -> Tensor:
 
 
 def cross_matrix(v: Tensor) -> Tensor:
-    """The matrix with `cross_matrix(v) @ w == cross(v, w)`. (..., 3) -> (..., 3, 3)."""
+    """Return the matrix with `cross_matrix(v) @ w == cross(v, w)`. (..., 3) -> (..., 3, 3)."""
     x, y, z = v.unbind(-1)
     zero = torch.zeros_like(x)
     return torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), dim=-1).reshape(*v.shape[:-1], 3, 3)
 
 
 def rotation_angle_deg(R_a: Tensor, R_b: Tensor) -> Tensor:
-    """Angle of the rotation between two rotations, degrees. (..., 3, 3) twice -> (...)."""
+    """Return the angle between two rotations in degrees. (..., 3, 3) twice -> (...)."""
     # The chord |R_a - R_b| = 2 sqrt(2) sin(angle / 2) stays exact for small angles, where the trace has no digits left.
     chord = (R_a - R_b).flatten(-2).norm(dim=-1)
     return torch.rad2deg(2 * torch.asin((chord / math.sqrt(8.0)).clamp(max=1.0)))
 
 
 def nearest_rotation(M: Tensor) -> Tensor:
-    """The rotation closest to M in the Frobenius norm, never a mirror. (..., 3, 3) -> (..., 3, 3)."""
+    """Return the rotation closest to M in the Frobenius norm, never a mirror. (..., 3, 3) -> (..., 3, 3)."""
     U, _, Vh = torch.linalg.svd(M)
     sign = torch.ones_like(M[..., 0])
     sign[..., 2] = torch.where(torch.linalg.det(U @ Vh) < 0, -1.0, 1.0)
@@ -78,7 +81,7 @@ def nearest_rotation(M: Tensor) -> Tensor:
 
 
 def align_points(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The rigid motion that minimises `sum_n weight_n |R source_n + t - target_n|^2` (Kabsch 1976).
+    """Return the rigid motion that minimises `sum_n weight_n |R source_n + t - target_n|^2` (Kabsch 1976).
 
     source, target: (..., N, 3); weight: (..., N), non-negative, not all zero. Returns R (..., 3, 3) and t (..., 3).
     """
@@ -91,7 +94,7 @@ def align_points(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor
 
 
 def view_directions(count: int) -> Tensor:
-    """`count` directions spread evenly over the sphere (golden spiral), float64 on the CPU: (count, 3), unit."""
+    """Spread `count` directions evenly over the sphere (golden spiral), float64 on the CPU: (count, 3), unit."""
     k = torch.arange(count, dtype=torch.float64) + 0.5
     z = 1 - 2 * k / count
     around = k * (math.pi * (3 - math.sqrt(5.0)))
@@ -100,7 +103,7 @@ def view_directions(count: int) -> Tensor:
 
 
 def rotation_looking_from(direction: Tensor) -> Tensor:
-    """R_cam_obj of a camera that looks at the object from `direction` (unit, object frame), with any roll.
+    """Return R_cam_obj of a camera that looks at the object from `direction` (unit, object frame), with any roll.
 
     (..., 3) -> (..., 3, 3). The camera's z axis is `-direction`.
     """
@@ -112,14 +115,14 @@ def rotation_looking_from(direction: Tensor) -> Tensor:
 
 
 def rotation_about_z(angle: Tensor) -> Tensor:
-    """Turns about z by `angle` radians: (...) -> (..., 3, 3)."""
+    """Return turns about z by `angle` radians: (...) -> (..., 3, 3)."""
     axis = torch.zeros(*angle.shape, 3, dtype=angle.dtype, device=angle.device)
     axis[..., 2] = angle
     return rotation_from_vector(axis)
 
 
 def rotation_from_z_to(direction: Tensor) -> Tensor:
-    """The shortest turn that takes the z axis to `direction` (unit, (..., 3)) -> (..., 3, 3)."""
+    """Return the shortest turn that takes the z axis to `direction` (unit): (..., 3) -> (..., 3, 3)."""
     x, y, z = direction.unbind(-1)
     axis = torch.stack((-y, x, torch.zeros_like(x)), dim=-1)
     sine = axis.norm(dim=-1, keepdim=True)
@@ -128,6 +131,6 @@ def rotation_from_z_to(direction: Tensor) -> Tensor:
 
 
 def rotation_grid(directions: Tensor, turns: int) -> Tensor:
-    """Every view direction with `turns` rolls: (V, 3) -> R_cam_obj (V, turns, 3, 3)."""
+    """Return every view direction with `turns` rolls: (V, 3) -> R_cam_obj (V, turns, 3, 3)."""
     angle = torch.arange(turns, dtype=directions.dtype, device=directions.device) * (2 * math.pi / turns)
     return rotation_about_z(angle)[None] @ rotation_looking_from(directions)[:, None]

@@ -1,7 +1,8 @@
-"""The overlay picture: what was found where, drawn over the colour image.
+"""Draw the overlay picture: detections and their poses over the colour image.
 
 Each pose is shown by the outline of its rendered model, the object's axes (x red, y green, z blue) and a label with
-its score; a detection without a pose by a dashed grey box and the reason. Line widths follow the image's size.
+its score. A detection without a pose is shown by a dashed grey box and the reason. Line widths follow the image's
+size.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ PALETTE: tuple[Rgb, ...] = (
 )
 AXES: tuple[tuple[str, Rgb], ...] = (("x", (255, 64, 64)), ("y", (64, 224, 64)), ("z", (72, 128, 255)))
 GREY: Rgb = (176, 180, 186)
-NEAR_M = 0.01  # lines are cut off this close to the camera
+NEAR_M = 0.01  # lines are cut off closer to the camera than this
 MAX_LABEL = 32  # characters
 SHIFT = 4  # OpenCV's fixed point: 1/16 pixel
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverlayItem:
-    """One detection; with a pose (`mesh` and `T_cam_obj`), or rejected (`bbox` and `code`).
+    """One detection: with a pose (`mesh` and `T_cam_obj`), or rejected (`bbox` and `code`).
 
     A pose without a mesh is shown by its `bbox`, dashed in the item's colour.
     """
@@ -58,16 +59,16 @@ class OverlayItem:
 
 @dataclass
 class _Drawing:
-    """What is known of an item once its outline is computed."""
+    """An item with its computed outline, ready to be drawn."""
 
     item: OverlayItem
     color: Rgb
-    box: Box | None = None  # None: nothing of it lies in the picture
-    boxed: bool = False  # there is no model to draw: the mask's box stands for it
+    box: Box | None = None  # None: no part of it lies in the picture
+    boxed: bool = False  # without a model to draw, the mask's box is drawn instead
     depth_m: float = 0.0
     window: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, top, width, height
-    cover: npt.NDArray[np.float32] | None = None  # (height, width) of the window, 0..1
-    outline: list[npt.NDArray[np.int32]] = field(default_factory=list)  # in 1/16 pixels
+    cover: npt.NDArray[np.float32] | None = None  # (height, width) of the window, share of each pixel covered, 0..1
+    outline: list[npt.NDArray[np.int32]] = field(default_factory=list)  # closed lines in 1/16 pixels
 
 
 def draw_overlay(
@@ -114,7 +115,7 @@ def draw_overlay(
 
 
 def item_color(index: int) -> Rgb:
-    """The colour of the item at an index: a bright one, told apart from its neighbours in the list."""
+    """Return the colour of the item at an index: bright, and different from its neighbours in the list."""
     if index < len(PALETTE):
         return PALETTE[index]
     r, g, b = colorsys.hsv_to_rgb((0.09 + index * 0.618034) % 1.0, 0.55 + 0.4 * (index % 3) / 2, 1.0)
@@ -162,7 +163,7 @@ def _prepared(
 
 
 def _window(mesh: Mesh, T_cam_obj: Float64, K: Float64, width: int, height: int) -> tuple[int, int, int, int] | None:
-    """Left, top, width and height of the part of the image that can show the mesh; None where none can."""
+    """Return left, top, width and height of the part of the image that can show the mesh; None if none can."""
     low, high = mesh.vertices_m.min(axis=0).astype(np.float64), mesh.vertices_m.max(axis=0).astype(np.float64)
     pick = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
     corners = np.where(pick, high, low) @ T_cam_obj[:3, :3].T + T_cam_obj[:3, 3]
@@ -178,8 +179,8 @@ def _window(mesh: Mesh, T_cam_obj: Float64, K: Float64, width: int, height: int)
 
 
 def _outline(seen: Bool, left: int, top: int, fine: int) -> list[npt.NDArray[np.int32]]:
-    """Closed lines around a silhouette and its holes, the pixel steps smoothed away; 1/16 pixels of the image."""
-    # A border of empty pixels, so that a silhouette cut by the image's edge is closed there too.
+    """Return closed lines around a silhouette and its holes in 1/16 pixels of the image, pixel steps smoothed away."""
+    # A border of empty pixels closes a silhouette that the image's edge cuts.
     padded = cv2.copyMakeBorder(seen.astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     chains, _ = cv2.findContours(padded, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     lines = []
@@ -205,7 +206,7 @@ def _tint(canvas: UInt8, drawing: _Drawing) -> None:
 
 
 def _blend(patch: UInt8, alpha: npt.NDArray[Any], color: Rgb) -> None:
-    """Mix a colour into a view of the canvas; `alpha` (h, w), 0..1."""
+    """Mix a colour into a view of the canvas. `alpha`: (h, w), 0..1."""
     share = alpha[..., None].astype(np.float32)
     patch[...] = np.rint(patch + (np.asarray(color, dtype=np.float32) - patch) * share).astype(np.uint8)
 
@@ -218,7 +219,7 @@ def _stroke(
     alpha: float,
     closed: bool = True,
 ) -> None:
-    """Anti-aliased polylines in 1/16 pixels; where they cross themselves they are not painted twice."""
+    """Draw anti-aliased polylines given in 1/16 pixels; where they cross themselves they are not painted twice."""
     if not lines:
         return
     height, width = canvas.shape[:2]
@@ -252,7 +253,7 @@ def _dashed_box(canvas: UInt8, box: Box, color: Rgb, line: int, size: float) -> 
 
 
 def _axes(canvas: UInt8, item: OverlayItem, K: Float64, size: float) -> list[Box]:
-    """Draw the object's axes from its origin; returns the boxes around their tips, for labels to keep away from."""
+    """Draw the object's axes from its origin; return the boxes around their tips, which labels avoid."""
     if item.mesh is None or item.T_cam_obj is None:
         return []
     T = item.T_cam_obj
@@ -283,7 +284,7 @@ def _axes(canvas: UInt8, item: OverlayItem, K: Float64, size: float) -> list[Box
 
 
 def _projected(a: Float64, b: Float64, K: Float64) -> tuple[Float64, Float64] | None:
-    """A line's two ends in the image, cut off at the camera; None where all of it lies behind."""
+    """Return the two ends of a line in the image, cut off at the camera; None if all of the line lies behind it."""
     if a[2] < NEAR_M and b[2] < NEAR_M:
         return None
     if a[2] < NEAR_M:
@@ -298,7 +299,7 @@ def _projected(a: Float64, b: Float64, K: Float64) -> tuple[Float64, Float64] | 
 
 
 def _text_size(text: str, scale: float) -> tuple[int, int, int]:
-    """Width, height above and depth below the baseline, in pixels."""
+    """Return width, height above and depth below the baseline, in pixels."""
     (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
     return int(width), int(height), int(below)
 
@@ -325,7 +326,7 @@ def _caption(item: OverlayItem, brief: bool) -> str:
 
 
 def _labels(canvas: UInt8, drawings: Sequence[_Drawing], tips: Sequence[Box], size: float) -> None:
-    """Put each label near its object, where it hides least; what has no place goes to the lower left corner."""
+    """Put each label near its object, where it hides least; labels without a place go to the lower left corner."""
     height, width = canvas.shape[:2]
     crowded = len(drawings) > 12
     scale = (0.36 if crowded else 0.45) * size
@@ -358,7 +359,7 @@ def _labels(canvas: UInt8, drawings: Sequence[_Drawing], tips: Sequence[Box], si
 
 
 def _spots(box: Box, w: int, h: int, gap: int) -> Float64:
-    """Upper left corners for a label, best first: above, below, beside, then inside and further off."""
+    """Return upper left corners for a label, best first: above, below, beside, then inside and further off."""
     left, top, right, bottom = box
     middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
     spots = [
@@ -381,14 +382,14 @@ def _spots(box: Box, w: int, h: int, gap: int) -> Float64:
 
 
 def _overlap(rectangles: Float64, others: Float64) -> Float64:
-    """Of each rectangle, the area that other boxes share with it, summed; both (n, 4)."""
+    """Return for each rectangle the summed area that other boxes share with it; both (n, 4)."""
     low = np.maximum(rectangles[:, None, :2], others[None, :, :2])
     high = np.minimum(rectangles[:, None, 2:], others[None, :, 2:])
     return np.asarray(np.clip(high - low, 0, None).prod(axis=2).sum(axis=1), dtype=np.float64)
 
 
 def _plate(canvas: UInt8, text: str, corner: tuple[int, int], color: Rgb, scale: float, pad: int, size: float) -> None:
-    """White text on a dark plate with a bar of the item's colour at its left."""
+    """Draw white text on a dark plate with a bar of the item's colour at its left."""
     height, width = canvas.shape[:2]
     w, h, below = _text_size(text, scale)
     bar = max(2, round(3 * size))

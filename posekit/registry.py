@@ -1,7 +1,7 @@
-"""The engines that there are, one row each. Adding one is its package and its line in `ENGINES`.
+"""The table of all engines, one row each. A new engine needs its package and a line in `ENGINES`.
 
-Routes of onboarding, stages, settings, labels, licences, `GET /v2/models/pem`, what stands in for what, and the words
-of the command line derive from these rows. No torch is imported here.
+Onboarding routes, stages, settings, labels, licences, `GET /v2/models/pem`, stand-ins and the words of the command
+line all derive from these rows. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from posekit.engine import EngineSpec
 from posekit.geometric.spec import SPEC as GEOMETRIC
 from posekit.sam6d.spec import SPEC as SAM6D
 
-#: In the order in which `auto` prefers them: it means the first whose weights are there, or that needs none.
+#: In the order in which `auto` prefers them: it takes the first one whose weights exist, or that needs none.
 ENGINES: Final[tuple[EngineSpec, ...]] = (SAM6D, GEOMETRIC)
 
 AUTO: Final = "auto"  # the choice that leaves the engine to the server
 
 
 def spec(name: str) -> EngineSpec:
-    """The row of the engine `name`. Raises ValueError, which names those there are."""
+    """Return the row of the engine `name`. Raises ValueError, which lists the known engines."""
     for one in ENGINES:
         if one.name == name:
             return one
@@ -28,27 +28,27 @@ def spec(name: str) -> EngineSpec:
 
 
 def by_effort() -> tuple[EngineSpec, ...]:
-    """All of them, the quickest to onboard first."""
+    """Return all rows, the quickest to onboard first."""
     return tuple(sorted(ENGINES, key=lambda one: one.effort))
 
 
 def names() -> tuple[str, ...]:
-    """The names of all of them, the quickest to onboard first."""
+    """Return all engine names, the quickest to onboard first."""
     return tuple(one.name for one in by_effort())
 
 
 def choices() -> tuple[str, ...]:
-    """What a request and the settings may say of the engine: `names` and "auto"."""
+    """Return the values that requests and settings may give for the engine: `names` and "auto"."""
     return (*names(), AUTO)
 
 
 def needing_nothing() -> str:
-    """The engine that `auto` prefers among those that need no weights: there is one on every machine."""
+    """Return the engine that `auto` prefers among those without weights: every machine has one."""
     return next(one.name for one in ENGINES if one.weights is None)
 
 
 def company(name: str) -> tuple[str, ...]:
-    """`name` and the engines that it counts on, each once: stand-in, refiner, finder of symmetries, and theirs."""
+    """Return `name` and all engines it relies on, each once: stand-in, refiner, finder of symmetries, and theirs."""
     found = {name: None}
     waiting = [name]
     while waiting:
@@ -61,7 +61,7 @@ def company(name: str) -> tuple[str, ...]:
 
 
 def standing_in(name: str, lost: Collection[str]) -> str:
-    """The engine that answers where `name` is asked for: itself, or the first of its stand-ins that is not lost."""
+    """Return the engine that answers requests for `name`: itself, or the first of its stand-ins that is not lost."""
     while name in lost and (other := spec(name).stand_in) is not None:
         name = other
     return name

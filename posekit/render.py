@@ -1,7 +1,7 @@
-"""Rendering by ray casting: depth, instances, colours and normals of meshes, as a pinhole camera sees them.
+"""Render meshes by ray casting: depth, instances, colours and normals, as a pinhole camera sees them.
 
 The camera model is OpenCV's, pixel centres at whole numbers: pixel (u, v) looks along `K^-1 [u, v, 1]`.
-Open3D is imported by the functions that need it, so that importing this module is cheap.
+Functions import Open3D when they need it, so that importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from posekit.engine import Bool, Float32, Float64, Int32, Mesh, UInt8
 
-GREY = 180  # what a mesh without colours is painted with
+GREY = 180  # brightness of a mesh without colours
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """What the camera sees, pixel by pixel; colours are the surface's own, without light."""
+    """The camera's view, pixel by pixel. Colours are the surface's own, without light."""
 
     depth_m: Float32  # (h, w), z in the camera frame, 0 = nothing there
     instance: Int32  # (h, w), index into the meshes, -1 = nothing
@@ -30,7 +30,7 @@ class Rendered:
 
 
 def pixel_rays(K: Float64, width: int, height: int, u0: float = 0.0, v0: float = 0.0) -> Float64:
-    """Directions `K^-1 [u, v, 1]` of a window of pixels; (height, width, 3), z = 1.
+    """Return the directions `K^-1 [u, v, 1]` of a window of pixels: (height, width, 3), z = 1.
 
     The window's first pixel is (u0, v0), which may be negative or fractional.
     """
@@ -46,16 +46,16 @@ def finer(K: Float64, n: int) -> Float64:
 
 
 def depth_to_points(depth_m: Float32, K: Float64) -> Float32:
-    """Points in the camera frame, (h, w, 3) metres; pixels without depth become (0, 0, 0)."""
+    """Return points in the camera frame, (h, w, 3) metres; pixels without depth become (0, 0, 0)."""
     h, w = depth_m.shape
     return (pixel_rays(K, w, h) * depth_m[..., None]).astype(np.float32)
 
 
 class Caster:
-    """Meshes at fixed places, ready for rays; build once, cast often."""
+    """Meshes at fixed places, ready for ray casting: build once, cast often."""
 
     def __init__(self, meshes: Sequence[Mesh], T_world_obj: Sequence[Float64] | None = None) -> None:
-        """`T_world_obj`: (4, 4) per mesh, metres; None = every mesh stands in the world as it is."""
+        """`T_world_obj`: (4, 4) per mesh, metres; None = every mesh is placed in the world unchanged."""
         import open3d as o3d
 
         self._scene: Any = o3d.t.geometry.RaycastingScene()
@@ -72,7 +72,7 @@ class Caster:
             )
 
     def cast(self, origins: npt.NDArray[Any], directions: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """Closest hits of rays, both (..., 3) in metres: Open3D's arrays by name (`t_hit` inf = none)."""
+        """Return the closest hits of rays, both (..., 3) in metres: Open3D's arrays by name (`t_hit` inf = none)."""
         if not self._meshes:
             shape = np.broadcast_shapes(origins.shape, directions.shape)[:-1]
             none = np.full(shape, np.iinfo(np.uint32).max, dtype=np.uint32)
@@ -87,7 +87,7 @@ class Caster:
         return {name: value.numpy() for name, value in hits.items()}
 
     def blocked(self, origins: npt.NDArray[Any], directions: npt.NDArray[Any], t_max: float = 1.0) -> Bool:
-        """Whether anything lies on each ray before `t_max` directions from its origin."""
+        """Return True for rays that hit anything before `t_max` directions from their origin."""
         if not self._meshes:
             return np.zeros(np.broadcast_shapes(origins.shape, directions.shape)[:-1], dtype=np.bool_)
         hit = self._scene.test_occlusions(self._core.Tensor(_rays(origins, directions)), tfar=t_max)
@@ -96,14 +96,14 @@ class Caster:
     def silhouette(
         self, T_cam_world: Float64, K: Float64, width: int, height: int, u0: float = 0.0, v0: float = 0.0
     ) -> Bool:
-        """Pixels of a window that see any mesh; (height, width)."""
+        """Return True for the pixels of a window that see any mesh: (height, width)."""
         origins, directions = self._window(T_cam_world, K, width, height, u0, v0)
         return self.blocked(origins, directions, t_max=float("inf"))
 
     def render(
         self, T_cam_world: Float64, K: Float64, width: int, height: int, u0: float = 0.0, v0: float = 0.0
     ) -> Rendered:
-        """All that a camera sees through a window of `width` x `height` pixels whose first pixel is (u0, v0)."""
+        """Render the camera's view through a window of `width` x `height` pixels whose first pixel is (u0, v0)."""
         origins, directions = self._window(T_cam_world, K, width, height, u0, v0)
         hits = self.cast(origins, directions)
         hit = np.isfinite(hits["t_hit"])
@@ -121,7 +121,7 @@ class Caster:
         )
 
     def colors(self, instance: Int32, face: Int32, uvs: npt.NDArray[Any]) -> UInt8:
-        """Vertex colours blended over the faces that were hit; (..., 3), 0 where nothing was."""
+        """Blend vertex colours over the faces that were hit: (..., 3), 0 where no face was."""
         rgb = np.zeros((*instance.shape, 3), dtype=np.uint8)
         for index, mesh in enumerate(self._meshes):
             here = instance == index
@@ -147,7 +147,7 @@ class Caster:
 
 
 def render(meshes: Sequence[Mesh], T_cam_obj: Sequence[Float64], K: Float64, width: int, height: int) -> Rendered:
-    """Render meshes at their poses ((4, 4) each, metres); nearer surfaces hide farther ones."""
+    """Render meshes at their poses ((4, 4) each, metres). Nearer surfaces hide farther ones."""
     if len(meshes) != len(T_cam_obj):
         raise ValueError(f"{len(meshes)} meshes need as many poses, got {len(T_cam_obj)}")
     return Caster(meshes, T_cam_obj).render(np.eye(4), K, width, height)

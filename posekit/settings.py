@@ -1,4 +1,4 @@
-"""What a table of settings is, so that an engine can have one of its own."""
+"""Base classes of settings tables, so that each engine can define its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec import Meta
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A settings table; an unknown key is an error, so a typo never passes silently."""
+    """A settings table. An unknown key is an error, so that no typo passes silently."""
 
 
 def says(words: str, *, unit: str | None = None, unset: str | None = None, example: str | None = None) -> Meta:
@@ -22,7 +22,7 @@ def says(words: str, *, unit: str | None = None, unset: str | None = None, examp
 
 
 class WeightsTable(Table, frozen=True):
-    """What the settings of every engine with weights hold."""
+    """The settings that every engine with weights has."""
 
     weights: str  # a file in the folder of weights, or its path; workers get an absolute one
     fallback: Annotated[

@@ -1,11 +1,11 @@
-"""The on-disk form of objects: one folder per CAD model, complete or absent.
+"""The object store on disk: one folder per CAD model, complete or absent.
 
     <root>/<object_id>/
-        source/<files>                    what the client sent
+        source/<files>                    the client's files
         object.json                       StoredObject
         mesh.safetensors                  the mesh in metres
-        <engine>-<version>.safetensors    what an engine made of it
-        <engine>-<version>.failed.json    why it made nothing of it, if onboarding failed
+        <engine>-<version>.safetensors    an engine's model of the object
+        <engine>-<version>.failed.json    the reason, if onboarding failed
     <root>/.incoming-<uuid>/              being written: becomes an object by one rename
     <root>/.trash-<uuid>/                 being deleted
 
@@ -42,7 +42,7 @@ _INCOMING, _TRASH, _PARTIAL = ".incoming-", ".trash-", ".partial-"
 
 
 class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of an object without opening its mesh. Lengths are millimetres."""
+    """The facts about an object, readable without opening its mesh. Lengths are millimetres."""
 
     object_id: str
     name: str | None  # the latest one it was given
@@ -57,7 +57,7 @@ class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
     extents_mm: tuple[float, float, float]
     diameter_mm: float
     warnings: list[str] = []
-    declared_symmetries: dict[str, Any] | None = None  # BOP's spelling: symmetries_discrete, symmetries_continuous
+    declared_symmetries: dict[str, Any] | None = None  # in BOP's notation: symmetries_discrete, symmetries_continuous
     created_unix: float
 
     @property
@@ -70,7 +70,7 @@ class StoredObject(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, name=names[-1] if names else None, aliases=list(names[:-1]))
 
 
-_Objects = list[StoredObject]  # written out here, since ObjectStore has a method of the name `list`
+_Objects = list[StoredObject]  # defined here because ObjectStore has a method named `list`
 _Names = list[str]
 _Paths = list[Path]
 
@@ -80,7 +80,7 @@ class _Failed(msgspec.Struct, frozen=True):
 
 
 class _ModelHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of an ObjectModel that is no array, in the file's metadata; lengths are metres."""
+    """The part of an ObjectModel that is not an array, kept in the file's metadata. Lengths are metres."""
 
     object_id: str
     engine: str
@@ -94,12 +94,12 @@ class _ModelHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """What is known of a stored model without reading its arrays."""
+    """The facts about a stored model, readable without its arrays."""
 
     symmetries: Symmetries
-    seconds: float  # that onboarding took; 0 = not noted
-    threads: int  # that it took them on
-    nbytes: int  # of its file
+    seconds: float  # duration of onboarding; 0 = not recorded
+    threads: int  # threads that onboarding used
+    nbytes: int  # size of its file
 
 
 class ObjectStore:
@@ -113,16 +113,16 @@ class ObjectStore:
     # ------------------------------------------------------------------------------------------------ coming and going
 
     def stage(self) -> Path:
-        """A new folder to prepare an object in, with an empty `source/` inside; `commit` makes it an object."""
+        """Create a folder to prepare an object in, with an empty `source/` inside. `commit` makes it an object."""
         staged = self.root / f"{_INCOMING}{uuid.uuid4().hex}"
         with _disk("the object cannot be stored"):
             (staged / "source").mkdir(parents=True)
         return staged
 
     def commit(self, staged: Path, stored: StoredObject) -> bool:
-        """Turn a staged folder into the object `stored`; False, and the folder is gone, where it existed already.
+        """Turn a staged folder into the object `stored`. If the object exists, remove the folder and return False.
 
-        The source files and the mesh are to be in place before.
+        The source files and the mesh must be in place before.
         """
         folder = self.folder(stored.object_id)
         try:
@@ -138,7 +138,7 @@ class ObjectStore:
                         raise
                     if self.get(stored.object_id) is not None:
                         return False
-                    self._discard(folder)  # a broken folder must not keep the object away for ever
+                    self._discard(folder)  # a broken folder must not block the object for ever
                     staged.rename(folder)
                 _sync(self.root)
             return True
@@ -146,7 +146,7 @@ class ObjectStore:
             shutil.rmtree(staged, ignore_errors=True)
 
     def list(self) -> _Objects:
-        """All readable objects, oldest first; broken folders are left out."""
+        """Return all readable objects, oldest first; broken folders are left out."""
         found = []
         for folder in self._children():
             if OBJECT_ID.fullmatch(folder.name):
@@ -156,7 +156,7 @@ class ObjectStore:
         return sorted(found, key=lambda stored: (stored.created_unix, stored.object_id))
 
     def get(self, object_id: str) -> StoredObject | None:
-        """One object, or None where there is none that can be read (an id of another form is simply unknown)."""
+        """Return one object, or None if no such object can be read (malformed ids included)."""
         if not OBJECT_ID.fullmatch(object_id):
             return None
         try:
@@ -172,7 +172,7 @@ class ObjectStore:
         write_atomically(self.folder(stored.object_id) / "object.json", msgspec.json.encode(stored))
 
     def remove(self, object_id: str) -> bool:
-        """Delete an object; False where there was none. From one moment to the next it is gone as a whole."""
+        """Delete an object at one moment, as a whole; return False if there was none."""
         folder = self.folder(object_id)
         if not folder.is_dir():
             return False
@@ -180,7 +180,7 @@ class ObjectStore:
             return self._discard(folder)
 
     def sweep(self) -> int:
-        """Remove what interrupted work left behind, and count it. For the start, while nothing else writes."""
+        """Remove leftovers of interrupted work, and return how many. Call it at start, while nothing else writes."""
         removed = 0
         for entry in self._children():
             if entry.name.startswith((_INCOMING, _TRASH, _PARTIAL)):
@@ -190,19 +190,19 @@ class ObjectStore:
         return removed
 
     def broken(self) -> _Names:
-        """Ids whose folder is there and cannot be read as an object, for the log."""
+        """Return the ids of folders that exist but cannot be read as an object, for the log."""
         return [
             entry.name for entry in self._children() if OBJECT_ID.fullmatch(entry.name) and self.get(entry.name) is None
         ]
 
     def folder(self, object_id: str) -> Path:
-        """Where an object lives; InvalidInput for what is no content hash, so that no id ever leaves the root."""
+        """Return an object's folder; raise InvalidInput for an id that is no content hash: no id leaves the root."""
         if not OBJECT_ID.fullmatch(object_id):
             raise InvalidInput("an object's id is 64 hexadecimal characters", "object_id")
         return self.root / object_id
 
     def bytes_used(self) -> int:
-        """Bytes in all files below the root."""
+        """Return the bytes in all files below the root."""
         total = 0
         for directory, _, names in os.walk(self.root):
             for name in names:
@@ -213,14 +213,14 @@ class ObjectStore:
     # ------------------------------------------------------------------------------------------------ meshes and models
 
     def save_mesh(self, folder: Path, mesh: Mesh) -> None:
-        """Write the mesh of a staged (or stored) object's folder."""
+        """Write the mesh into a staged (or stored) object's folder."""
         arrays: dict[str, npt.NDArray[Any]] = {"vertices_m": mesh.vertices_m, "faces": mesh.faces}
         if mesh.vertex_colors is not None:
             arrays["vertex_colors"] = mesh.vertex_colors
         _save_arrays(folder / "mesh.safetensors", arrays, {})
 
     def load_mesh(self, object_id: str) -> Mesh:
-        """Read an object's mesh; StoreError where it is missing or broken."""
+        """Read an object's mesh; raise StoreError if it is missing or broken."""
         arrays, _ = _load_arrays(self.folder(object_id) / "mesh.safetensors")
         vertices_m, faces = arrays.get("vertices_m"), arrays.get("faces")
         if (
@@ -235,7 +235,7 @@ class ObjectStore:
         return Mesh(vertices_m=vertices_m, faces=faces, vertex_colors=arrays.get("vertex_colors"))
 
     def save_model(self, model: ObjectModel, *, seconds: float = 0.0, threads: int = 0) -> None:
-        """Write what an engine made of an object, and in what time, beside the object (which must exist)."""
+        """Write an engine's model of an object, and the time it took, beside the object, which must exist."""
         header = _ModelHeader(
             object_id=model.object_id,
             engine=model.engine,
@@ -253,7 +253,7 @@ class ObjectStore:
         _save_arrays(path, model.arrays, {"model": msgspec.json.encode(header).decode()})
 
     def load_model(self, object_id: str, engine: str, version: str) -> ObjectModel:
-        """Read what an engine made of an object; StoreError where it is missing, broken or of another object."""
+        """Read an engine's model of an object; raise StoreError if it is missing, broken or of another object."""
         arrays, metadata = _load_arrays(self._model_path(object_id, engine, version))
         header, symmetries = _read_header(metadata)
         if (header.object_id, header.engine, header.engine_version) != (object_id, engine, version):
@@ -268,29 +268,29 @@ class ObjectStore:
         )
 
     def describe_model(self, object_id: str, engine: str, version: str) -> StoredModel:
-        """What is known of a stored model, without reading its arrays; StoreError as `load_model`."""
+        """Return the facts about a stored model without reading its arrays; StoreError as in `load_model`."""
         metadata, nbytes = _load_metadata(self._model_path(object_id, engine, version))
         header, symmetries = _read_header(metadata)
         return StoredModel(symmetries=symmetries, seconds=header.seconds, threads=header.threads, nbytes=nbytes)
 
     def remove_models(self, object_id: str) -> None:
-        """Forget what engines made of an object, so that it is onboarded anew."""
+        """Remove all engines' models of an object, so that it is onboarded anew."""
         with _disk("the object cannot be changed"):
             for path in self.folder(object_id).glob("*-*.safetensors"):
                 path.unlink(missing_ok=True)
 
     def has_model(self, object_id: str, engine: str, version: str) -> bool:
-        """Whether an engine of this version has onboarded the object."""
+        """Return True if an engine of this version has onboarded the object."""
         return self._model_path(object_id, engine, version).is_file()
 
     # --------------------------------------------------------------------------------------------------------- failures
 
     def fail(self, object_id: str, engine: str, version: str, error: str) -> None:
-        """Remember why an engine's onboarding failed, so that it is told and not tried for ever."""
+        """Record why an engine's onboarding failed, so that clients are told and it is not tried for ever."""
         write_atomically(self._failure_path(object_id, engine, version), msgspec.json.encode(_Failed(error)))
 
     def failure(self, object_id: str, engine: str, version: str) -> str | None:
-        """Why an engine's onboarding failed; None where it has not."""
+        """Return why an engine's onboarding failed; None if it has not failed."""
         path = self._failure_path(object_id, engine, version)
         try:
             return msgspec.json.decode(path.read_bytes(), type=_Failed).error
@@ -300,7 +300,7 @@ class ObjectStore:
             return "onboarding failed; the reason cannot be read any more"
 
     def clear_failures(self, object_id: str) -> None:
-        """Forget all failures, before onboarding is tried anew."""
+        """Remove all records of failures, before onboarding is tried again."""
         with _disk("the object cannot be changed"):
             for path in self.folder(object_id).glob("*.failed.json"):
                 path.unlink(missing_ok=True)
@@ -332,9 +332,9 @@ class ObjectStore:
 
 
 def write_atomically(path: Path, data: bytes, what: str = "the object") -> None:
-    """Write a file so that it is seen whole or not at all, even through a crash; errors call it `what`.
+    """Write a file so that it is seen whole or not at all, even through a crash. Errors call it `what`.
 
-    Raises StoreFull where the disk (or the quota) is full, StoreError for anything else that goes wrong.
+    Raises StoreFull if the disk (or the quota) is full, StoreError for any other problem.
     """
     partial = path.with_name(f"{_PARTIAL}{uuid.uuid4().hex}")
     with _disk(f"{what} cannot be written"):
@@ -363,7 +363,7 @@ def _disk(what: str) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut."""
+    """Flush a file's content, or the names in a folder, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -403,7 +403,7 @@ def _load_arrays(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str
 
 
 def _load_metadata(path: Path) -> tuple[dict[str, str], int]:
-    """A file's metadata and its size in bytes."""
+    """Return a file's metadata and its size in bytes."""
     try:
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {}), path.stat().st_size

@@ -1,4 +1,4 @@
-"""A mesh's surface as the engines onboard it: points spread over it, and how far it reaches."""
+"""Sample a mesh's surface and measure its diameter, for onboarding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from posekit.engine import Float64, Mesh, UInt8
 
 
 def diameter_of(vertices: Float64) -> float:
-    """Largest distance between two vertices; of very fine hulls, of an even selection of them."""
+    """Return the largest distance between two vertices; for very fine hulls, between an even selection of them."""
     try:
         corners = vertices[ConvexHull(vertices).vertices]
     except QhullError:  # flat: a sheet has no hull in space
@@ -21,7 +21,7 @@ def diameter_of(vertices: Float64) -> float:
 
 
 def sample_surface(mesh: Mesh, count: int) -> tuple[Float64, Float64, UInt8 | None, float]:
-    """`count` points spread by area: positions (S, 3) in metres, face normals (S, 3), colours (S, 3), their spacing.
+    """Spread `count` points by area: positions (S, 3) in metres, face normals (S, 3), colours (S, 3), their spacing.
 
     No randomness: faces are taken at even steps of the summed area, places in them from a low-discrepancy sequence.
     """

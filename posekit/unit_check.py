@@ -1,14 +1,14 @@
-"""The unit doctor: do depth, mask and model fit each other, and if not, which unit was mistaken?
+"""The unit check: do depth, mask and model fit each other, and if not, which unit is wrong?
 
 An object of diameter D at depth z spans at most f D / z pixels. So `size_ratio = extent_px * z / (f * D)` lies a little
-below 1 where the units are right and the mask is whole, lower where the object is partly hidden or seen end-on (but
-even then it spans about its middle extent, so that bounds it from below), and a power of ten elsewhere where a unit
-was mistaken. The ratio alone cannot say whether depth or model is wrong; that only shows
-in how plausible each is by itself: depth cameras read 0.1 to 5 m, objects measure 10 mm to 1.5 m.
+below 1 if the units are right and the mask is whole, and lower if the object is partly hidden or seen end-on. (Even
+seen end-on, the object spans about its middle extent, which bounds the ratio from below.) It is off by a power of ten
+if a unit is wrong. The ratio alone cannot tell whether depth or model is wrong. How plausible each is by itself can:
+depth cameras read 0.1 to 5 m, objects measure 10 mm to 1.5 m.
 
-A reading's `strangeness` is how many powers of ten it lies outside of what is plausible. A request is refused only
-where the strangeness is large, the ratio has its part in it, and one slip would make it vanish: no false alarms for
-hidden objects, loose masks, or unusual but consistent sizes.
+A reading's `strangeness` is how many powers of ten it lies outside the plausible range. A request is refused only if
+the strangeness is large, the ratio contributes to it, and one slip would explain it: no false alarms for hidden
+objects, loose masks, or unusual but consistent sizes.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ import numpy.typing as npt
 
 DEPTH_MM = (100.0, 5000.0)
 DIAMETER_MM = (10.0, 1500.0)
-LEAST_SPAN = 0.3  # of the model's middle extent that a mask spans at least: loose, for hidden objects
-MOST_SPAN = 2.2  # of the model's diameter that a mask spans at most: loose, for loose masks
-FACTORS = (1000.0, 10.0, 25.4, 100.0)  # slips, the likelier first
+LEAST_SPAN = 0.3  # share of the model's middle extent that a mask spans at least; low, for hidden objects
+MOST_SPAN = 2.2  # multiple of the model's diameter that a mask spans at most; high, for loose masks
+FACTORS = (1000.0, 10.0, 25.4, 100.0)  # factors of a slip, the likelier first
 
 _ODD = 0.3  # strangeness worth a warning: a factor of two
 _WRONG = 0.15  # median strangeness of a request that a slip may explain: a factor of 1.4
-_WRONG_ALONE = 0.8  # of one row among good ones: there a bad mask is the likelier reason
-_EXPLAINED = 0.05  # strangeness that a slip may leave
+_WRONG_ALONE = 0.8  # strangeness of one row among good ones; below it, a bad mask is likelier
+_EXPLAINED = 0.05  # strangeness that may remain once a slip is corrected
 _TYPICAL_RATIO = 0.6
 _MIN_PIXELS = 16  # a smaller mask says nothing about sizes
-_SPECK_PX = 200  # and one smaller than this may be a speck: it never is too small
-_MIDDLE_SHARE = 0.3  # of the diameter, where the middle extent is not known: a slender object
-_WHOLE_IMAGE = 0.8  # of the image's longer side: a mask this long outlines no object
+_SPECK_PX = 200  # a smaller mask may be a speck, so it is never called too small
+_MIDDLE_SHARE = 0.3  # middle extent as a share of the diameter, where unknown: a slender object
+_WHOLE_IMAGE = 0.8  # of the image's longer side: a longer mask outlines no object
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """One detection as the unit check sees it."""
+    """The facts about one detection that the unit check needs."""
 
-    median_depth_mm: float  # over the valid pixels under the mask; NaN where there are none
+    median_depth_mm: float  # over the valid pixels under the mask; NaN if there are none
     mask_px: int
-    mask_extent_px: float  # longer side of the mask, stray pixels left out
+    mask_extent_px: float  # longer side of the mask, without stray pixels
     valid_px: int  # pixels under the mask with a depth reading
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the unit check found."""
+    """The result of the unit check."""
 
-    rows: list[str | None]  # per observation: why this detection alone is implausible
+    rows: list[str | None]  # per observation: why this detection alone is implausible, None if it is not
     request_error: str | None = None  # why the request is refused
     warnings: list[str] = field(default_factory=list)
 
@@ -122,14 +122,14 @@ def judge(
     depth_scale_given: bool = True,
     rows_only: bool = False,
 ) -> Verdict:
-    """Judge the units of a request by all of its detections together; with `rows_only`, each by itself, as one among
-    others that are not here.
+    """Judge the units of a request by all of its detections together.
 
-    `diameters_mm` has one entry per observation, None where the detection has no CAD, and so has `middles_mm`, the
-    second largest extents (a guess is made where they are not known). `image_size` (height, width)
-    tells masks that fill the image, which outline nothing. `depth_scale_given` chooses the words: whether the client
-    gave depth_scale or depth_unit, or the default was taken. Detections without depth, with a tiny mask or without
-    CAD are not judged. `strict` refuses what is otherwise a warning.
+    `diameters_mm` and `middles_mm` (second largest extents) have one entry per observation. A diameter of None means
+    that the detection has no CAD; a missing middle extent is guessed. `image_size` (height, width) identifies masks
+    that fill the image, which outline nothing. `depth_scale_given` chooses the words: whether the client gave
+    depth_scale or depth_unit, or the default was taken. Detections without depth, with a tiny mask or without CAD are
+    not judged. `strict` refuses what is otherwise a warning. `rows_only` judges each detection by itself, as one among
+    others that are not given.
     """
     focal_px = math.sqrt(abs(fx * fy))
     longest_px = math.inf if image_size is None else _WHOLE_IMAGE * max(image_size)
@@ -163,8 +163,11 @@ def judge(
 
 
 def _explanations(readings: Sequence[_Reading], wrong: float) -> list[_Slip]:
-    """The slips that would set right a strangeness of at least `wrong`: none where there is less or nothing helps; a
-    depth slip and a model slip where they explain it equally well."""
+    """Return the slips that would explain a strangeness of at least `wrong`.
+
+    The list is empty if the strangeness is lower or no slip helps. It holds a depth slip and a model slip if both
+    explain it equally well.
+    """
     lengths = _median_of([reading.lengths_strange for reading in readings])
     if lengths < 0.1 and _median_of([float(reading.whole_image) for reading in readings]):
         return []
@@ -185,7 +188,7 @@ def _explanations(readings: Sequence[_Reading], wrong: float) -> list[_Slip]:
 
 
 def _oddities(readings: Sequence[_Reading]) -> list[str]:
-    """Sentences for what is unusual and no single slip explains."""
+    """Return sentences for oddities that no single slip explains."""
     depth_mm = _median_of([reading.depth_mm for reading in readings])
     diameter_mm = _median_of([reading.diameter_mm for reading in readings])
     ratio = _median_of([reading.ratio for reading in readings])
@@ -205,7 +208,7 @@ def _oddities(readings: Sequence[_Reading]) -> list[str]:
 
 
 def _slip_words(readings: Sequence[_Reading], slips: Sequence[_Slip], depth_scale_given: bool) -> str:
-    """What reads what, what it should read, and how to set it right; the median reading stands for all."""
+    """Say which value is wrong, what it should be, and how to correct it; the median reading stands for all."""
     reading = sorted(readings, key=lambda one: one.ratio)[(len(readings) - 1) // 2]
     sentences = [
         _depth_words(reading, slip.factor, depth_scale_given) if slip.what == "depth" else _model_words(reading, slip)
@@ -244,17 +247,17 @@ def _model_words(reading: _Reading, slip: _Slip) -> str:
 
 
 def _outside(value: float, limits: tuple[float, float]) -> float:
-    """How many powers of ten a positive value lies outside of its limits."""
+    """Return how many powers of ten a positive value lies outside its limits."""
     return max(0.0, math.log10(limits[0] / value), math.log10(value / limits[1]))
 
 
 def _median_of(values: Sequence[float]) -> float:
-    """The lower median: of two, the one that is less strange decides."""
+    """Return the lower median: of two values, the less strange one decides."""
     return sorted(values)[(len(values) - 1) // 2]
 
 
 def _extent(counts: npt.NDArray[np.integer]) -> int:
-    """How many columns (or rows) hold a mask's pixels, but for two percent at either end."""
+    """Return how many columns (or rows) hold a mask's pixels, without two percent at either end."""
     total = np.cumsum(counts)
     if not total.size or total[-1] == 0:
         return 0
@@ -263,7 +266,7 @@ def _extent(counts: npt.NDArray[np.integer]) -> int:
 
 
 def _mm(value: float) -> str:
-    """Millimetres with three digits that matter: "0.82 mm", "820 mm", "820000 mm"."""
+    """Format millimetres with three significant digits: "0.82 mm", "820 mm", "820000 mm"."""
     if value >= 100:
         return f"{value:.0f} mm"
     return f"{value:.3g} mm"

@@ -1,4 +1,4 @@
-"""Where the service turns millimetres into metres and back: the wire and the files speak mm, everything inside metres.
+"""Convert between millimetres and metres. The wire and the files use mm; everything inside uses metres.
 
 Imports numpy only, so that every process can afford it.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 MM_PER_M: Final = 1000.0
-METRES_OF: Final = {"mm": 0.001, "m": 1.0}  # a mesh file's unit, in metres
+METRES_OF: Final = {"mm": 0.001, "m": 1.0}  # metres per unit of a mesh file
 
 _Float64 = npt.NDArray[np.float64]
 

@@ -1,4 +1,4 @@
-"""Fixtures that more than one test file needs: a really running server and the demo scene registered on it."""
+"""Fixtures that several test files need: a running server and the demo scene registered on it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def question() -> Question:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, question: Question) -> Iterator[RunningServer]:
-    """One server for all tests that leave it as it was, the demo scene's objects registered by name."""
+    """One server for all tests that leave it unchanged; the demo scene's objects are registered by name."""
     with RunningServer(tmp_path_factory.mktemp("server") / "data") as one:
         question.register(one.url)
         yield one
@@ -40,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, question: Question) -> Iter
 
 @pytest.fixture(scope="session")
 def generated_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file of weights for the network: made-up numbers, with which it computes and finds nothing."""
+    """A file of generated weights for the network: it computes with them and finds nothing."""
     generated = importlib.import_module("benchmarks.network.generated_weights")  # imports torch
     if not generated.available():
         pytest.skip("the folder shared/sam6d, from which the network's weights are made up, is not here")
@@ -52,7 +52,7 @@ def generated_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
-    """Start servers of one's own, with settings: `start_server(drain_s=5)`; they are stopped at the end."""
+    """Start servers of a test's own, with settings: `start_server(drain_s=5)`; they are stopped at the end."""
     started: list[RunningServer] = []
 
     def start(data: Path | None = None, wait: bool = True, **settings: Any) -> RunningServer:
@@ -75,7 +75,7 @@ def ask(server: RunningServer) -> Iterator[Asker]:
 
 @pytest.fixture(scope="session")
 def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Special]:
-    """One such server for all tests that want another one than the shared; the tiny scene's objects are registered."""
+    """One special server for all tests that the shared server does not suit; the tiny scene's objects are known."""
     settings = {
         "limits_body_idle_s": BODY_IDLE_S,
         "limits_in_flight_requests": 6,

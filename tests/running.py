@@ -1,4 +1,4 @@
-"""A really running server for the tests: its processes, its address, its scene."""
+"""A running server for the tests: its processes, its address, its scene."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from workers.state import WorkerState, read_states
 
 ROOT = Path(__file__).parents[1]
 START_LIMIT_S = 240.0
-ANSWER_S = 30.0  # what a busy machine may take for an answer that costs nothing
+ANSWER_S = 30.0  # time that a busy machine may take for an answer that costs nothing
 
 
 @dataclass
@@ -51,7 +51,7 @@ class RunningServer:
         return self.start()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """A clean stop, which must be one; killed where the block failed."""
+        """Stop the server cleanly, and fail if it does not; kill it if the block failed."""
         if self.process is None or self.process.poll() is not None:
             return
         if kind is not None:
@@ -60,9 +60,9 @@ class RunningServer:
             assert self.stop() == 0, self.log()[-4000:]
 
     def start(self, wait: bool = True) -> Self:
-        """Start it; returns when it is ready."""
+        """Start the server; with `wait`, return when it is ready."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PEM_")}
-        environment["PEM_CHECKPOINTS_DIR"] = str(self.data / "checkpoints")  # not what lies in the project's folder
+        environment["PEM_CHECKPOINTS_DIR"] = str(self.data / "checkpoints")  # not the project's folder
         environment |= {f"PEM_{name.upper()}": str(value) for name, value in self.settings.items()}
         self.data.mkdir(parents=True, exist_ok=True)
         with (self.data / "stderr.log").open("ab") as stderr:
@@ -79,7 +79,7 @@ class RunningServer:
         return self
 
     def wait_ready(self, seconds: float = START_LIMIT_S) -> float:
-        """Until /readyz says 200; returns how long that took."""
+        """Wait until /readyz answers 200; return the seconds that took."""
         begun = time.monotonic()
         while time.monotonic() - begun < seconds:
             assert self.process is not None
@@ -92,7 +92,7 @@ class RunningServer:
         raise AssertionError(f"not ready after {seconds} s:\n{self.log()[-4000:]}")
 
     def stop(self, seconds: float = 60.0) -> int:
-        """SIGTERM, then wait; returns the exit code."""
+        """Send SIGTERM, then wait; return the exit code."""
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -103,22 +103,22 @@ class RunningServer:
             raise
 
     def kill(self) -> None:
-        """SIGKILL to the gateway alone."""
+        """Send SIGKILL to the gateway alone."""
         assert self.process is not None
         self.process.kill()
         self.process.wait(ANSWER_S)
 
     def log(self) -> str:
-        """Everything it wrote on standard error."""
+        """Return everything it wrote to standard error."""
         return (self.data / "stderr.log").read_text(errors="replace")
 
     def lines(self, words: str) -> list[str]:
-        """The lines with `words` that were written to their end."""
+        """Return the complete lines that contain `words`."""
         whole = self.log().rpartition("\n")[0]
         return [line for line in whole.splitlines() if words in line]
 
     def logged(self, words: str) -> list[str]:
-        """The same, once there is one: a line is written a moment after the answer."""
+        """Return the complete lines with `words`, once there is one: a line is written a moment after the answer."""
         wait_until(lambda: self.lines(words), ANSWER_S, f"{words} in the log")
         return self.lines(words)
 
@@ -130,21 +130,21 @@ class RunningServer:
         return tree
 
     def says(self, readiness: int) -> bool:
-        """Whether /readyz answers with this status."""
+        """Return True if /readyz answers with this status."""
         return httpx.get(f"{self.url}/readyz", timeout=ANSWER_S).status_code == readiness
 
     def wait_for_queue(self, *, requests: int, **headers: str) -> None:
-        """Until so many pose requests wait or are worked on."""
+        """Wait until `requests` pose requests are waiting or being computed."""
         wait_until(lambda: self.status(**headers)["queue"]["requests"] == requests, ANSWER_S, f"{requests} requests")
 
     def wait_idle(self, seconds: float = 120.0) -> None:
-        """Until no pose request waits, and none of their detections is worked on."""
+        """Wait until no pose request is waiting, and none of their detections is being computed."""
         idle = {"requests": 0, "detections": 0}
         wait_until(lambda: self.status()["queue"] == idle, seconds, "the queue to be empty")
 
     @property
     def run_dir(self) -> Path:
-        """Where its workers leave their state (new after each start)."""
+        """Return the folder where its workers leave their state (new after each start)."""
         bases = [Path(self.settings.get("spool_dir", "/dev/shm")), Path(tempfile.gettempdir())]
         for base in bases:
             for path in base.glob(f"pem-server-{self.pid}-*"):
@@ -152,21 +152,21 @@ class RunningServer:
         raise AssertionError("no run directory")
 
     def workers(self, stage: str | None = None) -> list[WorkerState]:
-        """The living, ready workers."""
+        """Return the living, ready workers."""
         return [s for s in read_states(self.run_dir) if s.alive and s.ready and stage in (None, s.stage)]
 
     def paused(self, stage: str) -> contextlib.AbstractContextManager[None]:
-        """All workers of a stage stand still while it lasts: what waits for them waits, however fast the machine is."""
+        """Pause all workers of a stage during the block: what waits for them waits, however fast the machine is."""
         pids = [worker.pid for worker in self.workers(stage)]
         assert pids, f"no {stage} worker"
         return paused(pids)
 
     def nobody_replaced(self) -> contextlib.AbstractContextManager[None]:
-        """While it lasts no worker that died is replaced: the process that would do so stands still."""
+        """Prevent dead workers from being replaced during the block, by pausing the process that would replace them."""
         return paused(self.children())
 
     def descendants(self) -> list[int]:
-        """Every process below the gateway, keepers and all."""
+        """Return every process below the gateway, keepers included."""
         children = _children()
         found: list[int] = []
         queue = [self.pid]
@@ -177,12 +177,12 @@ class RunningServer:
         return found
 
     def children(self) -> list[int]:
-        """The gateway's direct children: Mosec's main process."""
+        """Return the gateway's direct children: Mosec's main process."""
         return _children().get(self.pid, [])
 
 
 def _children() -> dict[int, list[int]]:
-    """Every process's direct children."""
+    """Return every process's direct children."""
     found: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -193,7 +193,7 @@ def _children() -> dict[int, list[int]]:
 
 
 def running(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Return True if a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
@@ -202,7 +202,7 @@ def running(pid: int) -> bool:
 
 @contextlib.contextmanager
 def paused(pids: Iterable[int]) -> Iterator[None]:
-    """Processes that stand still while it lasts, as deaf as inside a long native call; some may end meanwhile."""
+    """Stop processes during the block, as unresponsive as inside a long native call; some may end meanwhile."""
     stopped: list[int] = []
     try:
         for pid in pids:
@@ -217,7 +217,7 @@ def paused(pids: Iterable[int]) -> Iterator[None]:
 
 
 def wait_until(condition: Any, seconds: float, what: str) -> None:
-    """Poll until `condition()` holds; AssertionError with `what` otherwise."""
+    """Poll until `condition()` holds; raise AssertionError with `what` if it does not in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -238,7 +238,7 @@ class Question:
         self.names = [instance.shape.name for instance in self.scene.instances]
 
     def body(self, *, indices: list[int] | None = None, **changes: Any) -> dict[str, Any]:
-        """The request as a tree with raw pictures; detections of `indices` (all), each with its object by name."""
+        """Return the request as a tree with raw pictures: detections of `indices` (all by default), objects by name."""
         chosen = list(range(len(self.masks))) if indices is None else indices
         tree: dict[str, Any] = {
             "rgb_image": self.rgb,
@@ -251,12 +251,12 @@ class Question:
         return {key: value for key, value in tree.items() if value is not ...}
 
     def register(self, url: str) -> None:
-        """Upload the CAD of every object in the scene under its shape's name, and wait for it."""
+        """Upload the CAD of every object in the scene under its shape's name, and wait until it is onboarded."""
         for shape in {i.shape.name: i.shape for i in self.scene.instances}.values():
             register(url, shape)
 
     def errors(self, index: int, row: dict[str, Any]) -> tuple[float, float]:
-        """(rotation error in degrees, translation error in mm) of an answered row for detection `index`."""
+        """Return (rotation error in degrees, translation error in mm) of an answered row for detection `index`."""
         T_est = np.eye(4)
         T_est[:3, :3] = row["rotation"]
         T_est[:3, 3] = np.array(row["translation"]) / 1000
@@ -303,5 +303,5 @@ def post(
 
 
 def _named(headers: dict[str, str]) -> dict[str, str]:
-    """X_API_Key=... as a header."""
+    """Turn keywords into headers: X_API_Key=... becomes X-API-Key."""
     return {name.replace("_", "-"): value for name, value in headers.items()}

@@ -1,1 +1,1 @@
-"""What runs inside Mosec, one stage per file. Importing it is cheap: heavy imports wait for a stage's `__init__`."""
+"""The code that runs inside Mosec, one stage per file. Importing it is cheap: a stage's `__init__` imports the rest."""

@@ -1,4 +1,4 @@
-"""From an encoded job to crops: the decode stage's work. Imports OpenCV: the stage imports it when it starts."""
+"""Turn an encoded job into crops: the decode stage's work. Imports OpenCV, so the stage imports this when it starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from workers.messages import Crop, Cut, Failure, Job, MaskSpec, ObjectRef, Part,
 
 
 def cut(part: Part) -> Cut | Failure:
-    """Decode a part's detections. Raises PoseError for what spoils the request."""
+    """Decode a part's detections. Raises PoseError for errors that affect the whole request."""
     begun = time.perf_counter()
     job = read_job(part.path, part.job)
     if time.time() > job.deadline_unix:
@@ -69,7 +69,7 @@ def _frame(job: Job) -> Frame:
 
 
 def _check_masks_together(job: Job, frame: Frame) -> None:
-    """Each mask has the image's size, so what they decode to together is known before the first is decoded."""
+    """Raise TooLarge if all masks together decode to too much. The image's size tells, so none is decoded for this."""
     height, width = frame.size
     megapixels = len(job.detections) * height * width / 1e6
     if megapixels > job.max_mask_megapixels:
@@ -89,7 +89,7 @@ def _mask(job: Job, frame: Frame, index: int) -> Bool:
 
 
 def _crop(job: Job, frame: Frame, index: int, seen: Seen) -> Crop:
-    """The detection as the engine will see it, or the reason why not."""
+    """Return the detection as the engine will see it, or with the reason for its rejection."""
     spec, reference = job.detections[index], _reference(job, index)
     x, y, w, h = seen.box or (0, 0, 0, 0)
     crop = Crop(
@@ -117,7 +117,7 @@ def _crop(job: Job, frame: Frame, index: int, seen: Seen) -> Crop:
 
 
 def _rejected(crop: Crop, reason: tuple[str, str]) -> Crop:
-    """The crop without its pixels; the first reason stays."""
+    """Return the crop without its pixels; an earlier reason stays."""
     return Crop(
         index=crop.index,
         object_id=crop.object_id,
@@ -140,9 +140,9 @@ def _init(spec: MaskSpec) -> tuple[float, ...] | None:
 def _judge_units(
     job: Job, frame: Frame, observed: dict[int, unit_check.Observation], judges_all: bool
 ) -> tuple[dict[int, str], list[str]]:
-    """Detections that are implausible alone, by index, and warnings about the request.
+    """Return detections that are implausible by themselves, by index, and warnings about the request.
 
-    Raises UnitsImplausible where the request as a whole is; only the part that has seen all detections can tell.
+    Raises UnitsImplausible if the request as a whole is; only the part that has seen all detections can tell.
     """
     references = [_reference(job, index) for index in observed]
     verdict = unit_check.judge(
@@ -154,7 +154,7 @@ def _judge_units(
         middles_mm=[None if one is None else one.middle_mm for one in references],
         image_size=frame.size,
         depth_scale_given=job.depth_unit_given,
-        rows_only=not judges_all,  # as the part that sees all of them would judge each
+        rows_only=not judges_all,  # as the part that sees all detections would judge each
     )
     if verdict.request_error is not None:
         field = "cam_params.depth_scale" if "depth_scale" in verdict.request_error else "model_unit"

@@ -1,6 +1,6 @@
-"""Engines with the settings of this start, and a first exercise for them.
+"""Load engines with the settings of this start, and warm them up.
 
-Asking for versions is cheap, loading an engine is not.
+Asking for versions is cheap; loading an engine is not.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from workers.settings import Stages
 
 
 def load_engine(name: str, stages: Stages | None = None, *, device: str, threads: int) -> Engine:
-    """The engine `name` on `device` ("cpu", "cuda:0"), with `threads` CPU threads. Imports what it needs: seconds.
+    """Load the engine `name` on `device` ("cpu", "cuda:0"), with `threads` CPU threads; its imports take seconds.
 
-    Raises BrokenCheckpoint where its version is no longer that of the server's start: nobody would read its models.
+    Raises BrokenCheckpoint if its version changed since the server's start: no other process would read its models.
     """
     stages = stages or Stages()
     one, own = registry.spec(name), stages.own(name)
@@ -36,17 +36,17 @@ def load_engine(name: str, stages: Stages | None = None, *, device: str, threads
 
 
 def versions(stages: Stages) -> dict[str, str]:
-    """Engine name -> version, part of the stored model's file name, the default first. Imports no torch."""
+    """Return engine name -> version (part of the stored model's file name), the default first. Imports no torch."""
     return {name: stages.versions.get(name) or registry.spec(name).version(stages.own(name)) for name in stages.engines}
 
 
 def with_fixed_versions(stages: Stages) -> Stages:
-    """The same with the versions as they are now: workers that start later load no other weights."""
+    """Return the settings with the current versions fixed, so that workers that start later load no other weights."""
     return msgspec.structs.replace(stages, versions=versions(stages))
 
 
 def kernels(device: str, engines: Collection[str]) -> dict[str, str]:
-    """Operation -> "compiled" or "reference": what these engines run on `device`. Imports torch."""
+    """Return operation -> "compiled" or "reference" of these engines on `device`. Imports torch."""
     found: dict[str, str] = {**pointnet2_ext.kernels(device)}
     for one in registry.by_effort():
         if one.name in engines:
@@ -60,10 +60,10 @@ _MOMENT_S = 1.0
 
 
 def practise(engine: Engine, detections: int, folder: Path) -> float:
-    """Let an engine solve a small made-up scene, so that what it does once is done, and return its detections/s.
+    """Warm up an engine on a small made-up scene, and return its detections/s.
 
-    A pass of `detections` is timed where that takes no longer than a moment, else a single one. The model of the
-    scene's box is kept in `folder`, so that a worker that replaces another one is there sooner.
+    A pass of `detections` is timed if that takes no longer than a moment, else a single detection. The model of the
+    scene's box is kept in `folder`, so that a worker that replaces another one starts sooner.
     """
     model = _practice_model(engine, folder)
     engine.prepare(model)
@@ -86,7 +86,7 @@ def _practice_model(engine: Engine, folder: Path) -> ObjectModel:
         return ObjectStore(folder).load_model(object_id, engine.name, engine.version)
     except StoreError:
         model = engine.practice_model(object_id, box_mesh())
-    with contextlib.suppress(StoreError, OSError):  # no room: then the next worker builds it again
+    with contextlib.suppress(StoreError, OSError):  # no room: the next worker builds it again
         store = ObjectStore(folder)
         store.folder(object_id).mkdir(exist_ok=True)
         store.save_model(model)

@@ -1,4 +1,4 @@
-"""What several stages do with a job: read it, and turn an error into the failure that the gateway understands."""
+"""Helpers for jobs that several stages use: read a job, pass large messages as files, turn errors into failures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from posekit.errors import PoseError
 from workers.messages import Failure, Job
 
 INLINE_BYTES = 64 * 1024  # smaller messages go through the socket
-_ROOM = 2.0  # times its size must be free, so that the other users of /dev/shm are left some
-BESIDE = "~"  # between the name of a job's file and what stands beside it: no request's id has it
+_ROOM = 2.0  # free space needed, in message sizes: other users of /dev/shm need room too
+BESIDE = "~"  # separates the name of a job's file from the suffix of files beside it; no request's id contains it
 
 
 class GivenUp(Exception):
@@ -22,7 +22,7 @@ class GivenUp(Exception):
 
 
 def read_job(path: str | None, inline: bytes) -> Job:
-    """The job that a part belongs to. Raises GivenUp where its file is gone."""
+    """Read the job that a part belongs to. Raises GivenUp if its file is gone."""
     try:
         encoded = Path(path).read_bytes() if path else inline
     except FileNotFoundError:
@@ -31,7 +31,7 @@ def read_job(path: str | None, inline: bytes) -> Job:
 
 
 def write_large(path: Path, message: bytes) -> str | None:
-    """Write a message to a file; None where it should go through the socket instead (small, or no room)."""
+    """Write a message to a file; return None if it should go through the socket instead (small, or no room)."""
     if len(message) < INLINE_BYTES:
         return None
     try:
@@ -47,21 +47,21 @@ def write_large(path: Path, message: bytes) -> str | None:
 
 
 def put_beside(job_path: str | None, message: bytes) -> str | None:
-    """`write_large` beside a job's file, where it has one. `take` removes it, and so does the end of the job.
+    """Write a large message beside the job's file, if it has one. `take` removes it, and so does the end of the job.
 
-    Mosec's front keeps what a stage sent until its call is answered: for ever where the worker that held it died.
+    Mosec's front keeps what a stage sent until its call is answered: for ever if the worker that held it died.
     """
     if job_path is None:
         return None
     path = write_large(Path(f"{job_path}{BESIDE}{secrets.token_hex(4)}"), message)
-    if path is not None and not Path(job_path).exists():  # given up meanwhile: nobody would remove it
+    if path is not None and not Path(job_path).exists():  # given up meanwhile: nobody would remove the new file
         Path(path).unlink(missing_ok=True)
         return None
     return path
 
 
 def take(path: str) -> bytes:
-    """What `put_beside` wrote, and the file is gone. Raises GivenUp where it is gone already."""
+    """Read a file of `put_beside` and remove it. Raises GivenUp if it is gone already."""
     try:
         message = Path(path).read_bytes()
         Path(path).unlink(missing_ok=True)
@@ -71,5 +71,5 @@ def take(path: str) -> bytes:
 
 
 def failure_from(error: PoseError, item_id: str) -> Failure:
-    """An error that posekit raised on purpose, as it travels."""
+    """Convert an error that posekit raised on purpose into a message."""
     return Failure(part_id=item_id, code=error.code, detail=error.detail, field=error.field)

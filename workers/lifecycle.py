@@ -1,8 +1,8 @@
-"""How a worker lives: it dies with its parent, keeps to its threads, says what it holds, and backs off when it fails.
+"""The life of a worker: it dies with its parent, limits its threads, reports its state, and backs off when it fails.
 
 Every stage derives from `Stage`. Each stage also has one slot more than it needs, its keeper (`PEM_KEEPER=1`): a
-process that sleeps before any heavy import. Mosec stops the whole server when all processes of a stage are gone; the
-keeper is the one that is not, while a crashed worker is replaced.
+process that sleeps before any heavy import. Mosec stops the whole server when all processes of a stage are gone. The
+keeper stays alive while a crashed worker is replaced.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ from workers.state import StateWriter
 
 KEEPER = "PEM_KEEPER"  # "1": this slot only keeps its stage alive
 SLOT = "PEM_SLOT"
-DEVICE = "PEM_SLOT_DEVICE"  # as this process sees it: the only GPU that is shown to it is cuda:0
-DEVICE_NAME = "PEM_SLOT_DEVICE_NAME"  # as the server names it
+DEVICE = "PEM_SLOT_DEVICE"  # named as in this process: the only GPU that it sees is cuda:0
+DEVICE_NAME = "PEM_SLOT_DEVICE_NAME"  # named as in the server
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _HABITS = {
-    # Threads that wait for each other sleep. Where cores are busy, spinning made one of the network's detections take
-    # 4 to 19 s in place of 1.4.
+    # Waiting threads sleep. With busy cores, spinning made one detection of the network take 4 to 19 s instead of 1.4.
     "OMP_WAIT_POLICY": "passive",
-    # Torch's large arrays lie in large pages: 18 000 page faults less for each of the network's detections.
+    # Torch's large arrays use large pages: 18 000 fewer page faults for each detection of the network.
     "THP_MEM_ALLOC_ENABLE": "1",
 }
 
@@ -51,7 +50,7 @@ _LONGEST_PAUSE_S = 30.0
 def die_with_parent(parent_pid: int) -> None:
     """Ask the kernel for SIGKILL when the thread that started this process ends; exit if that has happened already.
 
-    The parent must have started this process from a thread that lives as long as itself: its main thread.
+    The parent must have started this process from a thread that lives as long as the parent: its main thread.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -60,16 +59,16 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def keep_stage_alive(parent_pid: int) -> None:
-    """A keeper's whole life: sleep for as long as the parent is there."""
+    """Sleep while the parent exists, then exit: a keeper's whole life."""
     while os.getppid() == parent_pid:
         time.sleep(1.0)
     os._exit(0)
 
 
 def slot_environment(*, slot: int, keeper: bool, device: str, threads: int) -> dict[str, str]:
-    """The variables of one slot. Every slot of every stage sets all of them, or one slot's would leak into the next.
+    """Return the variables of one slot. Every slot of every stage sets all of them, so that none leaks into the next.
 
-    `device` is "cpu" or "cuda:N"; a process that needs no GPU sees none, so that it cannot take memory there.
+    `device` is "cpu" or "cuda:N". A process that needs no GPU sees none, so that it cannot take memory there.
     """
     gpu = device.partition("cuda:")[2]
     variables = {
@@ -83,13 +82,13 @@ def slot_environment(*, slot: int, keeper: bool, device: str, threads: int) -> d
 
 
 def _visible_gpu(index: int) -> str:
-    """GPU `index` among those that this process was given, in CUDA's own naming."""
+    """Return GPU `index` among those that this process was given, in CUDA's own naming."""
     given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return given[index] if index < len(given) else str(index)
 
 
 def limit_threads(count: int) -> None:
-    """Keep the libraries that are loaded to `count` threads; the variables of the slot did so for OpenMP and BLAS."""
+    """Limit the libraries that are already loaded to `count` threads; the slot's variables limited OpenMP and BLAS."""
     if (cv2 := sys.modules.get("cv2")) is not None:
         cv2.setNumThreads(count)
     if (torch := sys.modules.get("torch")) is not None:
@@ -97,25 +96,25 @@ def limit_threads(count: int) -> None:
 
 
 class Log:
-    """One line of JSON on standard error for each event; the gateway puts them into its log."""
+    """Writes one line of JSON to standard error for each event; the gateway adds these lines to its log."""
 
     def __init__(self, stage: str) -> None:
         self._stage = stage
 
     def info(self, event: str, **fields: Any) -> None:
-        """Something worth knowing."""
+        """Log something worth knowing."""
         self._write("info", event, fields)
 
     def warning(self, event: str, **fields: Any) -> None:
-        """Something that an operator may want to change."""
+        """Log something that an operator may want to change."""
         self._write("warning", event, fields)
 
     def error(self, event: str, **fields: Any) -> None:
-        """Something that went wrong."""
+        """Log an error."""
         self._write("error", event, fields)
 
     def exception(self, event: str, **fields: Any) -> None:
-        """Something that went wrong, with the exception being handled."""
+        """Log an error with the exception being handled."""
         self._write("error", event, {**fields, "traceback": traceback.format_exc()})
 
     def _write(self, level: str, event: str, fields: Mapping[str, Any]) -> None:
@@ -126,10 +125,10 @@ class Log:
 
 
 class Stage(Worker):
-    """What the stages have in common. A stage fills in `stage_name`, `__init__` and `forward`, and its messages:
+    """Base of all stages. A stage defines `stage_name`, `__init__`, `forward` and `receives`.
 
-    `receives` is what its input may be, first in a route (`deserialize`) or behind another stage (`deserialize_ipc`).
-    Each input is noted in the worker's state before anything is done with it, and forgotten when its result leaves.
+    `receives` is the type of its input, first in a route (`deserialize`) or behind another stage (`deserialize_ipc`).
+    Each input is recorded in the worker's state before anything is done with it, and removed when its result leaves.
     """
 
     stage_name: ClassVar[str]
@@ -140,7 +139,7 @@ class Stage(Worker):
         super().__init__()  # type: ignore[no-untyped-call]
         self.settings = settings.from_environment()
         self.log = Log(self.stage_name)
-        self.spawned = multiprocessing.parent_process() is not None  # not so where a test calls a stage directly
+        self.spawned = multiprocessing.parent_process() is not None  # False if a test calls a stage directly
         slot = int(os.environ.get(SLOT) or 0)
         if self.spawned:
             _become_a_worker()
@@ -154,12 +153,12 @@ class Stage(Worker):
 
     @property
     def run_dir(self) -> Path:
-        """Where workers leave what the gateway reads."""
+        """Return the folder where workers leave files for the gateway."""
         return Path(self.settings.run_dir)
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Around a stage's loading and warming up: says `ready` at the end, or why it did not get there."""
+        """Wrap a stage's loading and warm-up: report `ready` at the end, or the reason for the failure."""
         begun = time.monotonic()
         try:
             yield
@@ -174,11 +173,11 @@ class Stage(Worker):
 
     @contextlib.contextmanager
     def engine_start(self, name: str) -> Iterator[None]:
-        """Around the start of an engine: where one that another may stand in for fails, the state tells why in `lost`.
+        """Wrap the start of an engine. If it fails and may have a stand-in, note the reason in the state's `lost`.
 
-        Then the stage goes on without it. Where the settings allow no stand-in (`fallback = false`) the failure passes
-        through, and `fatal` in the state asks the gateway to stop instead of trying for ever. The failure of an engine
-        that has no stand-in passes through as it is.
+        Then the stage goes on without the engine. If the settings allow no stand-in (`fallback = false`), the failure
+        passes through, and `fatal` in the state asks the gateway to stop instead of trying for ever. The failure of an
+        engine that has no stand-in passes through unchanged.
         """
         try:
             yield
@@ -194,27 +193,27 @@ class Stage(Worker):
             self.state.update(lost={**lost, name: _for_clients(error, spec.words)})
 
     def deserialize(self, data: bytes) -> Any:
-        """From the gateway."""
+        """Decode a message from the gateway."""
         message = self._decoder.decode(data)
         self.state.hold(item_id(message))
         return message
 
     def deserialize_ipc(self, data: bytes) -> Any:
-        """From the stage before."""
+        """Decode a message from the stage before."""
         return self.deserialize(data)
 
     def serialize(self, data: Any) -> bytes:
-        """To the gateway."""
+        """Encode a message for the gateway."""
         encoded = self._encoder.encode(data)
         self.state.release(item_id(data))
         return encoded
 
     def serialize_ipc(self, data: Any) -> bytes:
-        """To the next stage."""
+        """Encode a message for the next stage."""
         return self.serialize(data)
 
     def internal(self, message_id: str, **fields: Any) -> Failure:
-        """Log the exception being handled and say to the client no more than that it happened."""
+        """Log the exception being handled; tell the client only that an internal error happened."""
         self.log.exception("internal_error", part_id=message_id, **fields)
         return Failure(part_id=message_id, code="internal", detail=INTERNAL_DETAIL)
 
@@ -223,14 +222,14 @@ INTERNAL_DETAIL = "an internal error happened; the server's log has it under thi
 
 
 def item_id(message: Any) -> str:
-    """The id under which the gateway knows a message: its part's or its task's."""
+    """Return the id of a message in the gateway: its part's or its task's."""
     holder = getattr(message, "part", message)
     identity: str = holder.part_id if hasattr(holder, "part_id") else holder.task_id
     return identity
 
 
 def _for_clients(error: Exception, engine: str) -> str:
-    """Why an engine could not be started, without anything of the server's inside; `engine` is what to call it."""
+    """Return why an engine could not be started, without internals of the server; `engine` is its name in the text."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return f"there is not enough memory for {engine}"
@@ -245,17 +244,17 @@ def _become_a_worker() -> None:
     die_with_parent(parent.pid)
     if os.environ.get(KEEPER) == "1":
         keep_stage_alive(parent.pid)
-    warnings.filterwarnings("ignore", message="IPC data")  # Mosec's word on messages over 1 MB: ours are, at times
+    warnings.filterwarnings("ignore", message="IPC data")  # Mosec warns about messages over 1 MB, normal here
 
 
 class _Starts:
-    """How often a slot lately started without getting ready; in a file, since the process is a new one each time."""
+    """Counts a slot's recent starts that did not get ready, in a file: each start is a new process."""
 
     def __init__(self, run_dir: Path, stage: str, slot: int) -> None:
         self._path = starts_dir(run_dir) / f"{stage}-{slot}.json"
 
     def pause_after_failures(self, log: Log) -> None:
-        """Note this start, and wait for longer the more of the last ones failed."""
+        """Record this start, and wait the longer, the more of the last ones failed."""
         now = time.time()
         failed = [started for started in self._read() if 0 <= now - started < _FAILURES_COUNT_FOR_S]
         with contextlib.suppress(OSError):
@@ -267,7 +266,7 @@ class _Starts:
             time.sleep(pause_s)
 
     def forget(self) -> None:
-        """This start succeeded."""
+        """Reset the count: this start succeeded."""
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
 
@@ -279,5 +278,5 @@ class _Starts:
 
 
 def starts_dir(run_dir: Path) -> Path:
-    """Where slots note their starts; emptied when the server starts."""
+    """Return the folder where slots record their starts; it is emptied when the server starts."""
     return run_dir / "starts"

@@ -1,11 +1,11 @@
-"""What travels between the gateway and the stages, and between stages: everything is declared here.
+"""All messages between the gateway and the stages, and between stages.
 
 gateway ──Part──▶ decode ──Cut──▶ pose ──Solved──▶ respond ──PartAnswer──▶ gateway
 
-A `Job` is one client request, parsed and checked, images still encoded. The gateway writes it once (to a file in
-shared memory when it is large and there is room, inline otherwise) and sends one `Part` per bounded run of its
-detections. A large `Cut` goes by a `CutFile` in the same way. A failure of the whole request travels as `Failure`
-through every later stage, because raising inside a batched stage would fail its neighbours too. All of it is
+A `Job` is one client request, parsed and checked, with its images still encoded. The gateway writes it once (to a file
+in shared memory if it is large and there is room, inline otherwise). It sends one `Part` per bounded run of the job's
+detections. A large `Cut` travels as a `CutFile` in the same way. A failure of the whole request travels as `Failure`
+through every later stage, because raising inside a batched stage would fail its neighbours too. All messages are
 MessagePack; arrays travel as (dtype, shape, bytes).
 
 Wire units are millimetres; from `Cut` on, everything is metres.
@@ -27,19 +27,19 @@ from posekit.units import m_to_mm, mm_to_m, transform_m_to_mm, transform_mm_to_m
 
 
 class PackedArray(msgspec.Struct, frozen=True, array_like=True):
-    """A numpy array as it travels: C-contiguous bytes with dtype and shape."""
+    """A numpy array in a message: C-contiguous bytes with dtype and shape."""
 
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
 
     def unpack(self) -> npt.NDArray[Any]:
-        """The array, read-only, without a copy."""
+        """Return the array, read-only, without a copy."""
         return np.frombuffer(self.data, dtype=self.dtype).reshape(self.shape)
 
 
 def pack(array: npt.NDArray[Any]) -> PackedArray:
-    """Wrap an array for the wire; copies only what is not contiguous."""
+    """Wrap an array for a message; copy it only if it is not contiguous."""
     array = np.ascontiguousarray(array)
     return PackedArray(array.dtype.str, array.shape, array.reshape(-1).view(np.uint8).data)
 
@@ -48,7 +48,7 @@ def pack(array: npt.NDArray[Any]) -> PackedArray:
 
 
 class ObjectRef(msgspec.Struct, frozen=True, kw_only=True):
-    """An onboarded object as the gateway resolved it."""
+    """An onboarded object, resolved by the gateway."""
 
     object_id: str  # content hash: the folder's name in the object store
     diameter_mm: float
@@ -56,8 +56,11 @@ class ObjectRef(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MaskSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One detection as it was sent. `mask` is undecoded: exactly one of `raw` (JSON text of the mask as the client
-    wrote it: an RLE object, a base64 string, a nested list, polygons), or `png` (raw bytes out of MessagePack)."""
+    """One detection as it was sent, with its mask undecoded: exactly one of `raw` and `png`.
+
+    `raw` is the JSON text of the mask as the client wrote it: an RLE object, a base64 string, a nested list or
+    polygons. `png` is the raw bytes from MessagePack.
+    """
 
     raw: bytes = b""  # JSON
     png: bytes = b""
@@ -69,19 +72,19 @@ class MaskSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client asks of the task `pose`, typed and checked, pictures still encoded. Gateway and stages share it."""
+    """A client's request of the task `pose`, typed and checked, pictures still encoded. Gateway and stages share it."""
 
     rgb: bytes
     depth: bytes
     depth_height: int = 0  # with depth_width: depth is bare little-endian float32 of this size (second dialect)
     depth_width: int = 0
     K: tuple[float, float, float, float, float, float, float, float, float]  # row-major
-    depth_scale_mm: float | None  # raw value x this = millimetres; None only where the file must give it (422)
-    depth_unit_given: bool = False  # the client said depth_unit or depth_scale: words of the unit check differ
+    depth_scale_mm: float | None  # raw value x this = millimetres; None only if the file must give it (422)
+    depth_unit_given: bool = False  # the client sent depth_unit or depth_scale; the words of the unit check differ
     detections: list[MaskSpec]
-    field_prefix: str = "detections.masks"  # how the client calls the masks, for error paths ("seg_data")
+    field_prefix: str = "detections.masks"  # the client's name for the masks, in error paths ("seg_data")
     field_suffix: str = ""  # after the index: "" for columns (detections.masks[3]), ".segmentation" for lists
-    field_indices: list[int] | None = None  # where each detection stood in what the client sent, if some were left out
+    field_indices: list[int] | None = None  # each detection's position in the client's request, if some were left out
     rgb_field: str = "rgb_image"
     depth_field: str = "depth_image"
     hypotheses: int = 0
@@ -92,7 +95,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(Asked, frozen=True, kw_only=True):
-    """The same once everything is decided that the client may leave open: what the stages read."""
+    """A request after all choices that the client may leave open are made: what the stages read."""
 
     request_id: str
     objects: list[ObjectRef]
@@ -100,11 +103,11 @@ class Job(Asked, frozen=True, kw_only=True):
     refine: Literal["icp", "none"] = "icp"
     deadline_unix: float  # time.time() after which no work is started
     max_megapixels: float = 50.0  # decoded size limit of colour and depth
-    max_mask_megapixels: float = 500.0  # together, one at a time
+    max_mask_megapixels: float = 500.0  # limit for all masks together; each is decoded alone
     output_dir: str | None = None  # absolute, already checked to be inside the output root
 
     def mask_field(self, index: int) -> str:
-        """How the client would name mask `index`: `detections.masks[3]`, `detections[3].segmentation`."""
+        """Return the client's name for mask `index`: `detections.masks[3]`, `detections[3].segmentation`."""
         sent = self.field_indices[index] if self.field_indices is not None else index
         return f"{self.field_prefix}[{sent}]{self.field_suffix}"
 
@@ -116,12 +119,12 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     start: int
     stop: int
     path: str | None = None  # file with the encoded Job
-    job: bytes = b""  # the encoded Job itself where there is no file
+    job: bytes = b""  # the encoded Job itself if there is no file
     finish: bool = False  # the only part of its request: respond also draws the overlay and writes files
 
 
 class FinishPart(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
-    """For route /finish: overlay and files of a request that was split; `rows` are all of its rows, in order."""
+    """Input of route /finish: overlay and files of a request that was split. `rows` are all of its rows, in order."""
 
     part_id: str
     path: str | None = None
@@ -133,11 +136,11 @@ class FinishPart(msgspec.Struct, frozen=True, kw_only=True, tag="finish"):
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
-    """The whole request cannot be answered; travels to the end of the pipeline as a value."""
+    """The whole request cannot be answered. Travels to the end of the pipeline as a value."""
 
     part_id: str
-    code: str  # one of serve/errors.py's, which gives it a status
-    detail: str  # for the client: no server path in it
+    code: str  # one of the codes in serve/errors.py, which maps it to a status
+    detail: str  # for the client: contains no server path
     field: str | None = None
 
 
@@ -145,18 +148,18 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag="failure"):
 
 
 class Crop(msgspec.Struct, frozen=True, kw_only=True):
-    """One detection cut out of its image (or the reason why it cannot be used)."""
+    """One detection cut out of its image, or the reason why it cannot be used."""
 
-    index: int  # in the request
+    index: int  # index of the detection in the request
     object_id: str | None = None  # content hash
-    bbox: tuple[float, float, float, float]  # xywh as answered: the client's, or the mask's
+    bbox: tuple[float, float, float, float]  # xywh as answered: the client's box, or the mask's
     category: int | str | None = None
     score: float = 1.0
     rejected: tuple[str, str] | None = None  # (code, detail)
     rgb: PackedArray | None = None  # (h, w, 3) uint8
     depth_m: PackedArray | None = None  # (h, w) float32; 0 = no reading
     mask: PackedArray | None = None  # (h, w) uint8, 0 or 1
-    K: tuple[float, ...] = ()  # 9 numbers, of the crop
+    K: tuple[float, ...] = ()  # 9 numbers, camera of the crop
     seed: int = 0
     init_T_cam_obj: tuple[float, ...] | None = None  # 16 numbers, metres
     origin_px: tuple[int, int] = (0, 0)  # column and row of the crop's first pixel in its image
@@ -167,7 +170,7 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
     """A part after decoding."""
 
     part: Part
-    request_id: str = ""  # the job's: parts of one request count as one where passes are counted
+    request_id: str = ""  # the job's id: parts of one request count as one when passes are counted
     crops: list[Crop]
     engine: str
     refine: Literal["icp", "none"]
@@ -176,11 +179,11 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True, tag="cut"):
     deadline_unix: float
     warnings: list[str] = []
     decode_ms: float = 0.0
-    sent_unix: float = 0.0  # when decode handed it on: pose measures its wait from here
+    sent_unix: float = 0.0  # time when decode handed it on; pose measures its wait from here
 
 
 class CutFile(msgspec.Struct, frozen=True, kw_only=True, tag="cut_file"):
-    """A large Cut, written beside its job's file: whoever takes it removes it (see `workers/jobs.py`)."""
+    """A large Cut, written beside its job's file. The receiver removes the file (see `workers/jobs.py`)."""
 
     part_id: str
     path: str
@@ -190,43 +193,43 @@ class CutFile(msgspec.Struct, frozen=True, kw_only=True, tag="cut_file"):
 
 
 class PassRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One pass of the pose stage; rides on the first request that took part, so that it is counted once."""
+    """One pass of the pose stage. It travels with the first request that took part, so that it is counted once."""
 
     engine: str
     detections: int
     requests: int
     seconds: float
-    pass_id: str = ""  # 32 hexadecimal digits of a trace, 16 of its one span: what traces link to
+    pass_id: str = ""  # 32 hexadecimal digits of a trace, then 16 of its one span; traces link to it
     begun_unix: float = 0.0
     device: str = "cpu"
 
 
 class PartResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a part, and what it cost: made by the pose stage, passed on by respond, read by the gateway."""
+    """The result of a part and its cost: made by the pose stage, passed on by respond, read by the gateway."""
 
     rows: list[Row] = []
     engine: str = ""
     warnings: list[str] = []
     decode_ms: float = 0.0
-    queue_ms: float = 0.0  # between decode and pose
+    queue_ms: float = 0.0  # wait between decode and pose
     pose_ms: float = 0.0
-    batch_detections: int = 0  # of the largest pass this part rode in
+    batch_detections: int = 0  # size of the largest pass that this part was in
     batch_requests: int = 0
     passes: list[PassRecord] = []
-    pass_ids: list[str] = []  # of the passes that this part rode in
-    decode_unix: float = 0.0  # when its decoding began
-    pose_unix: float = 0.0  # when the batch that it came with was begun
+    pass_ids: list[str] = []  # ids of the passes that this part was in
+    decode_unix: float = 0.0  # time when its decoding began
+    pose_unix: float = 0.0  # time when its batch began in the pose stage
 
 
 class Solved(PartResult, frozen=True, kw_only=True, tag="solved"):
     """A part after the pose stage."""
 
     part: Part
-    scores: list[float]  # the detector's, beside the rows, for detection_pem.json
+    scores: list[float]  # the detector's scores, one per row, for detection_pem.json
 
 
 class PartAnswer(PartResult, frozen=True, kw_only=True, tag="answer"):
-    """What the gateway gets back for a part, or for /finish (then only what respond did matters)."""
+    """The answer to the gateway for a part, or for /finish (then only what respond did matters)."""
 
     part_id: str
     respond_ms: float = 0.0
@@ -236,7 +239,7 @@ class PartAnswer(PartResult, frozen=True, kw_only=True, tag="answer"):
 
 
 def shared(kind: type[msgspec.Struct], value: msgspec.Struct) -> dict[str, Any]:
-    """The fields that `value` has of `kind`, a base of its class: for another struct with the same base."""
+    """Return the fields of `kind`, a base of `value`'s class, for building another struct with the same base."""
     return {name: getattr(value, name) for name in kind.__struct_fields__}
 
 
@@ -244,16 +247,16 @@ PoseInput = Cut | CutFile | Failure
 RespondInput = Solved | FinishPart | Failure
 Answer = PartAnswer | Failure
 
-OUTPUT_FILES = ("detection_pem.json", "poses.npz", "vis_pem.png")  # what /pose and /finish write into an output_dir
+OUTPUT_FILES = ("detection_pem.json", "poses.npz", "vis_pem.png")  # written into an output_dir by /pose and /finish
 
 # ------------------------------------------------------------------------------------------------------- CAD objects
 
 
 class InspectTask(msgspec.Struct, frozen=True, kw_only=True):
-    """Route /inspect: parse the mesh staged in `folder`, find its unit, judge its health, leave `mesh.safetensors`."""
+    """Task of route /inspect: parse the mesh in `folder`, find its unit, judge its health, write `mesh.safetensors`."""
 
     task_id: str
-    folder: str  # holds exactly the client's file(s), already named safely
+    folder: str  # holds exactly the client's files, already named safely
     cad_format: str  # ply | obj | stl | glb | off | zip
     model_unit: Literal["mm", "m", "auto"] | None  # None: the format's
     max_faces: int
@@ -269,7 +272,7 @@ class Inspected(msgspec.Struct, frozen=True, kw_only=True, tag="inspected"):
 
 
 class OnboardTask(msgspec.Struct, frozen=True, kw_only=True):
-    """Routes /onboard and /onboard_sam6d: build an engine's model of an object whose folder is in the store."""
+    """Task of routes /onboard and /onboard_sam6d: build an engine's model of an object whose folder is in the store."""
 
     task_id: str
     object_id: str
@@ -289,7 +292,7 @@ OnboardAnswer = Onboarded | Failure
 
 
 def symmetries_to_wire(symmetries: Symmetries) -> WireSymmetries:
-    """Metres inside, BOP's millimetres outside."""
+    """Convert metres to BOP's millimetres."""
     discrete = [_numbers(transform_m_to_mm(T_obj_obj)) for T_obj_obj in symmetries.discrete]
     continuous = [
         {"axis": _numbers(axis), "offset": _numbers(m_to_mm(np.asarray(offset_m, dtype=np.float64)))}
@@ -299,7 +302,7 @@ def symmetries_to_wire(symmetries: Symmetries) -> WireSymmetries:
 
 
 def symmetries_from_wire(wire: WireSymmetries) -> Symmetries:
-    """BOP's millimetres outside, metres inside. Shapes are checked by the gateway before."""
+    """Convert BOP's millimetres to metres. The gateway has already checked the shapes."""
     discrete = tuple(transform_mm_to_m(numbers) for numbers in wire.symmetries_discrete)
     continuous = tuple(
         (np.array(entry["axis"], dtype=np.float64), mm_to_m(np.array(entry["offset"], dtype=np.float64)))

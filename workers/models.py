@@ -1,4 +1,4 @@
-"""The object models that a pose worker holds in memory, bounded in bytes."""
+"""The object models that a pose worker holds in memory, limited in bytes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Stamp = tuple[int, int, int]
 @dataclass(frozen=True, kw_only=True)
 class _Held:
     model: ObjectModel
-    stamp: Stamp  # of the file it came from
+    stamp: Stamp  # of the file that it was loaded from
     nbytes: int
 
 
 class ModelCache:
-    """Models by engine and object; the least recently used leave first.
+    """Models by engine and object; the least recently used are removed first.
 
-    The disk is asked each time: a model that was stored anew is loaded anew, one that was deleted is forgotten.
-    The model asked for last stays, however large it is.
+    Each call checks the disk: a model that was stored anew is loaded anew, a deleted one is removed. The model
+    requested last stays, however large it is.
     """
 
     def __init__(self, objects_dir: Path, *, limit_bytes: int) -> None:
@@ -38,16 +38,16 @@ class ModelCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all models held: the stored arrays, and what engines made of them on their device."""
+        """Return the bytes of all models held: their stored arrays, and what engines put on their device."""
         return sum(held.nbytes for held in self._held.values())
 
     @property
     def object_ids(self) -> list[str]:
-        """The objects held, the least recently used first."""
+        """Return the ids of the objects held, the least recently used first."""
         return list(dict.fromkeys(object_id for _, object_id in self._held))
 
     def get(self, engine: Engine, object_id: str) -> ObjectModel:
-        """The model, ready on the engine's device. Raises StoreError where the store has none that can be used."""
+        """Return the model, ready on the engine's device. Raises StoreError if the store has none that can be used."""
         key = (engine.name, object_id)
         try:
             stamp = self._stamp(engine, object_id)
@@ -70,7 +70,7 @@ class ModelCache:
     def warm_up(self, engines: Iterable[Engine]) -> list[str]:
         """Load the models of all registered objects, newest first, while there is room.
 
-        Returns the objects whose model is there and cannot be used.
+        Returns the objects whose model exists but cannot be used.
         """
         broken: list[str] = []
         newest_first = [stored.object_id for stored in reversed(self._store.list())]
@@ -84,7 +84,7 @@ class ModelCache:
                     self.get(engine, object_id)
                 except MemoryError:
                     raise
-                except Exception:  # one object's broken file must not keep all others from being served
+                except Exception:  # one object's broken file must not block all others
                     broken.append(object_id)
         self.hits = self.misses = 0
         return broken
@@ -96,13 +96,13 @@ class ModelCache:
 
 
 def out_of_memory() -> tuple[type[BaseException], ...]:
-    """What running out of memory looks like, with what is loaded."""
+    """Return the exception types of running out of memory, given the libraries that are loaded."""
     torch = sys.modules.get("torch")
     return (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
 
 
 def _prepare(engine: Engine, model: ObjectModel) -> int:
-    """As the engine's; arrays that are missing or do not fit fail somewhere inside, in many ways."""
+    """Call the engine's `prepare`. Arrays that are missing or do not fit make it raise many kinds of exceptions."""
     try:
         return engine.prepare(model)
     except out_of_memory():

@@ -1,4 +1,4 @@
-"""What a request may want beside its rows: the overlay picture, and the files of `output_dir`.
+"""The outputs beside the rows: the overlay picture, and the files of `output_dir`.
 
 Imports OpenCV, so the respond stage imports it when it starts.
 """
@@ -27,17 +27,17 @@ DETECTIONS, POSES, PICTURE = OUTPUT_FILES
 
 
 class Outputs:
-    """Draws and writes; keeps the last few meshes."""
+    """Draws the overlay and writes files; caches the last few meshes."""
 
     def __init__(self, objects_dir: Path) -> None:
         self._store = ObjectStore(objects_dir)
         self._mesh = functools.lru_cache(maxsize=8)(self._load_mesh)
 
     def make(self, job: Job, rows: list[Row], *, seconds: float = -1.0) -> tuple[bytes | None, bool]:
-        """Draw where the job wants a picture or files, write where it wants files: (PNG or None, whether written).
+        """Draw if the job wants a picture or files, write if it wants files; return (PNG or None, True if written).
 
-        `rows` are all of the job's, in order. `seconds` is SAM-6D's `time`, -1 where it is not known.
-        Raises StoreFull, and StoreError for other troubles of the disk.
+        `rows` are all rows of the job, in order. `seconds` is SAM-6D's `time`, -1 if unknown.
+        Raises StoreFull, and StoreError for other disk errors.
         """
         if not job.visualize and job.output_dir is None:
             return None, False
@@ -63,7 +63,7 @@ class Outputs:
     def _load_mesh(self, object_id: str) -> Mesh | None:
         try:
             return self._store.load_mesh(object_id)
-        except StoreError:  # deleted since: the picture names it all the same
+        except StoreError:  # deleted since; the picture shows the mask's box
             return None
 
 
@@ -80,7 +80,7 @@ def _write(folder: Path, picture: bytes, job: Job, rows: list[Row], size: tuple[
 
 
 def _sam6d(job: Job, rows: list[Row], size: tuple[int, int], seconds: float) -> list[dict[str, Any]]:
-    """The solved detections as SAM-6D's own program writes them: `score` is detector times pose, `t` millimetres."""
+    """Return the solved detections as SAM-6D's own program writes them: `score` is detector times pose, `t` in mm."""
     found = []
     for index, (spec, row) in enumerate(zip(job.detections, rows, strict=True)):
         if row.status != "ok":
@@ -103,7 +103,7 @@ def _sam6d(job: Job, rows: list[Row], size: tuple[int, int], seconds: float) -> 
 
 
 def _table(job: Job, rows: list[Row]) -> bytes:
-    """Every row, rejected ones too, as arrays that `numpy.load` reads without pickles. NaN where there is no pose."""
+    """Return every row, rejected ones too, as arrays that `numpy.load` reads without pickles. NaN if without a pose."""
     no_rotation, no_translation = np.full((3, 3), np.nan).tolist(), [np.nan] * 3
     errors = [
         ("", "") if isinstance(row.error, msgspec.UnsetType) else (row.error.code, row.error.detail) for row in rows

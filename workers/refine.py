@@ -1,4 +1,4 @@
-"""The network's poses, polished by the geometric engine where a request asks for that."""
+"""Refine the network's poses with the geometric engine, for requests that ask for it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Ask = Callable[[Sequence[Instance]], list[Outcome]]
 def refined(
     instances: Sequence[Instance], *, network: Ask, refiner: Ask, kept: Callable[[int, Rejection], None]
 ) -> list[Outcome]:
-    """One outcome per instance, in order: `network` finds poses, `refiner` starts from poses that are there.
+    """Return one outcome per instance, in order: `network` finds poses, `refiner` improves given ones.
 
-    An instance that brings its own pose (`init_T_cam_obj`) needs no search: it is the refiner's alone. Of the others
-    those with `refine="icp"` get the refiner's pose and evidence and keep the network's confidence; what the refiner
-    rejects stays as the network left it: `kept` hears of it, with the instance's place and the reason.
+    An instance with a pose of its own (`init_T_cam_obj`) needs no search: only the refiner gets it. Of the others,
+    those with `refine="icp"` get the refiner's pose and evidence and keep the network's confidence. If the refiner
+    rejects a pose, the network's stays, and `kept` is called with the instance's position and the reason.
     """
     outcomes: dict[int, Outcome] = {}
     searched = [index for index, instance in enumerate(instances) if instance.init_T_cam_obj is None]

@@ -1,4 +1,4 @@
-"""From an engine's outcome to the row that the client reads: a pose's metres become millimetres here."""
+"""Turn an engine's outcome into the row that the client reads; a pose's metres become millimetres here."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from workers.messages import Crop
 
 
 def make_row(crop: Crop, outcome: Outcome, *, min_score: float, hypotheses: int) -> Row:
-    """One row of the answer.
+    """Make one row of the answer.
 
-    An estimate whose confidence is under `min_score` becomes the row `low_confidence`, with its confidence and
-    evidence; one with numbers that are not finite becomes `engine_error`.
+    An estimate with a confidence below `min_score` becomes the row `low_confidence`, with its confidence and evidence.
+    One with numbers that are not finite becomes `engine_error`.
     """
     if isinstance(outcome, Estimate) and not np.isfinite(outcome.T_cam_obj).all():
         outcome = Rejection(code="engine_error", detail="the engine's pose has numbers that are not finite")
@@ -55,7 +55,7 @@ def make_row(crop: Crop, outcome: Outcome, *, min_score: float, hypotheses: int)
 def rejected_row(
     crop: Crop, code: str, detail: str, *, confidence: float = 0.0, evidence: RowEvidence | UnsetType = UNSET
 ) -> Row:
-    """The row of a detection without a pose."""
+    """Make the row of a detection without a pose."""
     return Row(
         object_id=crop.category,
         cad_id=crop.object_id,

@@ -1,4 +1,4 @@
-"""The stages' share of the settings; `serve/settings.py` composes it with the gateway's.
+"""The stages' share of the settings; `serve/settings.py` combines it with the gateway's.
 
 Workers are spawned processes: each reads the one environment variable `PEM_STAGES` (JSON, written by the supervisor)
 and so gets the same frozen value.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     EngineName = str  # checked where settings are read
 
     class _OneTableEach(Table, frozen=True):
-        """For the type checker, which cannot know the engines."""
+        """Base for the type checker, which cannot know the engines."""
 else:
     EngineName = Literal[registry.names()]
     _OneTableEach = msgspec.defstruct(
@@ -43,15 +43,15 @@ else:
 
 
 class EngineTables(_OneTableEach, frozen=True):
-    """Settings with a table for each registered engine that has settings, by its name: `[sam6d]`."""
+    """Settings with one table for each engine that has settings, named after the engine: `[sam6d]`."""
 
     def own(self, engine: str) -> Table | None:
-        """The table of an engine; None where it has none."""
+        """Return an engine's table; None if it has none."""
         table: Table | None = getattr(self, engine) if registry.spec(engine).settings else None
         return table
 
     def stand_in(self, engine: str) -> str | None:
-        """The engine that answers where this one cannot be started; None where none may."""
+        """Return the engine that answers if this one cannot be started; None if none may."""
         own = self.own(engine)
         return None if isinstance(own, WeightsTable) and not own.fallback else registry.spec(engine).stand_in
 
@@ -129,7 +129,7 @@ class Stages(EngineTables, frozen=True):
 
     objects_dir: str = "data/objects"
     run_dir: str = "data/run"  # state files of the workers, progress files of onboarding
-    devices: tuple[str, ...] = ("cpu",)  # resolved: one for each pose worker
+    devices: tuple[str, ...] = ("cpu",)  # resolved: one device for each pose worker
     engines: tuple[EngineName, ...] = (registry.needing_nothing(),)  # the first is the default
     versions: Mapping[str, str] = msgspec.field(default_factory=dict)  # of engines, at the server's start; none: as now
     decode: Decode = Decode()
@@ -141,18 +141,18 @@ class Stages(EngineTables, frozen=True):
 ENVIRONMENT = "PEM_STAGES"
 
 _MOST_CPU_WORKERS = 4  # each holds a model of every object
-_CPU_WORKER_MB = 2000  # of memory for each: itself, its objects, and its share of the other processes
+_CPU_WORKER_MB = 2000  # memory for each: itself, its objects, and its share of the other processes
 _MOST_THREADS = 4
 _DECODERS = 2, 8  # at least, at most
 
 
 def on_gpu(stages: Stages) -> bool:
-    """Whether the pose stage runs on GPUs."""
+    """Return True if the pose stage runs on GPUs."""
     return stages.devices[0] != "cpu"
 
 
 def pose_workers(pose: Pose, device: str, cores: int, memory_mb: int | None) -> int:
-    """How many pose workers a device gets; `memory_mb` None where nobody knows how much there is."""
+    """Return the number of pose workers of a device. `memory_mb` is None if the amount of memory is unknown."""
     if pose.workers or device != "cpu":
         return pose.workers or 1
     room = _MOST_CPU_WORKERS if memory_mb is None else max(1, memory_mb // _CPU_WORKER_MB)
@@ -160,9 +160,9 @@ def pose_workers(pose: Pose, device: str, cores: int, memory_mb: int | None) -> 
 
 
 def fitted(stages: Stages, cores: int) -> Stages:
-    """The same with a number for everything that follows the machine.
+    """Return the settings with a number for everything that depends on the machine.
 
-    Why these: docs/decisions/0020-cpu-workers-are-processes.md.
+    docs/decisions/0020-cpu-workers-are-processes.md explains the numbers.
     """
     gpu, pose, decode = on_gpu(stages), stages.pose, stages.decode
     fewest, most = _DECODERS
@@ -180,16 +180,16 @@ def fitted(stages: Stages, cores: int) -> Stages:
 
 
 def to_environment(stages: Stages) -> dict[str, str]:
-    """The variable that hands `stages` to spawned workers."""
+    """Return the environment variable that hands `stages` to spawned workers."""
     return {ENVIRONMENT: msgspec.json.encode(stages).decode()}
 
 
 def from_environment() -> Stages:
-    """The settings this process was started with (defaults where there are none, as in a test), fitted."""
+    """Return the fitted settings that this process was started with (defaults if there are none, as in a test)."""
     text = os.environ.get(ENVIRONMENT)
     return fitted(msgspec.json.decode(text, type=Stages) if text else Stages(), usable_cores())
 
 
 def objects_path(stages: Stages) -> Path:
-    """The object store's folder."""
+    """Return the object store's folder."""
     return Path(stages.objects_dir)

@@ -1,9 +1,9 @@
-"""What a worker tells the gateway while it lives: one small memory-mapped file per worker.
+"""A worker's report to the gateway while it lives: one small memory-mapped file per worker.
 
-The file is allocated in full when the worker starts, so a disk that fills up later cannot stop it. It holds two
-copies and one byte that says which of them is current: the writer fills the other copy and then flips the byte, so a
-worker killed in the middle of a write leaves its last complete state behind, and that is when it matters most: the
-gateway reads from it which parts died with the worker.
+The file is allocated in full when the worker starts, so a disk that fills up later cannot stop it. It holds two copies
+and one byte that says which of them is current. The writer fills the other copy and then flips the byte, so a worker
+killed in the middle of a write leaves its last complete state behind. That matters most then: the gateway reads from
+it which parts died with the worker.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from typing import Any, Self
 import msgspec
 
 COPY_BYTES = 64 * 1024
-_FIRST_COPY = 64  # the byte that says which copy is current has the first cache line for itself
+_FIRST_COPY = 64  # the byte that says which copy is current has the first cache line to itself
 _FILE_BYTES = _FIRST_COPY + 2 * COPY_BYTES
-_HEADER = struct.Struct("<II")  # length and crc32 of what follows
+_HEADER = struct.Struct("<II")  # length and crc32 of the content
 _READ_TRIES = 20
 _READ_PAUSE_S = 0.0005
 
 
 class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker process as it last described itself."""
+    """The last report of one worker process."""
 
     stage: str  # decode | pose | respond | inspect | onboard
     slot: int
     pid: int
     started_unix: float
     ready: bool = False
-    holding: list[str] = []  # ids of the parts and tasks now inside this worker
+    holding: list[str] = []  # ids of the parts and tasks inside this worker
     busy_since_unix: float | None = None  # since when it has held something without a pause
     info: dict[str, Any] = {}
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs (a zombie does not)."""
+        """Return True if the process still runs (a zombie does not)."""
         try:
             stat = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
@@ -51,13 +51,13 @@ class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StateWriter:
-    """The worker's end. Where its file cannot be made, everything else works and the state is absent."""
+    """The worker's end. If its file cannot be made, everything else works and the state is absent."""
 
     def __init__(self, run_dir: Path, stage: str, slot: int) -> None:
         self._state = WorkerState(stage=stage, slot=slot, pid=os.getpid(), started_unix=time.time())
         self._encoder = msgspec.msgpack.Encoder()
         self._map: mmap.mmap | None = None
-        self.failure: OSError | None = None  # why there is no file
+        self.failure: OSError | None = None  # the reason if there is no file
         path = states_dir(run_dir) / f"{stage}-{slot}-{os.getpid()}.state"
         try:
             self._map = _allocate(path)
@@ -69,11 +69,11 @@ class StateWriter:
 
     @property
     def state(self) -> WorkerState:
-        """What was written last."""
+        """Return the state as last written."""
         return self._state
 
     def ready(self, **info: Any) -> None:
-        """The worker can take work from now on."""
+        """Report that the worker can take work from now on."""
         self._change(ready=True, info={**self._state.info, **info})
 
     def update(self, **info: Any) -> None:
@@ -81,26 +81,26 @@ class StateWriter:
         self._change(info={**self._state.info, **info})
 
     def hold(self, item_id: str) -> None:
-        """A part came in: called before anything is done with it."""
+        """Record a part that came in; call it before anything is done with the part."""
         busy_since = self._state.busy_since_unix
         self._change(
             holding=[*self._state.holding, item_id], busy_since_unix=time.time() if busy_since is None else busy_since
         )
 
     def release(self, item_id: str) -> None:
-        """A part is about to leave; unknown ids are ignored."""
+        """Remove a part that is about to leave; unknown ids are ignored."""
         holding = list(self._state.holding)
         with contextlib.suppress(ValueError):
             holding.remove(item_id)
         self._change(holding=holding, busy_since_unix=self._state.busy_since_unix if holding else None)
 
     def release_all(self) -> None:
-        """Nothing is inside any more."""
+        """Remove all parts."""
         self._change(holding=[], busy_since_unix=None)
 
     @contextlib.contextmanager
     def holding(self, item_ids: list[str]) -> Iterator[Self]:
-        """Hold several ids for as long as the block runs."""
+        """Hold several ids while the block runs."""
         for item_id in item_ids:
             self.hold(item_id)
         try:
@@ -117,7 +117,7 @@ class StateWriter:
         if self._map is None:
             return
         encoded = self._encoder.encode(self._state)
-        if len(encoded) > COPY_BYTES - _HEADER.size:  # what matters most is small
+        if len(encoded) > COPY_BYTES - _HEADER.size:  # drop the lists: what matters most is small
             encoded = self._encoder.encode(msgspec.structs.replace(self._state, info=_shortened(self._state.info)))
         current = 1 - self._map[0]
         start = _FIRST_COPY + current * COPY_BYTES
@@ -127,7 +127,7 @@ class StateWriter:
 
 
 def read_states(run_dir: Path) -> list[WorkerState]:
-    """Every worker's state, also of workers that died (see `WorkerState.alive`), until `remove_state` forgets them.
+    """Return every worker's state, dead workers included (see `WorkerState.alive`), until `remove_state` removes it.
 
     Files that another process is just making, or that hold nothing valid, are left out.
     """
@@ -140,30 +140,30 @@ def read_states(run_dir: Path) -> list[WorkerState]:
 
 
 def remove_state(run_dir: Path, pid: int) -> None:
-    """Forget what worker `pid` said."""
+    """Remove the state of worker `pid`."""
     for path in states_dir(run_dir).glob(f"*-{pid}.state"):
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 
 
 def states_dir(run_dir: Path) -> Path:
-    """Where the state files lie."""
+    """Return the folder of the state files."""
     return run_dir / "workers"
 
 
 def progress_path(run_dir: Path, object_id: str, engine: str) -> Path:
-    """Where the onboard stage of an engine tells how far it is with an object, 0 to 1."""
+    """Return the file where an engine's onboard stage writes how far it is with an object, 0 to 1."""
     return run_dir / "progress" / f"{object_id}-{engine}"
 
 
 def _shortened(info: dict[str, Any]) -> dict[str, Any]:
-    """The entries that are no lists, and the names of those that are."""
+    """Return the entries that are no lists, and the names of those that are."""
     kept: dict[str, Any] = {name: value for name, value in info.items() if not isinstance(value, list)}
     return kept | {"left_out": sorted(info.keys() - kept.keys())}
 
 
 def _allocate(path: Path) -> mmap.mmap:
-    """A zeroed file of full size, mapped. Its blocks are reserved: a write to the map cannot fail later."""
+    """Map a zeroed file of full size. Its blocks are reserved, so that no later write to the map can fail."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
@@ -191,7 +191,7 @@ def _read(path: Path) -> WorkerState | None:
 
 
 def _current(descriptor: int) -> bytes | None:
-    """The copy that is current, and no more of the file: the gateway reads all of them ten times a second."""
+    """Read the current copy and nothing else of the file: the gateway reads all states ten times a second."""
     which = os.pread(descriptor, 1, 0)
     start = _FIRST_COPY + COPY_BYTES * (which == b"\x01")
     header = os.pread(descriptor, _HEADER.size, start)

@@ -1,4 +1,4 @@
-"""A part of a request while it is inside the pose stage: from crops to instances, and from outcomes to its answer."""
+"""A part of a request inside the pose stage: from crops to instances, and from outcomes to its answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_PASS = PassRecord(engine="", detections=0, requests=0, seconds=0.0)
 
 @dataclass
 class Work:
-    """A part, and what has come of it so far."""
+    """A part, and its results so far."""
 
     cut: Cut
     begun_unix: float = field(default_factory=time.time)
@@ -28,19 +28,19 @@ class Work:
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by the crop's index in the request
     largest_pass: PassRecord = _NO_PASS
     pass_ids: dict[str, None] = field(default_factory=dict)  # in order, each once
-    not_refined: dict[int, str] = field(default_factory=dict)  # why, by the crop's index in the request
+    not_refined: dict[int, str] = field(default_factory=dict)  # reasons, by the crop's index in the request
 
     def items(self, engine: str) -> list[Item]:
-        """The detections that `engine` is to look at."""
+        """Return the detections for `engine`."""
         return [Item(self, crop) for crop in self.cut.crops if crop.rejected is None and self.cut.engine == engine]
 
     def in_time(self) -> bool:
-        """Whether the deadline is still ahead; once it has passed, the whole part is late."""
+        """Return True if the deadline is still ahead; once it has passed, the whole part is late."""
         self.late = self.late or time.time() > self.cut.deadline_unix
         return not self.late
 
     def answer(self) -> Solved | Failure:
-        """Its rows in order, or that it is late."""
+        """Return its rows in order, or the Failure that it is late."""
         cut = self.cut
         if self.late:
             detail = "the deadline passed before the poses were computed"
@@ -78,23 +78,23 @@ class Work:
 
 @dataclass(frozen=True)
 class Item:
-    """One detection of a part: what a pass is made of."""
+    """One detection of a part; passes are made of items."""
 
     work: Work
     crop: Crop
 
     @property
     def object_id(self) -> str:
-        """The object to look for."""
+        """Return the object's id."""
         return self.crop.object_id or ""
 
     @property
     def name(self) -> str:
-        """For the log."""
+        """Return a name for the log."""
         return f"{self.work.cut.request_id}[{self.crop.index}]"
 
     def instance(self) -> Instance:
-        """The detection as an engine wants it."""
+        """Return the detection as an engine takes it."""
         cut, crop, init = self.work.cut, self.crop, self.crop.init_T_cam_obj
         return Instance(
             object_id=self.object_id,
@@ -111,11 +111,11 @@ class Item:
         )
 
     def not_refined(self, why: Rejection) -> None:
-        """The client asked for it, and is told why it was not done."""
+        """Record why a refinement that the client asked for was not done; the client is told."""
         self.work.not_refined[self.crop.index] = why.detail
 
     def note(self, outcome: Outcome, record: PassRecord) -> None:
-        """What came of it, and in which pass."""
+        """Record the outcome, and the pass that it came from."""
         work = self.work
         work.outcomes[self.crop.index] = outcome
         work.done_unix = time.time()
@@ -125,7 +125,7 @@ class Item:
 
 
 def with_passes(answers: list[Solved | Failure], passes: list[PassRecord]) -> list[Solved | Failure]:
-    """The batch's passes ride on its first answered part, so that each is counted once."""
+    """Attach the batch's passes to its first answered part, so that each is counted once."""
     for position, answer in enumerate(answers):
         if isinstance(answer, Solved):
             answers[position] = msgspec.structs.replace(answer, passes=passes)

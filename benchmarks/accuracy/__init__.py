@@ -1,1 +1,1 @@
-"""How right the poses are, on sets whose truth is known."""
+"""Measure how accurate the poses are, on sets with known truth."""

@@ -4,8 +4,8 @@
     errors = pose_error(T_est, T_true, target, depth_m, K)           # per instance
     recalls(errors, target.diameter_m, depth_m.shape[1]).ar          # None instead of errors: no answer
 
-Hodan et al., «BOP Challenge 2020 on 6D Object Localization», section 2.2: an error counts as right below a threshold;
-the recall is averaged over the thresholds of each measure, and AR is the mean of the three. A set's AR is the mean of
+Hodan et al., «BOP Challenge 2020 on 6D Object Localization», section 2.2: an error counts as right below a threshold.
+The recall is averaged over the thresholds of each measure, and AR is the mean of the three. A set's AR is the mean of
 its instances' AR. Poses are (4, 4), object to camera, in metres.
 """
 
@@ -25,20 +25,20 @@ from posekit.render import Caster, pixel_rays
 from posekit.synthetic.shapes import rotation
 
 SHARES = np.arange(1, 11) / 20  # of the diameter for VSD's tau and for MSSD; of the visible surface for VSD's theta
-MSPD_STEP_PX = 5.0  # ten thresholds this far apart, in images of 640 pixels' width
-VISIBLE_M = 0.015  # VSD's delta: how far a surface may lie behind what the camera measured and still be visible
-TURN_SHARE = 0.01  # of the diameter: how far one step of a continuous symmetry moves the furthest vertex
-PROJECTED_VERTICES = 5000  # beyond that many, MSPD looks at a part of them
+MSPD_STEP_PX = 5.0  # ten thresholds this far apart, for images 640 pixels wide
+VISIBLE_M = 0.015  # VSD's delta: a surface up to this far behind the camera's reading counts as visible
+TURN_SHARE = 0.01  # share of the diameter that one step of a continuous symmetry moves the furthest vertex
+PROJECTED_VERTICES = 5000  # of a larger mesh, MSPD uses a part of the vertices
 CHUNK = 500_000  # points held at a time while going through symmetries: 12 MB an array
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What the measures need of one object; made by `prepare_target`."""
+    """What the measures need to know of one object; made by `prepare_target`."""
 
     diameter_m: float
-    transforms: Float64  # (S, 4, 4), of the object onto itself, the identity first
-    hull_m: Float64  # (H, 3), vertices of the convex hull: MSSD is the same on them as on all
+    transforms: Float64  # (S, 4, 4), motions of the object onto itself, the identity first
+    hull_m: Float64  # (H, 3), vertices of the convex hull: they give the same MSSD as all vertices
     vertices_m: Float64  # (V, 3), for MSPD
     corners_m: Float64  # (8, 3), of the box around the mesh
     caster: Caster  # of the mesh in its own frame
@@ -46,11 +46,11 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """How far one estimate is from the truth, by the three measures."""
+    """The distance of one estimate from the truth, by the three measures."""
 
     vsd: Float64  # (10,), 0..1, for tau = 0.05..0.5 of the diameter
     mssd_m: float
-    mspd_px: float  # inf where the estimate is not wholly in front of the camera
+    mspd_px: float  # inf if the estimate is not wholly in front of the camera
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Recalls:
 def prepare_target(mesh: Mesh, symmetries: Symmetries, diameter_m: float | None = None) -> Target:
     """Prepare a mesh for the measures; `diameter_m` None = measured.
 
-    Of a mesh with more than PROJECTED_VERTICES vertices, MSPD looks at those of the convex hull and at every n-th.
+    Of a mesh with more than PROJECTED_VERTICES vertices, MSPD uses those of the convex hull and every n-th vertex.
     """
     vertices = mesh.vertices_m.astype(np.float64)
     diameter = meshes.diameter_m(vertices) if diameter_m is None else diameter_m
@@ -85,10 +85,10 @@ def prepare_target(mesh: Mesh, symmetries: Symmetries, diameter_m: float | None 
 
 
 def symmetry_transforms(symmetries: Symmetries, vertices_m: npt.NDArray[Any], diameter_m: float) -> Float64:
-    """All motions of the object onto itself, (S, 4, 4), the identity first.
+    """Return all motions of the object onto itself, (S, 4, 4), the identity first.
 
     A continuous symmetry becomes turns that move the furthest of the vertices (V, 3) by at most TURN_SHARE of the
-    diameter each; every discrete symmetry is followed by every turn. As in BOP, turns about different axes are not
+    diameter each. Every discrete symmetry is followed by every turn. As in BOP, turns about different axes are not
     combined with one another, so that a sphere needs more than two axes to be covered.
     """
     turns = [np.eye(4)]
@@ -106,7 +106,7 @@ def symmetry_transforms(symmetries: Symmetries, vertices_m: npt.NDArray[Any], di
 
 
 def pose_error(T_est: Float64, T_true: Float64, target: Target, depth_m: Float32, K: Float64) -> Errors:
-    """All three errors of an estimate; `depth_m`: what the camera measured, (H, W), z in metres, 0 = no reading."""
+    """Return all three errors of an estimate. `depth_m`: the camera's readings, (H, W), z in metres, 0 = no reading."""
     return Errors(
         vsd=vsd(T_est, T_true, target, depth_m, K),
         mssd_m=mssd_m(T_est, T_true, target.hull_m, target.transforms),
@@ -115,10 +115,10 @@ def pose_error(T_est: Float64, T_true: Float64, target: Target, depth_m: Float32
 
 
 def mssd_m(T_est: Float64, T_true: Float64, vertices_m: npt.NDArray[Any], transforms: Float64) -> float:
-    """Maximum symmetry-aware surface distance: the furthest vertex's way, for the symmetric truth nearest by it.
+    """Return the maximum symmetry-aware surface distance: the furthest vertex's way, to the nearest symmetric truth.
 
-    vertices_m: (V, 3); transforms: (S, 4, 4). The way is the length of an affine function of the vertex, so that the
-    furthest one lies on the convex hull: its vertices alone give the same.
+    vertices_m: (V, 3); transforms: (S, 4, 4). The way is the length of an affine function of the vertex. So the
+    furthest vertex lies on the convex hull, whose vertices alone give the same result.
     """
     points = _homogeneous(vertices_m)
     nearest = np.inf
@@ -129,10 +129,10 @@ def mssd_m(T_est: Float64, T_true: Float64, vertices_m: npt.NDArray[Any], transf
 
 
 def mspd_px(T_est: Float64, T_true: Float64, vertices_m: npt.NDArray[Any], transforms: Float64, K: Float64) -> float:
-    """Maximum symmetry-aware projection distance: as `mssd_m`, between the vertices' places in the image.
+    """Return the maximum symmetry-aware projection distance: as `mssd_m`, between projected vertices, in pixels.
 
-    inf where the estimate has a vertex at or behind the camera, which has no place in the image. The truth is taken to
-    lie in front of it.
+    Returns inf if the estimate has a vertex at or behind the camera, which has no place in the image. The truth is
+    assumed to lie in front of it.
     """
     points = _homogeneous(vertices_m)
     x, y, z = K @ T_est[:3] @ points
@@ -148,12 +148,12 @@ def mspd_px(T_est: Float64, T_true: Float64, vertices_m: npt.NDArray[Any], trans
 
 
 def vsd(T_est: Float64, T_true: Float64, target: Target, depth_m: Float32, K: Float64) -> Float64:
-    """Visible surface discrepancy for tau = 0.05..0.5 of the diameter: (10,), each 0..1.
+    """Return the visible surface discrepancy for tau = 0.05..0.5 of the diameter: (10,), each 0..1.
 
-    Of the pixels where the object is visible at either pose, the share where it is not visible at both, or where the
-    two surfaces are tau or more apart. Distances are from the camera's centre, not depths. Visible is what lies at most
-    VISIBLE_M behind the scene's surface in `depth_m` (H, W), and everything where that has no reading (0); the estimate
-    also where the truth is visible. 1 where nothing is visible at either pose.
+    Of the pixels where the object is visible at either pose, this is the share where it is not visible at both, or
+    where the two surfaces are tau or more apart. Distances are from the camera's centre, not depths. A surface is
+    visible if it lies at most VISIBLE_M behind the scene's surface in `depth_m` (H, W), or if that has no reading (0);
+    the estimate also where the truth is visible. The result is 1 if nothing is visible at either pose.
     """
     boxes = [_box_px(target.corners_m, T, K, depth_m.shape) for T in (T_est, T_true)]
     left, top = np.min([box[:2] for box in boxes], axis=0)
@@ -165,7 +165,7 @@ def vsd(T_est: Float64, T_true: Float64, target: Target, depth_m: Float32, K: Fl
     for T, (u0, v0, u1, v1) in zip((T_est, T_true), boxes, strict=True):
         own = np.s_[v0 - top : v1 - top, u0 - left : u1 - left]
         R, t = T[:3, :3], T[:3, 3]
-        distance = np.full(lengths.shape, np.inf)  # inf = the object is not there
+        distance = np.full(lengths.shape, np.inf)  # inf = no object there
         distance[own] = target.caster.cast(-R.T @ t, rays[own] @ R)["t_hit"] * lengths[own]
         distances.append(distance)
     est, true = distances
@@ -181,7 +181,7 @@ def vsd(T_est: Float64, T_true: Float64, target: Target, depth_m: Float32, K: Fl
 
 
 def recalls(errors: Errors | None, diameter_m: float, width_px: int) -> Recalls:
-    """Recalls of one instance in an image of that width; None = there was no answer, which passes nothing."""
+    """Return the recalls of one instance in an image of that width; None = there was no answer, all recalls are 0."""
     if errors is None:
         return Recalls(vsd=0.0, mssd=0.0, mspd=0.0, ar=0.0)
     of_vsd = float((errors.vsd[:, None] < SHARES).mean())
@@ -191,12 +191,12 @@ def recalls(errors: Errors | None, diameter_m: float, width_px: int) -> Recalls:
 
 
 def _visible(distance: Float64, scene: Float64) -> Bool:
-    """Where a surface at these distances (inf = none) is seen in a scene of those (0 = no reading)."""
+    """Return True where a surface at these distances (inf = none) is seen in a scene of those (0 = no reading)."""
     return np.asarray(np.isfinite(distance) & ((scene == 0) | (distance - scene <= VISIBLE_M)), dtype=np.bool_)
 
 
 def _box_px(corners_m: Float64, T: Float64, K: Float64, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the pixels that may see a box; all, where it reaches behind the camera."""
+    """Return (left, top, right, bottom) of the pixels that may see a box; all if it reaches behind the camera."""
     height, width = shape
     x, y, z = K @ T[:3] @ _homogeneous(corners_m)
     if (z < 1e-6).any():
@@ -208,7 +208,7 @@ def _box_px(corners_m: Float64, T: Float64, K: Float64, shape: tuple[int, ...]) 
 
 
 def _hull(vertices: Float64) -> npt.NDArray[np.int64]:
-    """Indices of the convex hull's vertices; all, where the mesh is flat."""
+    """Return the indices of the convex hull's vertices; all vertices if the mesh is flat."""
     try:
         return np.sort(ConvexHull(vertices).vertices).astype(np.int64)
     except QhullError:
@@ -216,12 +216,12 @@ def _hull(vertices: Float64) -> npt.NDArray[np.int64]:
 
 
 def _homogeneous(points: npt.NDArray[Any]) -> Float64:
-    """(V, 3) -> (4, V), with a row of ones."""
+    """Append a row of ones: (V, 3) -> (4, V)."""
     return np.concatenate([np.asarray(points, dtype=np.float64).T, np.ones((1, len(points)))])
 
 
 def _chunks(transforms: Float64, points: int) -> Iterator[Float64]:
-    """The transforms, as many at a time as make CHUNK points of so many."""
+    """Yield the transforms in groups that make at most CHUNK transformed points, given `points` points."""
     size = max(1, CHUNK // points)
     for start in range(0, len(transforms), size):
         yield transforms[start : start + size]

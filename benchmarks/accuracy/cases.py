@@ -1,4 +1,4 @@
-"""The accuracy benchmark's questions and their scored answers: pictures and masks in, one row per mask out.
+"""The questions of the accuracy benchmark and their scored answers: pictures and masks in, one row per mask out.
 
 Crops are cut by `workers.cropping` from encoded pictures, exactly as the service cuts them.
 """
@@ -26,11 +26,11 @@ from workers import cropping
 from workers.messages import Failure, Job, MaskSpec, ObjectRef, Part
 from workers.work import Item, Work
 
-RIGHT_SHARE = 0.1  # of the diameter: an answer whose MSSD is under it is right
-SEED = 0  # of every request, so that library and service draw alike
-SURE = 0.8  # a confidence over it is a promise
+RIGHT_SHARE = 0.1  # of the diameter: an answer with a smaller MSSD is right
+SEED = 0  # of every request, so that library and service draw the same
+SURE = 0.8  # a larger confidence is a promise
 
-Ask = Instance | Rejection  # what the engine is asked, or why it is not
+Ask = Instance | Rejection  # the engine's input, or the reason why there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Frame:
 
     @staticmethod
     def of(scene: Scene) -> Frame:
-        """A scene's pictures, encoded."""
+        """Encode a scene's pictures."""
         return Frame(
             rgb=images.encode_png(scene.rgb),
             depth=images.encode_png(scene.depth_raw),
@@ -58,15 +58,15 @@ class Case:
     """One mask of a scene, and the object to look for under it."""
 
     scene: int
-    index: int  # of the instance in its scene
+    index: int  # index of the instance in its scene
     quality: str
-    object: str  # what the mask shows
-    asked: str  # what is looked for: another object where wrong answers are counted
+    object: str  # the object that the mask shows
+    asked: str  # the object to look for: a different one where wrong answers are counted
     visibility: float
 
 
 class Row(msgspec.Struct, kw_only=True):
-    """One answer and how right it is; the recalls are 0 where there is no pose."""
+    """One answer and its score; the recalls are 0 if there is no pose."""
 
     scene: int
     index: int
@@ -74,7 +74,7 @@ class Row(msgspec.Struct, kw_only=True):
     object: str
     asked: str
     visibility: float
-    seconds: float  # of the pass, shared by its instances
+    seconds: float  # seconds of the pass, divided by its instances
     status: str  # "ok", or the code of the rejection
     detail: str = ""
     T_cam_obj: list[list[float]] | None = None
@@ -94,7 +94,7 @@ class Row(msgspec.Struct, kw_only=True):
 
 @dataclass(kw_only=True)
 class Bench:
-    """What stays the same through a run: the set, the engine, and what it knows of the objects."""
+    """The fixed parts of a run: the set, the engine, and its models of the objects."""
 
     accuracy_set: AccuracySet
     engine: Engine
@@ -103,14 +103,14 @@ class Bench:
     targets: dict[str, bop.Target]
     references: dict[str, ObjectRef]
     frames: list[Frame]
-    decode_ms: list[float] = field(default_factory=list)  # an instance, of every frame cut so far
+    decode_ms: list[float] = field(default_factory=list)  # per instance, of every frame cut so far
     _depth: tuple[int, Float32] | None = None
 
     @staticmethod
     def prepare(accuracy_set: AccuracySet, engine: Engine, names: Sequence[str], tell: Callable[[str], None]) -> Bench:
-        """Onboard the objects `names`, one after the other, and prepare their measures; `tell` hears of each.
+        """Onboard the objects `names`, one after the other, and prepare their measures; `tell` is called for each.
 
-        The engine sees the meshes as they are read from a file, the measures as they were made.
+        The engine gets the meshes as read from a file, the measures get them as they were made.
         """
         models: dict[str, ObjectModel] = {}
         seconds: dict[str, float] = {}
@@ -133,7 +133,7 @@ class Bench:
         )
 
     def cases(self, quality: str, scene: int) -> list[Case]:
-        """Every mask of a scene, each asked for what it shows."""
+        """Return a case for every mask of a scene, each asked for the object it shows."""
         return [
             Case(
                 scene=scene,
@@ -147,7 +147,7 @@ class Bench:
         ]
 
     def cut(self, cases: Sequence[Case], init_T_cam_obj: Sequence[Float64] | None = None) -> list[Ask]:
-        """The crops of cases of one scene; `init_T_cam_obj`: (4, 4) each, metres."""
+        """Cut the crops of cases of one scene. `init_T_cam_obj`: (4, 4) each, metres."""
         scene = cases[0].scene
         masks = [self.accuracy_set.masks[case.quality][scene][case.index] for case in cases]
         asks, decode_ms = cut(
@@ -157,14 +157,14 @@ class Bench:
         return asks
 
     def ask(self, asks: Sequence[Ask]) -> tuple[list[Outcome], float]:
-        """The engine's outcomes in order, and the seconds that its pass took for each."""
+        """Return the engine's outcomes in order, and the seconds that its pass took for each."""
         begun = time.perf_counter()
         found = iter(self.engine.estimate([ask for ask in asks if isinstance(ask, Instance)], self.models))
         outcomes = [next(found) if isinstance(ask, Instance) else ask for ask in asks]
         return outcomes, (time.perf_counter() - begun) / max(len(asks), 1)
 
     def row(self, case: Case, outcome: Outcome, seconds: float) -> Row:
-        """The answer, scored against the truth; one for another object than the mask shows is never right."""
+        """Score the answer against the truth. An answer for another object than the mask shows is never right."""
         if isinstance(outcome, Rejection):
             return Row(**dataclasses.asdict(case), seconds=seconds, status=outcome.code, detail=outcome.detail)
         row = self.posed(case, outcome.T_cam_obj, seconds)
@@ -173,7 +173,7 @@ class Bench:
         return row
 
     def posed(self, case: Case, T_est: Float64, seconds: float) -> Row:
-        """A pose (4, 4) alone, scored against the truth."""
+        """Score a pose (4, 4) against the truth."""
         row = Row(**dataclasses.asdict(case), seconds=seconds, status="ok", T_cam_obj=T_est.tolist())
         if case.asked != case.object:
             return row
@@ -189,14 +189,14 @@ class Bench:
         return row
 
     def depth_m(self, scene: int) -> Float32:
-        """A scene's depth, (H, W) metres; the last one is kept, since its instances are scored together."""
+        """Return a scene's depth, (H, W) metres. The last one is cached: a scene's instances are scored together."""
         if self._depth is None or self._depth[0] != scene:
             self._depth = (scene, self.accuracy_set.scenes[scene].depth_m)
         return self._depth[1]
 
 
 def reference(name: str, shape: Shape) -> ObjectRef:
-    """What the gateway would tell the decode stage of an object."""
+    """Return what the gateway would tell the decode stage about an object."""
     extents_mm = np.sort(np.ptp(shape.mesh.vertices_m, axis=0)) * 1000
     diameter_mm = meshes.diameter_m(shape.mesh.vertices_m) * 1000
     return ObjectRef(object_id=name, diameter_mm=diameter_mm, middle_mm=float(extents_mm[1]))
@@ -208,9 +208,9 @@ def cut(
     objects: Sequence[ObjectRef],
     init_T_cam_obj: Sequence[Float64] | None = None,
 ) -> tuple[list[Ask], float]:
-    """The crops of masks (H, W), one object each, as the decode stage makes them, and the milliseconds it took.
+    """Cut crops of masks (H, W), one object each, as the decode stage does; also return the milliseconds it took.
 
-    Raises PoseError where the service would refuse the whole request.
+    Raises PoseError if the service would refuse the whole request.
     """
     known = list({item.object_id: item for item in objects}.values())
     places = {item.object_id: place for place, item in enumerate(known)}
@@ -245,7 +245,7 @@ def cut(
 
 
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Runs of at most `size` items, in order."""
+    """Yield runs of at most `size` items, in order."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
@@ -270,7 +270,7 @@ def run_masks(bench: Bench, quality: str, batch: int | None, tell: Callable[[str
 
 
 def _as_read(mesh: Mesh) -> Mesh:
-    """A mesh as the service has it once it came as a PLY file: lengths rounded in millimetres, vertices merged."""
+    """Return a mesh as the service has it after reading it from a PLY file: rounded in millimetres, vertices merged."""
     raw = meshes.load_mesh({"object.ply": mesh_to_ply(mesh)}, "ply", max_faces=len(mesh.faces))
     return meshes.to_mesh(raw, "mm")
 

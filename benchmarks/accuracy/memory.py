@@ -1,8 +1,8 @@
-"""How much memory an engine takes with its objects loaded: a process of its own for `benchmarks.accuracy.run`.
+"""Measure the memory of an engine with its objects loaded, in a process of its own for `benchmarks.accuracy.run`.
 
     python -m benchmarks.accuracy.memory DEVICE THREADS < PICKLE
 
-The pickle holds the object models by name and some instances. It imports what a pose worker imports, no more.
+The pickle holds the object models by name and some instances. The process imports what a pose worker imports, no more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from posekit.geometric.engine import GeometricEngine
 
 
 def resident_mb(pid: int | Literal["self"] = "self") -> float:
-    """A process's resident memory in MB (10^6 bytes)."""
+    """Return a process's resident memory in MB (10^6 bytes)."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
     if found is None:

@@ -1,9 +1,9 @@
-"""The objects of the accuracy benchmark: random members of families of parts, and the symmetries they really have.
+"""The objects of the accuracy benchmark: random members of families of parts, with their true symmetries.
 
     shapes = objects(seed=0, count=24)
 
-A symmetry is listed where shape and colour agree on it: a box whose sides are painted differently has none. Frames
-are as different as in real CAD files: axes point along any side, origins lie in a corner or beside the part.
+A symmetry is listed if shape and colour agree on it: a box whose sides are painted differently has none. Frames are
+as different as in real CAD files: axes point along any side, origins lie in a corner or beside the part.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ COLORS: tuple[Rgb, ...] = (
     (236, 232, 222),
     (146, 104, 74),
 )
-SIGNALS: tuple[Rgb, ...] = (  # any two are told apart in light and in shade
+SIGNALS: tuple[Rgb, ...] = (  # any two can be told apart in light and in shade
     (200, 50, 46),
     (240, 204, 60),
     (64, 156, 78),
@@ -72,7 +72,7 @@ SIGNALS: tuple[Rgb, ...] = (  # any two are told apart in light and in shade
 
 
 def objects(seed: int, count: int) -> list[Shape]:
-    """`count` objects of 60 to 250 mm; every family has a member before any has two, and each variant likewise."""
+    """Make `count` objects of 60 to 250 mm. Each family has a member before any has two; so do a family's variants."""
     shapes = []
     for index in range(count):
         place, member = index % len(FAMILIES), index // len(FAMILIES)
@@ -84,7 +84,7 @@ def objects(seed: int, count: int) -> list[Shape]:
     return shapes
 
 
-# Drawing lots.
+# Random choices.
 
 
 def _between(rng: Random, low: float, high: float) -> float:
@@ -92,23 +92,23 @@ def _between(rng: Random, low: float, high: float) -> float:
 
 
 def _colors(rng: Random, count: int) -> list[Rgb]:
-    """Colours that differ from each other, in any order."""
+    """Choose colours that differ from each other, in any order."""
     return [COLORS[index] for index in rng.permutation(len(COLORS))[:count]]
 
 
 def _signals(rng: Random, count: int) -> list[Rgb]:
-    """The same where colour alone tells poses apart."""
+    """Choose colours for objects whose poses only colour can tell apart."""
     return [SIGNALS[index] for index in rng.permutation(len(SIGNALS))[:count]]
 
 
 def _finish(rng: Random, axis: int) -> Paint:
-    """Most parts have one colour, some are banded across an axis."""
+    """Choose a finish: most parts have one colour, some are banded across an axis."""
     one, two = _colors(rng, 2)
     return one if rng.random() < 0.65 else bands(axis, _between(rng, 12, 30), one, two)
 
 
 def _reframed(parts: Sequence[Part], symmetries: Symmetries, rng: Random) -> Member:
-    """The same object in another frame: axes exchanged, origin elsewhere; every third keeps its own."""
+    """Put the object into another frame: axes exchanged, origin elsewhere; every third object keeps its own."""
     if rng.random() < 1 / 3:
         return list(parts), symmetries
     T = np.eye(4)
@@ -126,12 +126,12 @@ def _reframed(parts: Sequence[Part], symmetries: Symmetries, rng: Random) -> Mem
 
 
 def _turned(count: int) -> Symmetries:
-    """The symmetries of a part that looks the same `count` times in a turn about z."""
+    """Return the symmetries of a part that looks the same `count` times in a turn about z."""
     return Symmetries(discrete=turns(Z, count))
 
 
 def _dihedral(count: int, middle_mm: float, first_deg: float = 0.0) -> Symmetries:
-    """Those of a prism: turns about z, and half turns about lines across z at height `middle_mm`.
+    """Return the symmetries of a prism: turns about z, and half turns about lines across z at height `middle_mm`.
 
     `first_deg`: direction of one of these lines, from x.
     """
@@ -141,22 +141,22 @@ def _dihedral(count: int, middle_mm: float, first_deg: float = 0.0) -> Symmetrie
 
 
 def _round(height_mm: float | None = None) -> Symmetries:
-    """Those of a part turned about z; with its height, also those of standing on its head."""
+    """Return the symmetries of a part turned about z; with its height, also those of standing on its head."""
     if height_mm is None:
         return ABOUT_Z
     return Symmetries(discrete=turns(X, 2, (0, 0, height_mm / 2)), continuous=ABOUT_Z.continuous)
 
 
 def _painted_over(parts: Sequence[Part], paint: Callable[[Float64], npt.NDArray[Any]]) -> list[Part]:
-    """Paint by where things are in the finished object, so that surfaces that coincide agree."""
+    """Paint by the place in the finished object, so that surfaces that coincide agree."""
     return [replace(part, colors=np.asarray(paint(part.vertices), dtype=np.uint8)) for part in parts]
 
 
-# Outlines and solids that this file adds.
+# More outlines and solids.
 
 
 def _keyed(radius: float, half_width: float, depth: float) -> Float64:
-    """A circle with a rectangular key towards +x: `depth` beyond the circle, a notch where it is negative."""
+    """Return a circle with a rectangular key towards +x: `depth` beyond the circle, a notch if negative."""
     start = float(np.arcsin(half_width / radius))
     angle = np.linspace(start, 2 * np.pi - start, max(24, round(2 * radius)))
     arc = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -164,7 +164,7 @@ def _keyed(radius: float, half_width: float, depth: float) -> Float64:
 
 
 def _toothed(teeth: int, root: float, tip: float) -> Float64:
-    """A gear's outline; the middle of a tooth points towards +x."""
+    """Return a gear's outline; the middle of a tooth points towards +x."""
     corner = np.array([[-0.30, root], [-0.14, tip], [0.14, tip], [0.30, root]])
     angle = ((np.arange(teeth)[:, None] + corner[:, 0]) * 2 * np.pi / teeth).ravel()
     radius = np.tile(corner[:, 1], teeth)
@@ -176,13 +176,13 @@ def _slot(length: float, width: float, center: tuple[float, float]) -> Float64:
 
 
 def _on_circle(count: int, radius: float, hole: float, first_deg: float = 0.0) -> list[Float64]:
-    """Equal holes on a pitch circle."""
+    """Return equal holes on a pitch circle."""
     angles = np.radians(first_deg) + np.arange(count) * 2 * np.pi / count
     return [circle(hole, (radius * float(np.cos(a)), radius * float(np.sin(a)))) for a in angles]
 
 
 def _loft(sections: Float64, paint: Paint) -> Part:
-    """A solid through cross-sections (S, n, 3) mm, each counter-clockwise seen against the direction of travel."""
+    """Make a solid through cross-sections (S, n, 3) mm, each counter-clockwise seen against the direction of travel."""
     count, corners = sections.shape[:2]
     vertices = np.concatenate([sections.reshape(-1, 3), sections[[0, -1]].mean(axis=1)])
     here = np.arange(corners)
@@ -198,7 +198,7 @@ def _loft(sections: Float64, paint: Paint) -> Part:
 
 
 def _swept(spine: Float64, sections: Float64, paint: Paint) -> Part:
-    """Sections (S, n, 2) carried along a spine (S, 2) in the xz plane; their second axis stays y."""
+    """Carry sections (S, n, 2) along a spine (S, 2) in the xz plane; their second axis stays y."""
     tangent = np.gradient(spine, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
     normal = np.stack([tangent[:, 1], np.zeros(len(spine)), -tangent[:, 0]], axis=1)
@@ -207,7 +207,7 @@ def _swept(spine: Float64, sections: Float64, paint: Paint) -> Part:
 
 
 def _rounded(half_x: float, half_y: float, power: float, points: int = 48) -> Float64:
-    """A superellipse: an ellipse for power 2, nearly a rectangle for 8."""
+    """Return a superellipse: an ellipse for power 2, nearly a rectangle for 8."""
     angle = np.arange(points) * 2 * np.pi / points
     c, s = np.cos(angle), np.sin(angle)
     radius = (np.abs(c) ** power + np.abs(s) ** power) ** (-1 / power)
@@ -324,7 +324,7 @@ def _corner(rng: Random) -> Member:
 
 
 def _disc_and_hub(rng: Random, outline: Float64, radius: float, holes: list[Float64]) -> list[Part]:
-    """A plate with a bore, and a hub on one of its sides."""
+    """Make a plate with a bore, and a hub on one of its sides."""
     bore, rim = _between(rng, 0.26, 0.34) * radius, _between(rng, 0.44, 0.52) * radius
     plate, hub = _colors(rng, 2)
     sheet = _between(rng, 8, 14)
@@ -375,7 +375,7 @@ def _cup(rng: Random, radius: float, height: float, flare: float, paint: Paint) 
 
 
 def _handle(radius: float, reach: float, thick: float, height: float, paint: Paint) -> Part:
-    """A half ring towards +x that grows out of a wall at `radius`."""
+    """Make a half ring towards +x that grows out of a wall at `radius`."""
     ring = bent(extrude(circle(thick, segments=20), reach * np.pi, paint), reach)
     return ring.moved((0, 0, 0), rotation(Y, 90)).moved((radius - 1.5, 0, height / 2))
 
@@ -482,7 +482,7 @@ def _flask(rng: Random) -> Member:
     return [replace(part, vertices=part.vertices * (1, 0.6, 1))], _turned(2)
 
 
-# Cartons: what colour alone tells apart.
+# Cartons: only colour tells their poses apart.
 
 
 CARTON = (118.0, 84.0, 56.0)  # mm: cartons of every kind have the same size
@@ -541,7 +541,7 @@ def _gear(rng: Random) -> Member:
 
 
 def _keyed_gear(rng: Random) -> Member:
-    """The same with a keyway in its bore."""
+    """A toothed wheel with a hub on one side and a keyway in its bore."""
     return _wheel(rng, key=True)[0], NONE
 
 
@@ -613,7 +613,7 @@ def _crank(rng: Random) -> Member:
     return [arm, body.moved((0, 0, thick - 1)), grip.moved((reach, 0, 1 - 0.6 * length))], NONE
 
 
-# Plates and prisms that one small feature keeps from being symmetric.
+# Plates and prisms with one small feature that breaks the symmetry.
 
 
 def _drilled(rng: Random) -> Member:
@@ -742,7 +742,7 @@ def _twist(rng: Random) -> Member:
 
 
 def _machine(rng: Random) -> Member:
-    """A base plate with a housing, a pipe, a post and a knob, each somewhere of its own."""
+    """A base plate with a housing, a pipe, a post and a knob, each in a place of its own."""
     a, b = _between(rng, 74, 150), _between(rng, 54, 90)
     base, body, accent = _colors(rng, 3)
     holes = [circle(4, (x * 0.42 * a, y * 0.38 * b)) for x, y in ((-1, -1), (-1, 1), (1, -1), (1, 1))]

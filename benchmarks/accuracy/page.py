@@ -1,4 +1,4 @@
-"""The accuracy benchmark's page: the worst answers as pictures, and the reliability diagram, in one file to open."""
+"""Write the accuracy benchmark's page: the worst answers as pictures, and the reliability diagram, in one HTML file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from posekit.overlay import OverlayItem, draw_overlay
 from posekit.synthetic.scenes import SceneInstance
 
 WORST = 10
-MARGIN = 0.7  # of the box of the true mask, on every side
-PICTURE_PX = 440  # of the longer side
+MARGIN = 0.7  # share of the true mask's box, added on every side
+PICTURE_PX = 440  # pixels of the longer side
 TRUE_COLOR, MASK_COLOR = (126, 232, 60), (255, 255, 255)
 
 STYLE = """
@@ -34,7 +34,7 @@ img { display: block; border-radius: 4px; max-width: 100%; }
 
 
 def write_page(folder: Path, bench: Bench, rows: Sequence[Row], title: str) -> Path:
-    """Write `index.html` and `reliability.png` into a folder (made where it is missing); returns the page's path."""
+    """Write `index.html` and `reliability.png` into a folder, which is created if missing; return the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     diagram = images.encode_png(reliability.draw(rows), compression=9)
     (folder / "reliability.png").write_bytes(diagram)
@@ -56,7 +56,7 @@ def write_page(folder: Path, bench: Bench, rows: Sequence[Row], title: str) -> P
 
 
 def worst(rows: Sequence[Row], count: int = WORST) -> list[Row]:
-    """The wrong answers with the lowest AR, of equals the most confident first; one of each instance."""
+    """Return the wrong answers with the lowest AR (of equals the most confident first), one per instance."""
     wrong = sorted((row for row in rows if not row.right), key=lambda row: (row.ar, -row.confidence))
     found: dict[tuple[int, int], Row] = {}
     for row in wrong:
@@ -65,14 +65,14 @@ def worst(rows: Sequence[Row], count: int = WORST) -> list[Row]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """How many answers there are, and how many are wrong."""
+    """Say how many answers there are, and how many are wrong."""
     wrong = sum(not row.right for row in rows)
     qualities = ", ".join(dict.fromkeys(row.quality for row in rows))
     return f"{len(rows)} questions ({qualities} masks), {wrong} without a right answer."
 
 
 def _failure(bench: Bench, row: Row) -> str:
-    """One failure: the mask, the truth and the estimate side by side, and what is known of it."""
+    """Show one failure: the mask, the truth and the estimate side by side, and the facts about it."""
     scene = bench.accuracy_set.scenes[row.scene]
     truth = scene.instances[row.index]
     mask = bench.accuracy_set.masks[row.quality][row.scene][row.index]
@@ -128,7 +128,7 @@ class _View:
         self._K = np.array([[s, 0, (s - 1) / 2], [0, s, (s - 1) / 2], [0, 0, 1]]) @ moved @ K
 
     def outlined(self, mask: Bool) -> UInt8:
-        """The picture with a mask's outline."""
+        """Draw a mask's outline over the picture."""
         part = mask[self._rows, self._columns].astype(np.uint8)
         size = (self._rgb.shape[1], self._rgb.shape[0])
         outlines, _ = cv2.findContours(
@@ -139,7 +139,7 @@ class _View:
         return picture
 
     def drawn(self, item: OverlayItem | None) -> UInt8:
-        """The picture with a pose, or without one."""
+        """Draw a pose, or none, over the picture."""
         return draw_overlay(self._rgb, self._K, [item] if item else [], scale=1.0, labels=False)
 
 

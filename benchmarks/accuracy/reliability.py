@@ -1,4 +1,4 @@
-"""The reliability diagram: of the answers with some confidence, how many are right. Drawn with OpenCV alone."""
+"""Draw the reliability diagram with OpenCV: the share of right answers by confidence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IDEAL: Rgb = (214, 96, 38)
 
 
 def draw(rows: Sequence[Row]) -> UInt8:
-    """The diagram of these answers as (HEIGHT, WIDTH, 3) uint8 RGB; rejections state no pose and are left out."""
+    """Draw the diagram of these answers as (HEIGHT, WIDTH, 3) uint8 RGB; rejections have no pose and are left out."""
     canvas = _Canvas()
     found = bins(rows)
     answers = sum(one.answers for one in found)
@@ -63,7 +63,7 @@ def _axes(canvas: _Canvas) -> None:
 
 
 def _bar(canvas: _Canvas, number: int, one: Bin, most: int) -> None:
-    """A bin: its share as a bar with the 95 % interval as a whisker, its mean confidence as a dot, its count below."""
+    """Draw a bin: its share as a bar, the 95 % interval as a whisker, its mean confidence as a dot, its count below."""
     low, high = (number + 0.1) / BINS, (number + 0.9) / BINS
     middle = (low + high) / 2
     x0, x1, x = _at(low, 0)[0], _at(high, 0)[0], _at(middle, 0)[0]
@@ -82,7 +82,7 @@ def _bar(canvas: _Canvas, number: int, one: Bin, most: int) -> None:
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
-    """Between which shares the true one lies with 95 %, `right` of `count` having been seen (Wilson 1927)."""
+    """Return the 95 % interval of the true share if `right` of `count` were seen (Wilson 1927)."""
     z = 1.96
     centre = (right + z * z / 2) / (count + z * z)
     reach = z * math.sqrt(right * (count - right) / count + z * z / 4) / (count + z * z)
@@ -90,12 +90,12 @@ def interval(right: int, count: int) -> tuple[float, float]:
 
 
 def _at(x: float, y: float) -> tuple[float, float]:
-    """Where a point of the diagram, both 0..1, lies in the picture."""
+    """Map a point of the diagram, both 0..1, into the picture."""
     return LEFT + x * (RIGHT - LEFT), BOTTOM - y * (BOTTOM - TOP)
 
 
 class _Canvas:
-    """A white picture that is drawn on in its final pixels."""
+    """A white picture to draw on, in final pixels."""
 
     def __init__(self) -> None:
         self._pixels = np.full((HEIGHT * FINE, WIDTH * FINE, 3), 255, np.uint8)
@@ -121,7 +121,7 @@ class _Canvas:
     def text(
         self, at: tuple[float, float], text: str, size: int, color: Rgb, align: float = 0.0, weight: int = 400
     ) -> None:
-        """`at`: the left end of the base line, moved left by the share `align` of the text's width."""
+        """Write text. `at`: the left end of its base line, moved left by the share `align` of the text's width."""
         box = cv2.getTextSize((0, 0), text, (0, 0), self._font, size * FINE, weight)
         x, y = _fine(at)
         cv2.putText(self._pixels, text, (round(x - align * box[2]), y), color, self._font, size * FINE, weight)

@@ -1,14 +1,14 @@
-"""How right, how sure and how fast the geometric engine is, on rendered scenes whose every pose is known.
+"""Measure how right, how sure and how fast the geometric engine is, on rendered scenes with known poses.
 
     python -m benchmarks.accuracy                                     # 40 scenes, three qualities of mask
     python -m benchmarks.accuracy --scenes 6 --masks exact --verbose  # a look while working on the engine
     python -m benchmarks.accuracy --wrong-objects --tracking --http --peers open3d,opencv --page build/accuracy
     python -m benchmarks.accuracy --gpu-batches --device cuda         # poses a second; are they the CPU's?
 
-AR is the average recall of the BOP challenges, the mean of its three measures (bop.py). An answer is
-«right» where no point of the object is off by a tenth of its diameter or more, modulo its symmetries (MSSD), and
-«sure» with a confidence over 0.8. Seconds are those of a pass, shared by its instances, without decoding; --http
-measures all stages. `make bench-accuracy` runs everything, with the peers in an environment of their own.
+AR is the average recall of the BOP challenges, the mean of its three measures (bop.py). An answer is «right» if no
+point of the object is off by a tenth of its diameter or more, modulo its symmetries (MSSD), and «sure» with a
+confidence over 0.8. Seconds are those of a pass, divided by its instances, without decoding; --http measures all
+stages. `make bench-accuracy` runs everything, with the peers in an environment of their own.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "real"
 DOCS = ROOT / "docs" / "ACCURACY.md"
 OPENING, CLOSING = "<!-- figures: written by --docs -->", "<!-- end of figures -->"
-WORKER_OBJECTS = 20  # loaded, where memory is measured
+WORKER_OBJECTS = 20  # objects loaded when memory is measured
 ERRORS = Console(stderr=True, highlight=False)
 
 
 class Report:
-    """What a run has found so far: each part is printed when it is there, and kept for the JSON and the docs."""
+    """The results of a run so far: each part is printed when it is ready, and kept for the JSON and the docs."""
 
     def __init__(self) -> None:
         self.figures: dict[str, Any] = {}
@@ -52,7 +52,7 @@ class Report:
         self._after_table = False
 
     def table(self, name: str, table: Table) -> None:
-        """A table, after an empty line."""
+        """Print and keep a table, after an empty line."""
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             table.print()
         self._say(f"\n{printed.getvalue()}")
@@ -60,7 +60,7 @@ class Report:
         self.figures[name] = table.as_dicts()
 
     def line(self, name: str, text: str, figure: Any) -> None:
-        """One line, and the figure in it."""
+        """Print one line, and keep the figure in it."""
         self._say(f"\n{text}\n" if self._after_table else f"{text}\n")
         self._after_table = False
         self.figures[name] = figure
@@ -97,7 +97,7 @@ def _gpu_batches(bench: Bench, options: argparse.Namespace, report: Report, tell
 
 
 def _everything(bench: Bench, options: argparse.Namespace, report: Report, tell: studies.Tell) -> None:
-    bench.ask(bench.cut(bench.cases(options.masks[0], 0)))  # what a process pays once
+    bench.ask(bench.cut(bench.cases(options.masks[0], 0)))  # costs that a process pays once
     rows = [row for quality in options.masks for row in run_masks(bench, quality, options.batch, tell)]
     _engine_alone(bench, rows, options, report, tell)
     if options.wrong_objects:
@@ -133,7 +133,7 @@ def _everything(bench: Bench, options: argparse.Namespace, report: Report, tell:
 def _engine_alone(
     bench: Bench, rows: list[Row], options: argparse.Namespace, report: Report, tell: studies.Tell
 ) -> None:
-    """The tables of the main run, and what the engine takes besides a pass's seconds."""
+    """Report the tables of the main run, and the engine's other costs."""
     if options.verbose:
         print()
         for row in rows:
@@ -159,7 +159,7 @@ def _engine_alone(
 
 
 def _service(bench: Bench, rows: list[Row], options: argparse.Namespace, report: Report, tell: studies.Tell) -> None:
-    """The same questions through a service that runs for as long as this takes."""
+    """Ask the same questions through a running service."""
     service = accuracy_service.run_service(bench, rows, options.masks, options.device, options.threads, tell)
     report.table("service", tables.by_quality(service.rows))
     report.table("service_stages", service.stages)
@@ -180,7 +180,7 @@ def _service(bench: Bench, rows: list[Row], options: argparse.Namespace, report:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the command line's parser."""
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy",
         description=__doc__,
@@ -245,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _one_of(known: tuple[str, ...], none: bool = False) -> Any:
-    """A converter for a comma-separated list of known words; `none`: "none" is the empty list."""
+    """Return a converter for a comma-separated list of known words; with `none`, "none" is the empty list."""
 
     def words(text: str) -> list[str]:
         found = [] if none and text == "none" else text.split(",")
@@ -258,7 +258,7 @@ def _one_of(known: tuple[str, ...], none: bool = False) -> Any:
 
 
 def paste(page: Path, command: str, text: str) -> None:
-    """Put a command and what it printed between the marks of a page; ValueError where it has none."""
+    """Put a command and its output between the marks of a page; ValueError if the page has none."""
     before, opening, rest = page.read_text().partition(OPENING)
     _, closing, after = rest.partition(CLOSING)
     if not opening or not closing:
@@ -268,7 +268,7 @@ def paste(page: Path, command: str, text: str) -> None:
 
 
 def _commit() -> str:
-    """The commit that is measured, with a + where files differ from it."""
+    """Return the measured commit, with a + if files differ from it."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=False
     )

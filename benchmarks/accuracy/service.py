@@ -1,4 +1,4 @@
-"""The accuracy benchmark through a really running service: what a client is answered, and what it waits for."""
+"""Run the accuracy benchmark through a running service: the client's answers, and how long it waits for them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from posekit.synthetic.scenes import pose_errors
 from posekit.synthetic.shapes import mesh_to_ply
 from posekit.units import transform_mm_to_m
 
-REQUEST = 5  # instances of a request whose seconds are told
-TIMED_REQUESTS = 5, 20  # at least, at most; between them, as many as there are scenes
+REQUEST = 5  # instances of a timed request
+TIMED_REQUESTS = 5, 20  # at least, at most; between them, the number of scenes
 STAGES = ("decode_ms", "queue_ms", "pose_ms", "respond_ms", "total_ms")
 ANSWER_LIMIT_S = 300.0
 
@@ -34,13 +34,13 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """What a client saw of a service."""
+    """The measurements of a service at its client."""
 
-    rows: list[Row]  # `seconds`: of the request, shared by its instances
-    onboarding_s: dict[str, float]  # from the upload until it can be used
-    stages: Table  # of a request of REQUEST instances
-    median_s: float  # an instance of such a request, all stages, at the client
-    worker_mb: float  # the pose worker with all objects loaded
+    rows: list[Row]  # `seconds`: of the request, divided by its instances
+    onboarding_s: dict[str, float]  # from the upload until the object can be used
+    stages: Table  # time per stage of a request of REQUEST instances
+    median_s: float  # seconds per instance of such a request, all stages, at the client
+    worker_mb: float  # memory of the pose worker with all objects loaded
     most_deg: float  # largest difference to the library's answers, modulo symmetries
     most_mm: float
 
@@ -79,7 +79,7 @@ def run_service(
 
 
 def _answers(bench: Bench, client: Client, quality: str, scene: int) -> list[Row]:
-    """Every mask of a scene in one request."""
+    """Ask for every mask of a scene in one request."""
     cases = bench.cases(quality, scene)
     if not cases:
         return []
@@ -91,7 +91,7 @@ def _answers(bench: Bench, client: Client, quality: str, scene: int) -> list[Row
 
 
 def _stages(bench: Bench, client: Client, quality: str) -> tuple[Table, float]:
-    """Where a request of REQUEST instances spends its time; scenes with fewer have some of them asked twice."""
+    """Measure the time per stage of a request of REQUEST instances; scenes with fewer have some of them asked twice."""
     found: dict[str, list[float]] = {stage: [] for stage in (*STAGES, "client_ms")}
     scenes = [scene for scene in range(len(bench.frames)) if bench.cases(quality, scene)]
     least, most = TIMED_REQUESTS
@@ -130,7 +130,7 @@ def _estimate(
 
 
 def _row(bench: Bench, case: Case, pose: Pose, seconds: float) -> Row:
-    """An answered row, scored as the library's are."""
+    """Score an answered row as the library's are scored."""
     if not pose.ok:
         code, detail = (pose.error.code, pose.error.detail) if pose.error else (pose.status, "")
         return bench.row(case, Rejection(code=code, detail=detail), seconds)
@@ -141,7 +141,7 @@ def _row(bench: Bench, case: Case, pose: Pose, seconds: float) -> Row:
 
 
 def _difference(bench: Bench, library: Sequence[Row], service: Sequence[Row]) -> tuple[float, float]:
-    """Largest difference (degrees, millimetres) between two runs' poses of the same masks, modulo symmetries."""
+    """Return the largest difference (degrees, mm) between two runs' poses of the same masks, modulo symmetries."""
     theirs = {(row.quality, row.scene, row.index): row for row in library}
     most_deg = most_mm = 0.0
     for row in service:

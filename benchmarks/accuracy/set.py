@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy.set --seed 0 --scenes 6 --preview build/scenes.png
 
-draws a contact sheet, a row per scene: the masks of each quality, the true poses, and the depth.
+This draws a contact sheet, one row per scene: the masks of each quality, the true poses, and the depth.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from posekit.synthetic.scenes import MaskQuality, Scene, SceneInstance, degrade_
 from posekit.synthetic.shapes import Shape
 
 QUALITIES: tuple[MaskQuality, ...] = ("exact", "noisy", "under")
-CANDIDATES = 8  # arrangements to choose a scene from
+CANDIDATES = 8  # a scene is chosen from so many arrangements
 ROOT = Path(__file__).parents[2]
 DEFAULT = ROOT / "data" / "benchmarks"
 SOURCES = (
@@ -42,7 +42,7 @@ SOURCES = (
     "posekit/synthetic/shapes.py",
 )
 LIBRARIES = ("numpy", "scipy", "opencv-python", "open3d")
-BROKEN = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)  # what a spoilt file raises
+BROKEN = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)  # raised by a damaged file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,9 @@ class AccuracySet:
 
 
 def load(seed: int = 0, scenes: int = 40, objects: int = 24, cache: Path | None = DEFAULT) -> AccuracySet:
-    """The set of a seed: 3 to 6 of `objects` objects in each of `scenes` scenes.
+    """Load the set of a seed: 3 to 6 of `objects` objects in each of `scenes` scenes.
 
-    It is made once and kept under `cache` (None: not kept) for as long as nothing that determines it changes: the
+    It is made once and kept under `cache` (None: not kept) as long as everything that determines it stays the same: the
     arguments, the generator's source files and the libraries it uses. A file that cannot be read is made anew.
     """
     shapes = {shape.name: shape for shape in make_objects(seed, objects)}
@@ -108,7 +108,7 @@ def _made(name: str, shapes: dict[str, Shape], seed: int, count: int) -> Accurac
 
 
 def _crowded(shapes: list[Shape], seeds: list[int]) -> Scene:
-    """Of some arrangements the one in which most objects are partly hidden, judged in small pictures."""
+    """Return the arrangement in which most objects are partly hidden, judged in small pictures."""
 
     def occluded(seed: int) -> int:
         small = make_scene(seed, shapes, count=len(shapes), width=320, height=240, noise=False)
@@ -123,7 +123,7 @@ def _degraded(scene: Scene, quality: MaskQuality, seed: list[int]) -> list[Bool]
     return [degrade_mask(mask, quality, rng, exact[:at] + exact[at + 1 :]) for at, mask in enumerate(exact)]
 
 
-# The cache: one file of plain arrays, the scenes' words and numbers as JSON.
+# The cache: one file of plain arrays; the scenes' words and numbers as JSON.
 
 
 def _packed(made: AccuracySet) -> bytes:
@@ -175,11 +175,11 @@ def _unpacked(name: str, shapes: dict[str, Shape], data: bytes) -> AccuracySet:
     return AccuracySet(name=name, shapes=shapes, scenes=scenes, masks=masks)
 
 
-# Pictures to look at.
+# Previews.
 
 
 def contact_sheet(made: AccuracySet) -> UInt8:
-    """A row per scene: the masks of each quality as outlines, the true poses, and the depth."""
+    """Draw one row per scene: the masks of each quality as outlines, the true poses, and the depth."""
     rows = []
     for index, scene in enumerate(made.scenes):
         tiles = [_outlined(scene.rgb, made.masks[quality][index]) for quality in QUALITIES]
@@ -208,7 +208,7 @@ def _depth_colors(scene: Scene) -> UInt8:
 
 
 def main() -> None:
-    """Parse the command line, make or load the set, say what is in it, and draw the sheet that was asked for."""
+    """Parse the command line, make or load the set, report what is in it, and draw the sheet if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=40)

@@ -1,4 +1,4 @@
-"""The accuracy benchmark's other questions: masks of other objects, tracking, real frames, memory, batches."""
+"""Further studies of the accuracy benchmark: masks of other objects, tracking, real frames, memory, batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from posekit.synthetic.scenes import pose_errors
 from posekit.synthetic.shapes import Shape, rotation
 
 ROOT = Path(__file__).parents[2]
-ALIKE = 1.15  # shapes whose spreads differ by less than this factor may be one shape in two colours, or nearly
+ALIKE = 1.15  # shapes whose spreads differ by a smaller factor may be (nearly) one shape in two colours
 SHIFT_MM, TURN_DEG = 5.0, 5.0  # between one frame and the next
 BATCHES = (1, 8, 64)
 
@@ -36,7 +36,7 @@ Tell = Callable[[str], None]
 
 
 def other_shapes(shapes: Sequence[Shape]) -> dict[str, list[str]]:
-    """For each shape, those that it cannot be taken for: they spread differently, whatever their colours and frames."""
+    """Return for each shape those it cannot be mistaken for: their spreads differ, whatever their colour or frame."""
     spreads = {shape.name: _spread(shape) for shape in shapes}
     return {
         name: [other for other, theirs in spreads.items() if np.abs(np.log(own / theirs)).max() > np.log(ALIKE)]
@@ -45,7 +45,7 @@ def other_shapes(shapes: Sequence[Shape]) -> dict[str, list[str]]:
 
 
 def _spread(shape: Shape) -> Float64:
-    """How far the surface reaches along its three main directions, (3,): standard deviations in metres, ascending."""
+    """Return the surface's extent along its three main directions, (3,): standard deviations in metres, ascending."""
     points, _ = surface_points(shape.mesh.vertices_m, shape.mesh.faces, 4000, seed=0)
     return np.asarray(np.sqrt(np.linalg.eigvalsh(np.cov(points.T))) + 1e-4, dtype=np.float64)
 
@@ -70,7 +70,7 @@ def run_wrong(bench: Bench, qualities: Sequence[str], seed: int, tell: Tell) -> 
 
 
 def wrong_table(rows: Sequence[Row]) -> Table:
-    """How a mask without the object is answered, by quality of mask."""
+    """Tabulate how masks without the object are answered, by quality of mask."""
     table = Table(["masks", "questions", "rejected", "sure", "share sure", "median confidence", "s median"])
     qualities = list(dict.fromkeys(row.quality for row in rows))
     groups = [(quality, [row for row in rows if row.quality == quality]) for quality in qualities]
@@ -92,7 +92,7 @@ def wrong_table(rows: Sequence[Row]) -> Table:
 
 
 def disturbed(T_cam_obj: Float64, middle_m: Float64, rng: np.random.Generator) -> Float64:
-    """A pose (4, 4) moved by SHIFT_MM and turned by TURN_DEG about the object's middle (3,), in random directions."""
+    """Move a pose (4, 4) by SHIFT_MM and turn it by TURN_DEG about the object's middle (3,), in random directions."""
     axis, way = (vector / np.linalg.norm(vector) for vector in rng.normal(size=(2, 3)))
     R = rotation(axis.tolist(), TURN_DEG)
     about = T_cam_obj[:3, :3] @ middle_m + T_cam_obj[:3, 3]
@@ -103,7 +103,7 @@ def disturbed(T_cam_obj: Float64, middle_m: Float64, rng: np.random.Generator) -
 
 
 def run_tracking(bench: Bench, quality: str, seed: int, tell: Tell) -> tuple[list[Row], list[Row]]:
-    """Refine disturbed true poses, no search: the rows of where it started from, and of the answers."""
+    """Refine disturbed true poses without search; return the rows of the disturbed poses, and of the answers."""
     rng = np.random.default_rng(seed)
     before: list[Row] = []
     after: list[Row] = []
@@ -122,7 +122,7 @@ def run_tracking(bench: Bench, quality: str, seed: int, tell: Tell) -> tuple[lis
 
 
 def tracking_table(before: Sequence[Row], after: Sequence[Row]) -> Table:
-    """The disturbed poses, and what refining makes of them."""
+    """Tabulate the disturbed poses, and the refined ones."""
     table = Table(["tracking", "instances", "AR", "right", "MSSD mm", "mm", "deg", "ms median", "ms p90"])
     for name, rows in (("start", before), ("refined", after)):
         posed = [row for row in rows if row.status == "ok"]
@@ -144,7 +144,7 @@ def tracking_table(before: Sequence[Row], after: Sequence[Row]) -> Table:
 
 _HALF_TURN_ABOUT_Z = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-#: What a model's file does not say: a bottle without its label looks the same from behind.
+#: Facts missing in a model's file: a bottle without its label looks the same from behind.
 REAL_SYMMETRIES = {"ycbv_mustard": Symmetries(discrete=(_HALF_TURN_ABOUT_Z,))}
 
 
@@ -160,7 +160,7 @@ class RealFrame:
 
 
 def real_frames(folder: Path) -> list[RealFrame]:
-    """Every frame below a folder; none where there is no such folder."""
+    """Read every frame below a folder; an empty list if there is no such folder."""
     return [_real_frame(path.parent) for path in sorted(folder.glob("*/gt.json"))]
 
 
@@ -188,7 +188,7 @@ def _real_frame(folder: Path) -> RealFrame:
 
 
 def run_real(engine: Engine, frames: Sequence[RealFrame], tell: Tell) -> Table:
-    """One line for each frame: errors against its reference, as it is and modulo what the object allows."""
+    """Make one line for each frame: errors against its reference, as they are and modulo the object's symmetries."""
     table = Table(["real frame", "mm", "deg", "deg as it is", "confidence", "ambiguous", "s", "onboarding s", "status"])
     for one in frames:
         tell(f"real frame {one.name}")
@@ -217,7 +217,7 @@ def run_real(engine: Engine, frames: Sequence[RealFrame], tell: Tell) -> Table:
 def memory(
     models: dict[str, ObjectModel], instances: Sequence[Instance], device: str, threads: int
 ) -> dict[str, float]:
-    """Resident memory in MB of a fresh process with these models and no more: loaded, and at most during a pass."""
+    """Measure the resident memory in MB of a fresh process with only these models: loaded, and peak during a pass."""
     stored = {name: dataclasses.replace(model, data={}) for name, model in models.items()}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.accuracy.memory", device, str(threads)],
@@ -234,9 +234,9 @@ def memory(
 
 
 def run_batches(bench: Bench, quality: str, peer: Engine, tell: Tell, sizes: Sequence[int] = BATCHES) -> Table:
-    """Poses a second of `bench.engine` with batches of several sizes, beside those of `peer`, one at a time.
+    """Measure poses a second of `bench.engine` with several batch sizes, beside those of `peer`, one at a time.
 
-    Largest differences to the peer's poses are modulo the symmetries of the objects; answers that only one of the two
+    The largest differences to the peer's poses are modulo the objects' symmetries. Answers that only one of the two
     gives are counted.
     """
     asks: list[Ask] = []
@@ -252,7 +252,7 @@ def run_batches(bench: Bench, quality: str, peer: Engine, tell: Tell, sizes: Seq
 
     def timed(engine: Engine, size: int) -> tuple[list[Outcome], float]:
         tell(f"{engine.device}, batches of {size}")
-        engine.estimate(instances[:size], bench.models)  # memory and kernels of this size
+        engine.estimate(instances[:size], bench.models)  # allocates memory and kernels of this size
         begun = time.perf_counter()
         found = [out for some in batches(instances, size) for out in engine.estimate(some, bench.models)]
         return found, len(found) / (time.perf_counter() - begun)

@@ -1,4 +1,4 @@
-"""What the accuracy benchmark's rows add up to: tables for people, the same figures for a machine."""
+"""Summarise the accuracy benchmark's rows: tables for people, and the same figures for a machine."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ BINS = 10
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean; nan of nothing."""
+    """Return the mean; nan for no values."""
     found = list(values)
     return float(np.mean(found)) if found else float("nan")
 
 
 def share(part: int, whole: int) -> float:
-    """part / whole; nan of nothing."""
+    """Return part / whole; nan if whole is 0."""
     return part / whole if whole else float("nan")
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """A percentile; nan of nothing."""
+    """Return a percentile; nan for no values."""
     return float(np.percentile(values, percent)) if values else float("nan")
 
 
 def by_quality(rows: Sequence[Row]) -> Table:
-    """One line for each quality of mask, and one for all of them where there are several."""
+    """Make one line for each quality of mask, and one for all together if there are several."""
     table = Table(
         [
             *("masks", "instances", "AR", "VSD", "MSSD", "MSPD", "right", "mm", "deg", "sure", "right if sure"),
@@ -65,7 +65,7 @@ def by_quality(rows: Sequence[Row]) -> Table:
 
 
 def by_object(rows: Sequence[Row], onboarding_s: dict[str, float]) -> Table:
-    """One line for each object, the worst first."""
+    """Make one line for each object, the worst first."""
     qualities = list(dict.fromkeys(row.quality for row in rows))
     columns = [f"AR {quality}" for quality in qualities]
     table = Table(["object", "instances", *columns, "right", "sure", "right if sure", "ambiguous", "onboarding s"])
@@ -87,7 +87,7 @@ def by_object(rows: Sequence[Row], onboarding_s: dict[str, float]) -> Table:
 
 
 def by_visibility(rows: Sequence[Row]) -> Table:
-    """One line for each band of visibility."""
+    """Make one line for each band of visibility."""
     qualities = list(dict.fromkeys(row.quality for row in rows))
     table = Table(["visible", "instances", *(f"AR {quality}" for quality in qualities), "right"])
     for low, high in BANDS:
@@ -104,15 +104,15 @@ def by_visibility(rows: Sequence[Row]) -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
-    """The answers whose confidence lies in a tenth; the last one has 1.0, too."""
+    """The answers whose confidence lies in one tenth; the last tenth includes 1.0."""
 
     answers: int
-    confidence: float  # their mean
-    right: float  # of them, the share that is right
+    confidence: float  # mean confidence
+    right: float  # share of right answers
 
 
 def bins(rows: Sequence[Row]) -> list[Bin]:
-    """The answers of these rows in BINS equal steps of confidence; rejections state no pose and are left out."""
+    """Sort the answers into BINS equal steps of confidence; rejections have no pose and are left out."""
     answered = [row for row in rows if row.status == "ok"]
     places = [min(int(row.confidence * BINS), BINS - 1) for row in answered]
     groups = [[row for row, place in zip(answered, places, strict=True) if place == number] for number in range(BINS)]
@@ -127,7 +127,7 @@ def bins(rows: Sequence[Row]) -> list[Bin]:
 
 
 def reliability(rows: Sequence[Row]) -> Table:
-    """What a confidence is worth: one line for each bin."""
+    """Make one line for each bin: the confidence, and the share of right answers."""
     table = Table(["confidence", "answers", "mean confidence", "right"])
     for number, one in enumerate(bins(rows)):
         table.add(f"{number / BINS:.1f} to {(number + 1) / BINS:.1f}", one.answers, one.confidence, one.right)
@@ -135,7 +135,7 @@ def reliability(rows: Sequence[Row]) -> Table:
 
 
 def failure_line(row: Row) -> str:
-    """One failure on one line, to be found again: python -m benchmarks.accuracy has the same scenes every time."""
+    """Describe one failure on one line. It can be found again: the benchmark has the same scenes every time."""
     where = f"scene {row.scene:3} #{row.index} {row.object:16} {row.quality:5} visible {row.visibility:4.0%}"
     if row.status != "ok":
         return f"{where}  {row.status}: {row.detail}"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels.geometric [--threads 1] [--json FILE]
 
-Prints the median time of a call of each and the ratio reference / kernel. The kernels use one thread; `--threads` is
+Prints the median time of one call of each and the ratio reference / kernel. The kernels use one thread; `--threads` is
 for the references. `--json -` prints the same as JSON instead of the table.
 """
 
@@ -33,19 +33,19 @@ SHAPE = "housing"
 DISTANCE_M = 0.6
 FOCAL_PX = 600.0
 ROLLS = 24
-SIDE = 128  # cells of a picture, which holds the object with a margin
+SIDE = 128  # cells per side of a picture, which holds the object with a margin
 NOISE_M = 0.001
 
 Call = Callable[[], object]
 
 
 def calls() -> list[tuple[str, str, Call, Call]]:
-    """Per row: the op, its sizes, and the kernel and the reference on the same input."""
+    """Return the op, its sizes, and the kernel and the reference on the same input, for each row."""
     stored = GeometricEngine().onboard(SHAPE, SHAPES[SHAPE]().mesh, None, lambda share: None)
     shelf = Shelf.of([prepare(stored, torch.device("cpu"))])
     R = rotation_grid(shelf.view_directions, ROLLS).reshape(1, -1, 3, 3)
     poses = Poses(R, torch.tensor([0.0, 0.0, DISTANCE_M]).expand(1, R.shape[1], 3).contiguous())
-    # What the first pose shows, with noise: the other poses fit it more or less.
+    # Points that the first pose shows, with noise; the other poses fit them more or less.
     seen = shelf.surface[shelf.view_samples[0, 0].repeat(2)]
     generator = torch.Generator().manual_seed(0)
     points = seen[:, :3] @ R[0, 0].mT + poses.t[0, 0] + NOISE_M * torch.randn(len(seen), 3, generator=generator)
@@ -132,7 +132,7 @@ def calls() -> list[tuple[str, str, Call, Call]]:
 def _pictures(
     shelf: Shelf, crop: Observations, poses: Poses, K: Tensor, *, cell_px: Tensor, cell_m: Tensor
 ) -> list[tuple[str, str, Call, Call]]:
-    """The rows of what is done with drawn poses, `SIDE` cells wide and high."""
+    """Return the rows of the ops on drawn poses, `SIDE` cells wide and high."""
     depth_m, sample = kernels.front(shelf, poses, K, cell_px=cell_px, cell_m=cell_m, rows=SIDE, columns=SIDE)
     assert shelf.dense_colours is not None
     seen = shelf.dense_colours[sample[:, 0]] / 255.0
@@ -154,7 +154,7 @@ def _pictures(
 
 
 def _crop(pose: Poses, shelf: Shelf, K: Tensor) -> Observations:
-    """What a camera sees of the object at `pose`, with a wall behind it."""
+    """Return a camera's view of the object at `pose`, with a wall behind it."""
     side = round(2 * float(K[0, 0, 2]))
     one = torch.ones(1)
     drawn_m = kernels.front(shelf, pose, K, cell_px=one, cell_m=one * DISTANCE_M / FOCAL_PX, rows=side, columns=side)[0]
@@ -174,7 +174,7 @@ def _crop(pose: Poses, shelf: Shelf, K: Tensor) -> Observations:
 
 
 def median_ms(call: Call, threads: int) -> float:
-    """The median time of one call; the timer warms up."""
+    """Return the median time of one call; the timer warms up."""
     timer = Timer("call()", globals={"call": call}, num_threads=threads)
     return timer.blocked_autorange(min_run_time=0.5).median * 1e3
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels.points [--device cpu|cuda] [--threads 2] [--check] [--json FILE]
 
-Prints the median time of a call of each and the ratio reference / kernel, in the sizes that SAM-6D's network calls them
-with, after both gave the same answer. `--check` compares the answers and times nothing, which is what NVIDIA's
-compute-sanitizer wants to watch on a GPU (racecheck, and then memcheck, initcheck and synccheck):
+Prints the median time of one call of each and the ratio reference / kernel, in the sizes that SAM-6D's network calls
+them with, after checking that both give the same answer. `--check` compares the answers and times nothing, for a run
+under NVIDIA's compute-sanitizer on a GPU (racecheck, then memcheck, initcheck and synccheck):
 
     compute-sanitizer --tool racecheck .venv/bin/python -m benchmarks.kernels.points --device cuda --check
 
@@ -30,7 +30,7 @@ from pointnet2_ext import reference
 
 SAMPLED = [(1, 2048, 196), (8, 2048, 196), (32, 2048, 196), (1, 210000, 2048)]  # clouds, points, picked
 QUERIED = [(2048, 2048, 0.1, 32), (2048, 2048, 0.2, 64)]  # points, centers, radius, slots
-REPEATED = 0.4  # of the points of a small object are drawn again to fill up its cloud
+REPEATED = 0.4  # share of a small object's points that are repeats, drawn to fill its cloud
 
 
 class Case(NamedTuple):
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 def cases(device: str) -> Iterator[Case]:
-    """Every size that is measured."""
+    """Yield a case for every size that is measured."""
     generator = torch.Generator().manual_seed(0)
     for clouds, n, count in SAMPLED:
         points = torch.randn(clouds, n, 3, generator=generator).to(device)
@@ -65,7 +65,7 @@ def _case(op: str, sizes: str, *arguments: Tensor | float) -> Case:
 
 
 def median_ms(call: partial[Tensor], threads: int) -> float:
-    """The median time of one call; the timer warms up and synchronises."""
+    """Return the median time of one call; the timer warms up and synchronises."""
     timer = Timer("call()", globals={"call": call}, num_threads=threads)
     return timer.blocked_autorange(min_run_time=1.0).median * 1e3
 

@@ -1,1 +1,1 @@
-"""SAM-6D's network: agreement with the original's numbers, and seconds."""
+"""SAM-6D's network: its agreement with the original's numbers, and its speed."""

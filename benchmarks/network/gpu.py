@@ -4,8 +4,8 @@
                                      [--compile] [--profile] [--weights FILE] [--json FILE] [--docs]
     python -m benchmarks.network.gpu --device cpu --batches 1 --quick          # the same script, tried without a GPU
 
-Everything in one run and on the same instances, those of `../shared/sam6d/golden.npz` beside the project's root and
-synthetic ones in turn, with generated weights unless a checkpoint is given:
+One run measures everything on the same instances: those of `../shared/sam6d/golden.npz` beside the project's root and
+synthetic ones in turn, with generated weights unless a checkpoint is given.
 
 - the published arithmetic (the setting `exact`), eager and float32;
 - the engine's network for GPUs in each precision, eager, in passes of one size as graphs (as the engine runs it) and in
@@ -16,7 +16,7 @@ synthetic ones in turn, with generated weights unless a checkpoint is given:
 - benchmarks.network.parity on the device: exact and float32 are judged, of tf32 and bf16 the pose cases alone, since
   the original's tolerances are float32's; and the same instances alone and in company.
 
-Exit code 1 where a judged check fails. `--docs` puts the output into docs/PERFORMANCE.md.
+Exit code 1 if a judged check fails. `--docs` puts the output into docs/PERFORMANCE.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from posekit.sam6d.network.config import Config
 from posekit.sam6d.network.whole import Description, Model, Network, Poses, Scene, together
 from posekit.sam6d.quick.gpu import BUCKETS, PASS, PRECISIONS, GpuNetwork, Runner, captured, keep_float32
 
-Run = Callable[[Scene, Sequence[Model]], Poses]  # of instances, each with its object's model
+Run = Callable[[Scene, Sequence[Model]], Poses]  # poses of instances, each with its object's model
 
 PAGE = Path(__file__).parents[2] / "docs" / "PERFORMANCE.md"
 QUICK = Config(coarse_points=48, fine_points=256, model_points=256)
@@ -63,15 +63,15 @@ SCENE, OBJECT = "geometry embedding, scene", "geometry embedding, object"
 
 
 class Work(NamedTuple):
-    """Multiplications of a stage with an addition each, in thousand millions an instance."""
+    """Multiply-adds of a stage, in thousand millions per instance."""
 
-    original: float  # as the paper's figure reads
-    kept: float  # without what can be kept of the object
-    ours: float  # what the engine's network does
+    original: float  # in the original
+    kept: float  # without what can be stored with the object
+    ours: float  # in the engine's network
 
 
 def arithmetic(config: Config, tabled: bool = True) -> dict[str, Work]:
-    """The layers of every stage, counted. `tabled`: the structure of pairs from a table, as in bf16."""
+    """Count the arithmetic of every stage's layers. `tabled`: the structure of pairs from a table, as in bf16."""
     c, heads, square = config.channels, config.heads, config.channels**2
     n, patch = config.patches**2, 3 * config.patch_px**2
     width, tokens = config.width, config.patches**2 + 1
@@ -84,10 +84,10 @@ def arithmetic(config: Config, tabled: bool = True) -> dict[str, Work]:
     embedding = (1 + config.neighbours) * s * s * square
     edges = 2 * (1 + config.neighbours) * s * square
 
-    layer = 8 * s * square + 2 * s * s * c  # of attention between the few points
+    layer = 8 * s * square + 2 * s * s * c  # of attention between the sparse points
     pairs, folded = s * s * square + s * s * c, s * square + heads * s * s * c
     dense = 6 * d * square + 2 * s * square + (s + d) * square // heads + d * c
-    sparse = 2 * config.blocks  # self-attentions of a matcher; there are as many crossing ones
+    sparse = 2 * config.blocks  # self-attentions of a matcher; it has as many cross-attentions
     coarse_ends = s * (2 * square + s * c)  # the last projections and the product of both sides
     fine_ends = (d + 1) * (2 * square + (d + 1) * c)
     matching = {
@@ -120,12 +120,12 @@ def arithmetic(config: Config, tabled: bool = True) -> dict[str, Work]:
 
 
 def total(work: dict[str, Work]) -> Work:
-    """All stages together."""
+    """Return the sum of all stages."""
     return Work(*(sum(column) for column in zip(*work.values(), strict=True)))
 
 
 def work_table(work: dict[str, Work]) -> Table:
-    """A row for each stage, and their sum."""
+    """Make a row for each stage, and their sum."""
     table = Table(["stage", "original GMAC", "without what is kept", "ours, bf16"])
     for stage, counts in (work | {"all": total(work)}).items():
         table.add(stage, *counts)
@@ -136,13 +136,13 @@ def work_table(work: dict[str, Work]) -> Table:
 
 
 class Clock:
-    """Times calls on a device, and knows what memory they took."""
+    """Times calls on a device, and measures their memory."""
 
     def __init__(self, device: str) -> None:
         self.cuda = torch.device(device).type == "cuda"
 
     def runs(self, call: Callable[[], object], repeats: int) -> list[float]:
-        """Seconds of each of some calls, as the host waits for them."""
+        """Return the seconds of each of some calls, as the host waits for them."""
         found = []
         for _ in range(repeats):
             self._wait()
@@ -153,7 +153,7 @@ class Clock:
         return found
 
     def alone(self, call: Callable[[], object], repeats: int) -> float:
-        """Seconds that the device takes for a call when the host is no hindrance: as a graph, between two events."""
+        """Return the device's seconds for a call without delays of the host: as a graph, between two events."""
         if not self.cuda:
             return statistics.median(self.runs(call, repeats))
         replay, _ = captured(call)
@@ -167,7 +167,7 @@ class Clock:
         return float(begin.elapsed_time(end)) / 1000 / repeats
 
     def memory_gb(self, call: Callable[[], object]) -> float | None:
-        """The most that a call takes beside what is taken already; None where nobody counts it."""
+        """Return the peak memory of a call beyond what is already allocated; None if nothing counts it."""
         if not self.cuda:
             call()
             return None
@@ -183,7 +183,7 @@ class Clock:
 
 
 def peak_flops(device: str, clock: Clock, side: int) -> float:
-    """Operations a second in a product of bf16 numbers, side x side."""
+    """Return operations a second in a product of bf16 numbers, side x side."""
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     return 2 * side**3 / clock.alone(partial(torch.mm, a, b), 10)
 
@@ -192,7 +192,7 @@ def peak_flops(device: str, clock: Clock, side: int) -> float:
 
 
 class Bench:
-    """The networks on the device and instances for them, each of an object of its own, in turn."""
+    """The networks on the device, and instances for them, each with an object of its own, in turn."""
 
     def __init__(self, weights: dict[str, Tensor], config: Config, device: str, with_golden: bool) -> None:
         self.device, self.config = device, config
@@ -210,11 +210,11 @@ class Bench:
             self._described = [self.exact.describe(*(of[None] for of in one)) for one in each]
 
     def network(self, precision: str) -> GpuNetwork:
-        """The engine's network for GPUs."""
+        """Build the engine's network for GPUs."""
         return GpuNetwork.of(self.exact, precision)
 
     def instances(self, made: Network, batch: int) -> tuple[Scene, list[Model]]:
-        """Instances with draws of their own, and their objects' models."""
+        """Return instances with random draws of their own, and their objects' models."""
         which, uniforms = Pass.of(batch, len(self._described))
         drawn = uniforms[:, : 3 * self.config.proposals].to(self.device)
         rows = Scene(self.seen.rgb[which], self.seen.points[which], self.seen.choose[which], drawn)
@@ -229,7 +229,7 @@ class Bench:
 
 
 def _cut(seen: Seen, config: Config) -> Seen:
-    """As many points as the network takes; an object's are those furthest from each other."""
+    """Return as many points as the network takes; of an object, those furthest from each other."""
     n = config.fine_points
     return Seen(
         rgb=seen.rgb,
@@ -242,33 +242,33 @@ def _cut(seen: Seen, config: Config) -> Seen:
 
 
 class Rate(NamedTuple):
-    """One setting at one batch."""
+    """The speed of one setting at one batch."""
 
     setting: str
     batch: int
-    seconds: float  # a pass, the median
+    seconds: float  # median time of a pass
     memory_gb: float | None
 
     @property
     def poses_per_s(self) -> float:
-        """Instances over the time of a pass."""
+        """Return instances divided by the time of a pass."""
         return self.batch / self.seconds
 
 
 def rates(
     name: str, call: Callable[[int], object], batches: Sequence[int], clock: Clock, repeats: int
 ) -> Iterator[Rate]:
-    """A setting at all batches; one that does not fit into the memory is left out and said."""
+    """Measure a setting at all batches; a batch that does not fit into the memory is left out, with a message."""
     for batch in batches:
         try:
-            memory_gb = clock.memory_gb(partial(call, batch))  # and what is done once
+            memory_gb = clock.memory_gb(partial(call, batch))  # this call also pays one-time costs
             yield Rate(name, batch, statistics.median(clock.runs(partial(call, batch), repeats)), memory_gb)
         except torch.OutOfMemoryError:
             print(f"{name} at batch {batch}: out of memory")
 
 
 def ways(made: GpuNetwork, size: int, most: int, compile_too: bool) -> Iterator[tuple[str, Run]]:
-    """How a network can be run, by name; `most`: instances that it will be given."""
+    """Yield the ways to run a network, by name. `most`: instances that it will be given."""
     yield "eager", lambda scene, models: made(scene, together(models))
     yield f"passes of {size}", Runner(made, [size])
     yield "buckets", Runner(made, [bucket for bucket in BUCKETS if bucket <= most])
@@ -280,17 +280,17 @@ def ways(made: GpuNetwork, size: int, most: int, compile_too: bool) -> Iterator[
 
 
 class StageTime(NamedTuple):
-    """A stage of a pass."""
+    """The time of one stage of a pass."""
 
     stage: str
-    seconds: float  # a pass
-    share_of_peak: float  # of the arithmetic that ours does
+    seconds: float  # per pass
+    share_of_peak: float  # share of the peak, by the arithmetic of the engine's network
 
 
 def stage_times(
     made: GpuNetwork, scene: Scene, model: Model, clock: Clock, repeats: int, work: dict[str, Work], peak: float
 ) -> list[StageTime]:
-    """Each stage of a pass by itself, on the inputs that it has there."""
+    """Measure each stage of a pass by itself, on the inputs that it has there."""
     calls: dict[str, partial[Any]] = {}
 
     def note(method: Callable[..., Any], stage: str, *arguments: Any) -> Any:
@@ -305,7 +305,7 @@ def stage_times(
         for method in METHODS:
             delattr(made, method)
     seconds = {stage: clock.alone(call, repeats) for stage, call in calls.items()}
-    seconds["fine matching"] -= seconds["position encoding, scene"]  # which is part of it
+    seconds["fine matching"] -= seconds["position encoding, scene"]  # which includes it
     rows = len(scene.rgb)
     return [
         StageTime(stage, taken, 2e9 * work[stage].ours * rows / taken / peak if stage in work else 0.0)
@@ -314,7 +314,7 @@ def stage_times(
 
 
 def closing(stages: Sequence[StageTime], size: int, one: Rate, peak: float, work: Work) -> str:
-    """What stands between a rate in passes of `size` and what the card could."""
+    """Explain the gap between the rate in passes of `size` and what the card could do."""
     rate, passes = one.poses_per_s, -(-one.batch // size)
     limit, lower = peak / (2e9 * work.kept), peak / (2e9 * work.ours)
     alone = sum(stage.seconds for stage in stages)
@@ -336,7 +336,7 @@ def closing(stages: Sequence[StageTime], size: int, one: Rate, peak: float, work
 
 
 class Company(NamedTuple):
-    """How far instances move when others are in the pass."""
+    """How far other instances in the pass move an instance's pose."""
 
     setting: str
     degrees: float
@@ -344,12 +344,12 @@ class Company(NamedTuple):
 
     @property
     def within(self) -> bool:
-        """As the engines promise."""
+        """Return True if the difference is within the engines' promise."""
         return self.degrees <= DEGREES and self.mm <= MM
 
 
 def company(name: str, run: Run, scene: Scene, models: list[Model]) -> Company:
-    """The same instances together and each by itself."""
+    """Compare the same instances computed together and alone."""
     rows = range(len(models))
     alone = [run(Scene(*(field[row : row + 1] for field in scene)), [models[row]]) for row in rows]
     return Company(name, *apart(run(scene, models), Poses(*(torch.cat(column) for column in zip(*alone, strict=True)))))
@@ -358,7 +358,7 @@ def company(name: str, run: Run, scene: Scene, models: list[Model]) -> Company:
 def parity_checks(
     bench: Bench, networks: dict[str, GpuNetwork], quick: bool
 ) -> dict[str, list[tuple[parity.Check, bool]]]:
-    """Setting -> its checks, and whether each is judged. Quickly: a single pose case."""
+    """Return setting -> its checks, and if each is judged. `quick`: a single pose case."""
     golden = parity.Golden(GOLDEN, bench.device)
     poses: Iterable[parity.Posed] = parity.pose_cases(bench.exact, golden)
     cases = list(itertools.islice(poses, 1) if quick else poses)
@@ -378,7 +378,7 @@ def parity_checks(
 
 
 def parity_table(checks: dict[str, list[tuple[parity.Check, bool]]]) -> Table:
-    """A row for each stage and a column for each setting: errors, those that are judged and too large with a mark."""
+    """Make a row for each stage and a column for each setting: errors, with a mark where a judged check fails."""
     table = Table(["largest error", "tolerance", *checks])
     rows: dict[tuple[str, float], dict[str, str]] = {}
     for setting, of_setting in checks.items():
@@ -395,13 +395,13 @@ def parity_table(checks: dict[str, list[tuple[parity.Check, bool]]]) -> Table:
 
 
 class Output(io.TextIOBase):
-    """Standard output that is kept as well."""
+    """Standard output that also keeps what is written."""
 
     def __init__(self, to: Any) -> None:
         self._to, self.text = to, ""
 
     def write(self, text: str) -> int:
-        """Print and keep."""
+        """Print and keep the text."""
         self._to.write(text)
         self._to.flush()
         self.text += text
@@ -417,7 +417,7 @@ def main() -> int:
     if options.device != "cpu":
         torch.cuda.set_device(options.device)
     if options.docs:
-        from benchmarks.accuracy.run import OPENING, paste  # with all that the other benchmark needs
+        from benchmarks.accuracy.run import OPENING, paste  # imports all that the other benchmark needs
 
         if OPENING not in PAGE.read_text():
             sys.exit(f"{PAGE} has no place for figures: it lacks {OPENING!r}")
@@ -433,7 +433,7 @@ def main() -> int:
 
 
 class Measured(NamedTuple):
-    """What running the networks gave."""
+    """The results of running the networks."""
 
     rates: list[Rate]
     latency: Table
@@ -443,7 +443,7 @@ class Measured(NamedTuple):
 def measure(
     bench: Bench, networks: dict[str, GpuNetwork], options: argparse.Namespace, size: int, repeats: int
 ) -> Measured:
-    """Every network in every way at every batch, and a single instance, and instances in company."""
+    """Measure every network in every way at every batch, a single instance, and instances in company."""
     clock, batches = Clock(bench.device), options.batches
     found = Measured([], Table(["setting", "p50 ms", "p99 ms"]), [])
     exactly = _first(bench.run_exactly, *bench.instances(bench.exact, max(batches)))
@@ -463,7 +463,7 @@ def measure(
 
 
 def run_all(options: argparse.Namespace, weights: dict[str, Tensor]) -> tuple[dict[str, Any], bool]:
-    """All parts, each printed when it is there; returns the figures, and whether every judged check passed."""
+    """Run all parts, printing each when ready; return the figures, and True if every judged check passed."""
     quick, device = options.quick, options.device
     repeats, size = (1, 2) if quick else (options.repeats, options.size)
     config, clock = QUICK if quick else Config(), Clock(device)
@@ -524,12 +524,12 @@ def _first(run: Run, scene: Scene, models: Sequence[Model]) -> Callable[[int], P
 
 
 def _answer(first: Callable[[int], Poses]) -> list[Tensor]:
-    """A single instance's, on the host."""
+    """Return a single instance's answer, on the host."""
     return [values.cpu() for values in first(1)]
 
 
 def _percentiles(seconds: list[float]) -> tuple[float, float]:
-    """The median and the 99th percentile, in milliseconds."""
+    """Return the median and the 99th percentile, in milliseconds."""
     ordered = sorted(seconds)
     return 1000 * statistics.median(ordered), 1000 * ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]
 
@@ -562,7 +562,7 @@ def _stage_table(stages: list[StageTime], rows: int) -> Table:
 
 
 def _kernel_table(device: str, quick: bool) -> Table:
-    """The cases of benchmarks.kernels.points; quickly: the first."""
+    """Make the table of benchmarks.kernels.points; with `quick`, of its first case."""
     table = Table(["op", "sizes", "reference ms", "kernel ms", "reference / kernel"])
     threads = torch.get_num_threads()
     for case in itertools.islice(point_kernels.cases(device), 1 if quick else None):
@@ -573,7 +573,7 @@ def _kernel_table(device: str, quick: bool) -> Table:
 
 
 def _profiled(made: GpuNetwork, scene: Scene, model: Model, clock: Clock) -> str:
-    """The kernels that an eager pass spends its time in."""
+    """Profile an eager pass: the kernels that take its time."""
     activity = torch.profiler.ProfilerActivity
     made(scene, model)
     with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if clock.cuda else [])]) as profile:
@@ -593,7 +593,7 @@ def _device(device: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the command line's parser."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--device", default="cuda:0", help="as torch names it (cuda:0)")
     made.add_argument(

@@ -3,14 +3,14 @@
     python -m benchmarks.network.parity FILE.npz [--salt TEXT] [--setting exact|fast|both] [--device cuda]
         [--weights FILE]
 
-FILE has the form of `golden.npz` in `../shared/sam6d`: inputs, and what the original made of them with generated
-weights. Every stage is computed from the inputs, and compared where the file stores it; a table tells the largest
-difference, the tolerance and the verdict. Exit code 1 after any failure.
+FILE has the form of `golden.npz` in `../shared/sam6d`: inputs, and the original's results with generated weights. Every
+stage is computed from the inputs, and compared if the file stores its result. A table shows the largest difference,
+the tolerance and the verdict. Exit code 1 after any failure.
 
 `exact` is held to the tolerances that the original's own rounding suggests (its float32 against its float64). `fast` is
-held to the same, and its poses to 0.1 degrees and 0.1 mm of those of `exact`. Where the file stores a stage in float64,
-too, the nearer of the two counts: the original's float32 can choose another nearest neighbour than its own float64.
-A hint is no failure: what depends on single draws from a nearly flat distribution.
+held to the same, and its poses to 0.1 degrees and 0.1 mm of those of `exact`. If the file also stores a stage in
+float64, the nearer of the two counts: the original's float32 can choose another nearest neighbour than its own float64.
+A hint is no failure: it depends on single draws from a nearly flat distribution.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from posekit.sam6d.quick.gpu import GpuNetwork, keep_float32
 
 Array = npt.NDArray[Any]
 
-DEGREES_EXACT, RADII_EXACT = 1e-3, 2e-5  # of the pose cases
+DEGREES_EXACT, RADII_EXACT = 1e-3, 2e-5  # limits of the pose cases
 DEGREES_FAST, MM_FAST = 0.1, 0.1
-SIGMA = 0.03  # of the pose cases' logits, in radii, where the file says nothing
+SIGMA = 0.03  # of the pose cases' logits, in radii, if the file does not say
 
 
 class Check(NamedTuple):
@@ -58,17 +58,17 @@ class Check(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """In one word."""
+        """Return the verdict in one word."""
         if self.error <= self.tolerance:
             return "pass"
         return "hint" if self.hint else "FAIL"
 
 
 class Golden:
-    """The file: arrays by name, some of them slices of what the original had."""
+    """The file of reference numbers: arrays by name, some of them slices of the original's."""
 
     def __init__(self, path: Path, device: str = "cpu") -> None:
-        """`device`: where its tensors are wanted."""
+        """`device`: where to put the tensors."""
         self.device = device
         self._arrays = np.load(path, allow_pickle=False)
         self.meta = json.loads(str(self._arrays["meta_json"]))
@@ -80,16 +80,16 @@ class Golden:
         return np.asarray(self._arrays[name])
 
     def tensor(self, name: str) -> Tensor:
-        """An array for torch; indices as int64."""
+        """Return an array as a tensor; indices as int64."""
         array = self[name]
         return torch.from_numpy(array.astype(np.int64) if array.dtype == np.int32 else array).to(self.device)
 
     def cases(self, kind: str) -> list[str]:
-        """The pose cases: "coarse" -> ["coarseA", "coarseB"]."""
+        """Return the names of the pose cases: "coarse" -> ["coarseA", "coarseB"]."""
         return sorted(name[:-2] for name in self._arrays.files if re.fullmatch(rf"{kind}[A-Z]+_R", name))
 
     def error(self, name: str, full: Tensor) -> float:
-        """The largest difference to the stored numbers: the float32 ones, or the float64 ones where they are nearer."""
+        """Return the largest difference to the stored numbers, float32 or float64, whichever are nearer."""
         slices = _slices(self.meta["stats"].get(name, {}).get("slice", "full"))
         mine = full.double().cpu().numpy()[slices]
         errors = [_largest(mine, self[name])]
@@ -100,7 +100,7 @@ class Golden:
 
 
 def _slices(text: str) -> tuple[slice, ...]:
-    """The slices that a file names, "(slice(None, None, 14), ...)" or "full"."""
+    """Parse the slices that a file names, "(slice(None, None, 14), ...)" or "full"."""
     numbers = r"(None|-?\d+)"
     found = re.findall(rf"slice\({numbers}, {numbers}, {numbers}\)", text)
     return tuple(slice(*(None if part == "None" else int(part) for part in parts)) for parts in found)
@@ -126,7 +126,7 @@ class Posed(NamedTuple):
 
 
 def features(network: Network, golden: Golden) -> Iterator[Check]:
-    """The image network and what the points get of it."""
+    """Check the image network and the features that points take from it."""
     net = network.feature_extraction.rgb_net
     scene = _scene(golden)
     taken = net.vit(normalize(scene.rgb))
@@ -139,7 +139,7 @@ def features(network: Network, golden: Golden) -> Iterator[Check]:
 
 
 def objects(network: Network, golden: Golden) -> tuple[Tensor, Tensor]:
-    """What is kept of the templates: points (B, 2048, 3) in metres and their features (B, 2048, C)."""
+    """Return the stored data of the templates: points (B, 2048, 3) in metres and their features (B, 2048, C)."""
     points, kept = [], []
     for rgb, choose, xyz in zip(*(golden.tensor(f"in_tem_{name}") for name in ("rgb", "choose", "pts")), strict=True):
         picked = network.pick(xyz.flatten(0, 1))
@@ -149,7 +149,7 @@ def objects(network: Network, golden: Golden) -> tuple[Tensor, Tensor]:
 
 
 def matching(network: Network, golden: Golden) -> Iterator[Check]:
-    """Everything from points and features to the pose."""
+    """Check everything from points and features to the pose."""
     points_m, of_points = objects(network, golden)
     yield Check("dense_po_raw", golden.error("dense_po_raw", points_m), 0.0, unit="m")
     yield Check("dense_fo", golden.error("dense_fo", of_points), 5e-5)
@@ -213,7 +213,7 @@ def _fine_blocks(network: Network, golden: Golden, cloud: Cloud, model: Model, p
 
 
 def _structures(name: str, golden: Golden, mine: Tensor, *, off_diagonal: float, diagonal: float) -> Iterator[Check]:
-    """The structure of pairs, its diagonal apart: there the original is a difference of large numbers."""
+    """Check the structure of pairs, its diagonal separately: there the original is a difference of large numbers."""
     mine = mine.cpu()
     apart = ~torch.eye(mine.shape[1], dtype=torch.bool)[None, :, :, None]
     slices = _slices(golden.meta["stats"][name]["slice"])
@@ -228,7 +228,7 @@ def _structures(name: str, golden: Golden, mine: Tensor, *, off_diagonal: float,
 
 
 def pose_cases(network: Network, golden: Golden) -> Iterator[Posed]:
-    """Poses from constructed logits."""
+    """Compute poses from constructed logits."""
     surface, radius_m = golden.tensor("model_n"), golden.tensor("radius")
     for case in golden.cases("coarse"):
         pose = network.coarse_pose(
@@ -248,7 +248,7 @@ def pose_cases(network: Network, golden: Golden) -> Iterator[Posed]:
 
 
 def _rebuilt(golden: Golden, case: str, scene: Tensor, model: Tensor) -> Tensor:
-    """Logits too large to store: made from the true pose and a seed, as the file's author made them."""
+    """Rebuild logits too large to store from the true pose and a seed, as the file's author made them."""
     make = generated_weights.module("cases").atten_from_gt
     sigma = float(golden.meta["stats"].get(case, {}).get("sigma", SIGMA))
     truth = zip(golden[f"{case}_gt_R"], golden[f"{case}_gt_t"], golden[f"{case}_seeds"], strict=True)
@@ -264,7 +264,7 @@ def _rebuilt(golden: Golden, case: str, scene: Tensor, model: Tensor) -> Tensor:
 
 
 def against_file(posed: Posed, golden: Golden) -> Iterator[Check]:
-    """A pose case beside the original's poses."""
+    """Compare a pose case with the original's poses."""
     angle = rotation_angle_deg(posed.R.double(), golden.tensor(f"{posed.case}_R").double())
     yield Check(f"{posed.case} R", float(angle.max()), DEGREES_EXACT, unit="deg")
     yield Check(f"{posed.case} t", golden.error(f"{posed.case}_t", posed.t), RADII_EXACT, unit="radii")
@@ -273,7 +273,7 @@ def against_file(posed: Posed, golden: Golden) -> Iterator[Check]:
 
 
 def against_exact(fast: Posed, exact: Posed) -> Iterator[Check]:
-    """A pose case of the fast setting beside the exact one's."""
+    """Compare a pose case of the fast setting with the exact one's."""
     angle = rotation_angle_deg(fast.R.double(), exact.R.double())
     apart_mm = (fast.t - exact.t).norm(dim=-1) * exact.radius_m * 1000
     yield Check(f"{fast.case} R", float(angle.max()), DEGREES_FAST, unit="deg")
@@ -290,7 +290,7 @@ def _scene(golden: Golden) -> Scene:
 
 
 def compare(golden: Golden, exact: Network, fast: Network | None) -> dict[str, list[Check]]:
-    """Setting -> its checks; `fast` None = exact alone."""
+    """Return setting -> its checks; `fast` None = exact alone."""
     checks: dict[str, list[Check]] = {}
     poses = list(pose_cases(exact, golden))
     of_exact = [*features(exact, golden), *matching(exact, golden)]
@@ -334,7 +334,7 @@ def main() -> None:
 
 
 def _print(checks: dict[str, list[Check]]) -> list[str]:
-    """Print a table; returns what failed."""
+    """Print a table; return what failed."""
     table = Table(["setting", "stage", "max error", "tolerance", "unit", "verdict"])
     for setting, of_setting in checks.items():
         for check in of_setting:

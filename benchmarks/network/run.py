@@ -8,7 +8,7 @@ over the repeats, and "all, at best" the fastest repeat. Both run instance by in
 threads, as the engine does on a CPU, and both keep what depends on the object alone: onboarding is not timed.
 
 Inputs are those of `../shared/sam6d/golden.npz` beside the project's root, its two instances in turn, with other draws;
-without it synthetic ones of the same sizes. Weights are generated unless a checkpoint is given.
+without that file, synthetic ones of the same sizes. Weights are generated unless a checkpoint is given.
 """
 
 from __future__ import annotations
@@ -108,18 +108,18 @@ class Stages:
 
 
 class Seen(NamedTuple):
-    """Different instances, each of an object of its own; D of them, in metres."""
+    """D different instances, each with an object of its own, in metres."""
 
     rgb: Tensor  # (D, 224, 224, 3) uint8, masked, BGR
     points: Tensor  # (D, 2048, 3) in the camera's frame
-    choose: Tensor  # (D, 2048) int64, each point's pixel
+    choose: Tensor  # (D, 2048) int64, flat pixel of each point
     surface: Tensor  # (D, 1024, 3) of the CAD
-    object_points: Tensor  # (D, 2048, 3) in the CAD's frame, furthest first
+    object_points: Tensor  # (D, 2048, 3) in the CAD's frame, in furthest-point order
     object_features: Tensor  # (D, 2048, C)
 
 
 def golden_instances(network: Network) -> Seen:
-    """Those of the file of reference numbers; the network makes the objects' features of the file's views."""
+    """Return the instances of the file of reference numbers; the network computes object features of its views."""
     golden = Golden(GOLDEN)
     object_points, object_features = objects(network, golden)
     return Seen(
@@ -133,7 +133,10 @@ def golden_instances(network: Network) -> Seen:
 
 
 def synthetic_instances(network: Network) -> Seen:
-    """The same sizes: shapes half a metre away, seen from one side; pictures and objects' features are noise."""
+    """Return synthetic instances of the same sizes.
+
+    The shapes are half a metre away, seen from one side. Pictures and object features are noise.
+    """
     rng = np.random.default_rng(0)
     rows = []
     for shape in SYNTHETIC:
@@ -155,14 +158,14 @@ def synthetic_instances(network: Network) -> Seen:
 
 
 class Pass(NamedTuple):
-    """One batch: which of the instances, and their draws."""
+    """One batch: indices of its instances, and their random draws."""
 
     which: Tensor  # (B,)
     uniforms: Tensor  # (B, 3 * proposals)
 
     @classmethod
     def of(cls, batch: int, different: int) -> Pass:
-        """The different instances in turn, each row with draws of its own."""
+        """Take the different instances in turn, each row with draws of its own."""
         generator = torch.Generator().manual_seed(0)
         return cls(torch.arange(batch) % different, torch.rand(batch, 3 * CONFIG.proposals, generator=generator))
 
@@ -173,13 +176,13 @@ Run = Callable[[Pass, Stages], Poses]  # a pass of one setting
 class Setting:
     """A network whose stages are timed, and its models of the instances' objects.
 
-    Instances run as Sam6dEngine runs them on a CPU: each by itself, as many at once as there are threads, and what
-    remains of the batch one after the other on all threads.
+    Instances run as Sam6dEngine runs them on a CPU: each by itself, as many at once as there are threads. The rest of
+    the batch runs one after the other on all threads.
     """
 
     def __init__(self, network: Network, seen: Seen, threads: int) -> None:
         self._network, self._seen, self._threads = network, seen, threads
-        self._here = threading.local()  # .stages: of the pass that this thread is in
+        self._here = threading.local()  # .stages: of this thread's pass
         self._pool = ThreadPoolExecutor(threads)
         each = zip(seen.object_points, seen.object_features, seen.surface, strict=True)
         self._models = [network.model(network.describe(*(of[None] for of in one))) for one in each]
@@ -215,7 +218,7 @@ class Setting:
 
 
 class Cost(NamedTuple):
-    """Seconds an instance."""
+    """Seconds per instance."""
 
     cpu_s: float
     wall_s: float
@@ -245,7 +248,7 @@ class Measured(NamedTuple):
     """One batch: costs by setting, and the difference between fast's and exact's poses."""
 
     timed: dict[str, Timed]
-    difference: tuple[float, float]  # the largest, degrees and millimetres
+    difference: tuple[float, float]  # largest difference, degrees and millimetres
 
 
 def measure(settings: dict[str, Run], one: Pass, repeats: int) -> Measured:
@@ -343,7 +346,7 @@ def main() -> None:
 
 
 def report(found: dict[int, Measured], threads: int, load: float) -> None:
-    """The tables, and what they come to."""
+    """Print the tables and their summary."""
     print(f"torch {torch.__version__}, {threads} threads, load average before the run {load:.2f}")
     if load > QUIET_LOAD:
         print(f"warning: the machine was busy (load average above {QUIET_LOAD}), the figures contain others' work")

@@ -1,4 +1,4 @@
-"""The benchmark's end: ask a peer in its own environment, and score what it says."""
+"""The benchmark's side of solver peers: ask a peer in its own environment, and score its answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TITLES = {"open3d": "Open3D FPFH + RANSAC + ICP", "opencv": "OpenCV PPF + ICP"}
 
 
 def ask(name: str, job: Job, threads: int, python: Path = PYTHON) -> Answer:
-    """Run one peer over a job in a process of its own; raises PeerFailed."""
+    """Run one peer over a job in a process of its own; raise PeerFailed if it fails."""
     if not python.exists():
         raise PeerFailed(f"{python} does not exist; `make peers` sets the peers' environment up")
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +46,7 @@ def ask(name: str, job: Job, threads: int, python: Path = PYTHON) -> Answer:
 def compare(
     bench: Bench, rows: Sequence[Row], names: Sequence[str], count: int, threads: int, tell: Callable[[str], None]
 ) -> Table:
-    """The engine and its peers on the same `count` masks of each quality; `vs.`: their seconds over the engine's."""
+    """Compare the engine and its peers on the same `count` masks of each quality; `vs.`: peer seconds over engine's."""
     qualities = list(dict.fromkeys(row.quality for row in rows))
     groups = {quality: spread([row for row in rows if row.quality == quality], count) for quality in qualities}
     asked = [row for group in groups.values() for row in group]
@@ -89,14 +89,14 @@ def compare(
 
 
 def spread(rows: Sequence[Row], count: int) -> list[Row]:
-    """`count` of the rows, evenly spread; all, where there are no more."""
+    """Return `count` of the rows, evenly spread; all rows if there are no more."""
     if count >= len(rows):
         return list(rows)
     return [rows[int(place)] for place in np.linspace(0, len(rows) - 1, count).round()]
 
 
 def _masked_points(ask: Ask) -> Float32:
-    """The points under an instance's mask, (N, 3) in the camera frame; none where the mask cannot be used."""
+    """Return the points under an instance's mask, (N, 3) in the camera frame; none if the mask cannot be used."""
     if isinstance(ask, Rejection):
         return np.zeros((0, 3), np.float32)
     points = depth_to_points(ask.depth_m, ask.K)

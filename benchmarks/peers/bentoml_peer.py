@@ -1,12 +1,11 @@
-"""BentoML as its documentation divides such work: one service decodes, one has the engine and adaptive batching.
+"""BentoML, divided as its documentation suggests: one service decodes, one has the engine and adaptive batching.
 
 `decoders` processes of the first answer HTTP (through a mounted FastAPI application, which takes the body as it is) and
 send each detection to the second, whose `engines` processes have a batchable method. BentoML decides by itself how long
-a batch is gathered; `batch` detections are the most. The two talk over a Unix socket, in BentoML's own format.
+a batch is gathered; a batch has at most `batch` detections. The two talk over a Unix socket, in BentoML's own format.
 
-The first service's client of the second is renewed after `runner_connection.max_requests` calls, 100 unless it is set;
-BentoML 1.4.39 then closes the old one under the calls that it still has open, and each of those ends in a 500. Here it
-is never renewed.
+The first service's client of the second is renewed after `runner_connection.max_requests` calls, 100 by default.
+BentoML 1.4.39 then closes the old one with calls still open, and each of those ends in a 500. Here it is never renewed.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from benchmarks.peers.serving import MSGPACK, ROUTE, Decoder, Poses, answer, fro
 from pem.contract import Row
 from workers.messages import Cut
 
-_LONGEST_MS = 60_000  # BentoML refuses requests that it expects to last longer
+_LONGEST_MS = 60_000  # BentoML refuses requests that it expects to take longer
 _OPEN = 256  # requests at a time
-_NEVER = {"max_requests": 1_000_000_000, "max_age": 1e9}  # is the connection between the services renewed
+_NEVER = {"max_requests": 1_000_000_000, "max_age": 1e9}  # renewal of the connection between the services
 
 setup = from_environment()
 http = FastAPI()
@@ -34,14 +33,14 @@ http = FastAPI()
 
 @bentoml.service(workers=setup.engines, traffic={"timeout": 120, "max_concurrency": _OPEN}, runner_connection=_NEVER)
 class Engine:
-    """The engine; a batch holds detections of whichever requests are there."""
+    """The engine. A batch holds detections of whichever requests are waiting."""
 
     def __init__(self) -> None:
         self._poses = Poses(setup)
 
     @bentoml.api(batchable=True, max_batch_size=setup.batch, max_latency_ms=_LONGEST_MS)
     def rows(self, cuts: list[bytes]) -> list[bytes]:
-        """One encoded row for each encoded detection."""
+        """Return one encoded row for each encoded detection."""
         found = self._poses.together([msgspec.msgpack.decode(one, type=Cut) for one in cuts])
         return [msgspec.msgpack.encode(rows) for rows in found]
 
@@ -49,7 +48,7 @@ class Engine:
 @bentoml.service(workers=setup.decoders, traffic={"timeout": 120, "max_concurrency": _OPEN})
 @bentoml.asgi_app(http)
 class PoseEstimation:
-    """What clients see."""
+    """The service that clients call."""
 
     engine = bentoml.depends(Engine)
 
@@ -58,7 +57,7 @@ class PoseEstimation:
 
     @http.post(ROUTE)
     async def pose_estimation(self, request: Request) -> Response:
-        """Decode here, estimate there."""
+        """Decode here, estimate in the other service."""
         whole = await asyncio.to_thread(self._decoder.decode, await request.body())
         alone = [msgspec.msgpack.encode(msgspec.structs.replace(whole, crops=[crop])) for crop in whole.crops]
         encoded = await self.engine.to_async.rows(alone)
@@ -67,7 +66,7 @@ class PoseEstimation:
 
 
 def main() -> None:
-    """Become BentoML's own command."""
+    """Replace this process by BentoML's own command."""
     os.environ["BENTOML_DO_NOT_TRACK"] = "True"
     os.environ["BENTOML_CONFIG_OPTIONS"] = "api_server.logging.access.enabled=false"
     os.environ["BENTOML_HOME"] = tempfile.mkdtemp(dir=setup.ready_dir)

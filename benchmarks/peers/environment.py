@@ -1,4 +1,4 @@
-"""The environment that has the peers' packages, beside the project's own: `make peers` and `make peers-serving`."""
+"""The environment with the peers' packages, beside the project's own: `make peers` and `make peers-serving`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 
 
 class PeerFailed(Exception):
-    """A peer's process did not do its work; the message has the end of what it said."""
+    """A peer's process failed; the message holds the end of its output."""
 
 
 def versions(packages: Sequence[str], python: Path = PYTHON) -> dict[str, str]:
-    """Package -> version in the environment of `python`; those that are not there are left out."""
+    """Return package -> version in the environment of `python`; missing packages are left out."""
     folders = [str(path) for path in python.parents[1].glob("lib/python3.*/site-packages")]
     found = {one.name.lower(): one.version for one in distributions(path=folders)}
     return {package: found[package] for package in packages if package in found}

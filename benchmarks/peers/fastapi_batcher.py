@@ -1,8 +1,8 @@
-"""FastAPI with a batcher of its own: what somebody writes who has seen that detections of several requests may share.
+"""FastAPI with a batcher of its own: written by somebody who knows that several requests' detections may share a pass.
 
 Uvicorn with uvloop and httptools. Bodies are decoded in a pool of `decoders` processes. One task takes decoded requests
-from a queue, waits until there are `batch` detections or `wait_ms` have passed, and has the engine work on all of them
-in a thread; the next batch gathers meanwhile.
+from a queue, waits until there are `batch` detections or `wait_ms` have passed, and runs the engine on all of them in
+a thread. The next batch gathers meanwhile.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from benchmarks.peers.serving import MSGPACK, READY, ROUTE, Decoder, Poses, answ
 from pem.contract import Row
 from workers.messages import Cut
 
-_decoder: Decoder | None = None  # of a process of the pool
+_decoder: Decoder | None = None  # the decoder of a process in the pool
 
 
 def start_decoder() -> None:
-    """The first thing that a process of the pool does."""
+    """Initialise a process of the pool."""
     global _decoder
     _decoder = Decoder(from_environment())
 
 
 def decode(body: bytes) -> bytes:
-    """What a process of the pool does: an encoded Cut, which is quicker to send than a pickled one."""
+    """Decode in a process of the pool; return an encoded Cut, which is quicker to send than a pickled one."""
     assert _decoder is not None
     return msgspec.msgpack.encode(_decoder.decode(body))
 
 
 class Batcher:
-    """Requests that wait, and the task that brings them to the engine together."""
+    """Waiting requests, and the task that brings them to the engine together."""
 
     def __init__(self, poses: Poses, *, batch: int, wait_s: float) -> None:
         self._poses = poses
@@ -46,13 +46,13 @@ class Batcher:
         self._waiting: asyncio.Queue[tuple[Cut, asyncio.Future[list[Row]]]] = asyncio.Queue()
 
     async def estimate(self, one: Cut) -> list[Row]:
-        """The rows of a request, computed with whatever others are there."""
+        """Return the rows of a request, computed together with whatever others are there."""
         found: asyncio.Future[list[Row]] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((one, found))
         return await found
 
     async def run(self) -> None:
-        """Batch after batch, for ever."""
+        """Run batch after batch, for ever."""
         while True:
             together = await self._gather()
             try:
@@ -76,7 +76,7 @@ class Batcher:
 
 
 def build() -> FastAPI:
-    """The application, its engine loaded."""
+    """Build the application, with its engine loaded."""
     setup = from_environment()
     batcher = Batcher(Poses(setup), batch=setup.batch, wait_s=setup.wait_ms / 1000)
     spawn = multiprocessing.get_context("spawn")

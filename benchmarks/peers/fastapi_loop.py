@@ -1,12 +1,13 @@
 """FastAPI without batches: an endpoint that decodes and then loops over the detections.
 
-Uvicorn with uvloop and httptools. The endpoint is a plain function, which FastAPI runs in its threads; `callers` says
-in how many, and by that it stands for three ways to serve:
+Uvicorn with uvloop and httptools. The endpoint is a plain function, which FastAPI runs in its threads. The number of
+threads, `callers`, makes it stand for three ways to serve:
 
 - `fastapi-loop`, one: one request at a time on the one model, decoding included, as inference code that guards its
   model with a lock, for a GPU or because the model is not safe to call twice. FastAPI does not do so by itself.
-- `fastapi-threads`, forty, FastAPI's own number: nothing is guarded, and whatever has come calls the model at once.
-- `fastapi-processes`, one in each of `engines` uvicorn workers: a model for each, and the kernel deals out connections.
+- `fastapi-threads`, forty, FastAPI's own number: nothing is guarded, and all requests call the model at once.
+- `fastapi-processes`, one in each of `engines` uvicorn workers: a model for each, and the kernel distributes
+  connections.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.peers.serving import MSGPACK, READY, ROUTE, Decoder, Poses, answ
 
 
 def build() -> FastAPI:
-    """The application of one uvicorn worker, its engine loaded."""
+    """Build the application of one uvicorn worker, with its engine loaded."""
     setup = from_environment()
     decoder, poses = Decoder(setup), Poses(setup)
 

@@ -1,6 +1,6 @@
-"""What a peer is given and what it gives back: two files of plain arrays. Needs numpy alone.
+"""The input and output of a solver peer: two files of plain arrays. Needs numpy alone.
 
-A job holds object models (meshes in metres) and cases: the points under a mask in the camera frame, and which model to
+A job holds object models (meshes in metres) and cases: the points under a mask in the camera frame, and the model to
 find among them. A peer prepares each model once, then answers case by case, timing both.
 
     peer's file:  run(Peer())     called as: python -m benchmarks.peers.NAME JOB.npz ANSWER.npz
@@ -32,7 +32,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came of them, in the order of the cases."""
+    """The answers, in the order of the cases."""
 
     T_cam_obj: Array  # (cases, 4, 4), metres; NaN = no pose
     seconds: Array  # (cases,)
@@ -43,16 +43,16 @@ class Peer(Protocol):
     """A solver: `prepare` once for each model, then `solve`."""
 
     def prepare(self, vertices_m: Array, faces: Array) -> Any:
-        """What it keeps of a model."""
+        """Return the peer's own form of a model."""
         ...
 
     def solve(self, model: Any, points_m: Array) -> Array | None:
-        """T_cam_obj (4, 4) of the model among points (N, 3), metres; None = not found."""
+        """Return T_cam_obj (4, 4) of the model among points (N, 3), metres; None = not found."""
         ...
 
 
 def write_job(path: Path, job: Job) -> None:
-    """As one file without pickled objects."""
+    """Write the job as one file without pickled objects."""
     names = list(job.vertices_m)
     arrays: dict[str, Any] = {"names": np.array(names), "cases": np.array([name for name, _ in job.cases])}
     for number, name in enumerate(names):
@@ -63,7 +63,7 @@ def write_job(path: Path, job: Job) -> None:
 
 
 def read_job(path: Path) -> Job:
-    """The job that `write_job` wrote."""
+    """Read the job that `write_job` wrote."""
     with np.load(path, allow_pickle=False) as arrays:
         names = [str(name) for name in arrays["names"]]
         return Job(
@@ -74,13 +74,13 @@ def read_job(path: Path) -> Job:
 
 
 def read_answer(path: Path) -> Answer:
-    """The answer that a peer wrote."""
+    """Read the answer that a peer wrote."""
     with np.load(path, allow_pickle=False) as arrays:
         return Answer(**{name: arrays[name] for name in ("T_cam_obj", "seconds", "prepare_s")})
 
 
 def run(peer: Peer) -> None:
-    """The whole life of a peer's process: read the job, prepare, solve, write the answer."""
+    """Run a peer's process: read the job, prepare, solve, write the answer."""
     parser = argparse.ArgumentParser(description=(peer.__doc__ or "").splitlines()[0])
     parser.add_argument("job", type=Path, help="file written by benchmarks.accuracy.run")
     parser.add_argument("answer", type=Path, help="file to write")
@@ -106,7 +106,7 @@ def run(peer: Peer) -> None:
 
 
 def surface_points(vertices_m: Array, faces: Array, count: int, seed: int) -> tuple[Array, Array]:
-    """`count` points evenly over a mesh's surface, (count, 3) float64, and their unit normals (the faces')."""
+    """Return `count` points evenly over a mesh's surface, (count, 3) float64, and their unit normals (the faces')."""
     rng = np.random.default_rng(seed)
     corners = vertices_m[faces].astype(np.float64)
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])

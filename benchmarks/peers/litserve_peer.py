@@ -5,7 +5,7 @@ LitServe batches whole requests and decodes them in the process that holds the e
 ZeroMQ (`fast_queue`).
 """
 
-from typing import Annotated  # the annotations below are read by LitServe: none of them may be text
+from typing import Annotated  # LitServe reads the annotations below: none of them may be text
 
 import litserve
 from fastapi import Body, Response
@@ -25,34 +25,34 @@ class PoseEstimation(litserve.LitAPI):  # type: ignore[misc]
         super().__init__(max_batch_size=setup.batch, batch_timeout=setup.wait_ms / 1000, api_path=ROUTE)
 
     def setup(self, device: str) -> None:
-        """Once in each worker."""
+        """Load the engine, once in each worker."""
         setup = from_environment()
         self._decoder, self._poses, self._engine = Decoder(setup), Poses(setup), setup.engine
 
     def decode_request(self, request: Binary) -> Cut:
-        """One body."""
+        """Decode one body."""
         return self._decoder.decode(request)
 
     def batch(self, inputs: list[Cut]) -> list[Cut]:
-        """They stay a list: crops have sizes of their own."""
+        """Return the inputs as a list: crops differ in size."""
         return inputs
 
     def predict(self, x: list[Cut]) -> list[list[Row]]:
-        """One pass over all detections."""
+        """Run one pass over all detections."""
         return self._poses.together(x)
 
     def unbatch(self, output: list[list[Row]]) -> list[list[Row]]:
-        """They are a list already."""
+        """Return the output, which is a list already."""
         return output
 
     def encode_response(self, output: list[Row]) -> Response:
-        """One answer."""
+        """Encode one answer."""
         return Response(answer(output, self._engine), media_type=MSGPACK)
 
 
 def main() -> None:
     setup = from_environment()
-    generate_random_zmq_address.__defaults__ = (setup.ready_dir,)  # sockets that would stay in /tmp go with this folder
+    generate_random_zmq_address.__defaults__ = (setup.ready_dir,)  # sockets in this folder, not /tmp: removed with it
     server = litserve.LitServer(
         PoseEstimation(setup),
         accelerator="cuda" if setup.device.startswith("cuda") else "cpu",

@@ -1,4 +1,4 @@
-"""Open3D: FPFH features, RANSAC over their matches, then point-to-plane ICP, with the reaches of Open3D's tutorial.
+"""Open3D: FPFH features, RANSAC over their matches, then point-to-plane ICP, with the distances of Open3D's tutorial.
 
 The points under the mask are the source and the whole model is the target, since every good point has its match there.
 """
@@ -24,19 +24,19 @@ registration: Any = o3d.pipelines.registration
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is kept of a mesh."""
+    """A prepared mesh."""
 
     voxel_m: float
     dense: Any  # point cloud with normals, for ICP
-    coarse: Any  # one point a voxel, for RANSAC
+    coarse: Any  # one point per voxel, for RANSAC
     features: Any
 
 
 class Open3dFpfh:
-    """FPFH, RANSAC and ICP of Open3D."""
+    """Open3D's FPFH, RANSAC and ICP."""
 
     def prepare(self, vertices_m: Array, faces: Array) -> Model:
-        """Sample the surface, with the faces' normals, and describe it."""
+        """Sample the surface, with the faces' normals, and compute its features."""
         voxel_m = VOXEL_SHARE * float(np.linalg.norm(np.ptp(vertices_m, axis=0)))
         points, normals = surface_points(vertices_m, faces, SURFACE_POINTS, seed=0)
         cloud = _cloud(points)

@@ -1,9 +1,9 @@
 """OpenCV (contrib): surface matching by point pair features, then its own ICP, with the numbers of OpenCV's sample.
 
-Drost et al., «Model Globally, Match Locally», as `cv2.ppf_match_3d` has it. Three things are done here because the
-module does not: lengths go in as shares of the model's diameter, since it clusters poses by an absolute distance; the
-model is sampled as finely as keeps its training within seconds, which grows with the fourth power of the points; and of
-the refined poses the one that explains the most points is taken, since ICP's own residual picks the wrong one.
+Drost et al., «Model Globally, Match Locally», as in `cv2.ppf_match_3d`. Three things are done here because the module
+does not do them. Lengths are given as shares of the model's diameter, since it clusters poses by an absolute distance.
+The model is sampled as finely as keeps its training within seconds; training grows with the fourth power of the points.
+Of the refined poses, the one that explains the most points is taken, since ICP's own residual picks the wrong one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from benchmarks.peers.job import Array, run, surface_points
 SAMPLINGS = (0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1)  # of the model's box along each axis
 MODEL_POINTS = 700  # at most, after sampling
 DISTANCE_STEP, ANGLES = 0.05, 30
-SCENE_SAMPLING, SCENE_SHARE = 0.05, 1 / 5  # of the scene's box; of the scene's points, those that vote
+SCENE_SAMPLING, SCENE_SHARE = 0.05, 1 / 5  # share of the scene's box; share of the scene's points that vote
 SURFACE_POINTS = 5_000
 NORMAL_NEIGHBOURS = 12
-REFINED = 20  # poses with the most votes
+REFINED = 20  # number of poses refined: those with the most votes
 ICP_ROUNDS, ICP_TOLERANCE, ICP_REJECTION, ICP_LEVELS = 100, 0.005, 2.5, 8
 NEAR = 0.03  # of the diameter: a point this near to the model is explained
 
@@ -33,7 +33,7 @@ ppf: Any = cv2.ppf_match_3d  # type: ignore[attr-defined]  # it is in contrib al
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is kept of a mesh."""
+    """A prepared mesh."""
 
     detector: Any
     diameter_m: float  # of its box
@@ -42,7 +42,7 @@ class Model:
 
 
 class OpencvPpf:
-    """Point pair features and ICP of OpenCV."""
+    """OpenCV's point pair features and ICP."""
 
     def __init__(self) -> None:
         cv2.setNumThreads(int(os.environ["OMP_NUM_THREADS"]))
@@ -73,7 +73,7 @@ class OpencvPpf:
 
 
 def _sampling(points: Array) -> float:
-    """The finest sampling that leaves at most MODEL_POINTS of the points (N, 6)."""
+    """Return the finest sampling that leaves at most MODEL_POINTS of the points (N, 6)."""
     ranges = [(float(axis.min()), float(axis.max())) for axis in points.T[:3]]
     for sampling in SAMPLINGS[:-1]:
         if len(ppf.samplePCByQuantization(points, *ranges, sampling, 0)) <= MODEL_POINTS:
@@ -86,7 +86,7 @@ def _cloud(points: Array) -> Any:
 
 
 def _explained(scene: Any, model: Any, T_cam_obj: Array) -> float:
-    """The share of the scene's points that lie near the model at a pose."""
+    """Return the share of the scene's points that lie near the model at a pose."""
     found = o3d.pipelines.registration.evaluate_registration(scene, model, NEAR, np.linalg.inv(T_cam_obj))
     return float(found.fitness)
 

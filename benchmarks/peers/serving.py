@@ -1,4 +1,4 @@
-"""What a serving peer is given, and the work that is the same for all of them: only how it is served differs.
+"""The setup of a serving peer, and the work that is the same for all of them: only the serving differs.
 
 A peer is a server in a process of its own, `PEER_SETUP='{"data": ...}' python -m benchmarks.peers.NAME`, run from the
 project's root by an environment with its packages (`make peers-serving`). It answers
@@ -7,8 +7,8 @@ project's root by an environment with its packages (`make peers-serving`). It an
     GET  /readyz                    200 once it can
 
 with `Decoder` (the server's own checks and cropping) and `Poses` (its engines, models and rows) inside. Objects come
-from the store of a server that knows them already. A request that cannot be answered is whatever the framework makes
-of an exception: the benchmark counts it as an error.
+from the store of a server that has onboarded them. For a request that cannot be answered, a peer returns what the
+framework makes of an exception: the benchmark counts it as an error.
 """
 
 from __future__ import annotations
@@ -43,49 +43,49 @@ ROUTE: Final = "/api/v1/pose_estimation"
 READY: Final = "/readyz"
 MSGPACK: Final = "application/msgpack"
 ENVIRONMENT: Final = "PEER_SETUP"
-_DEADLINE_S: Final = 3600.0  # peers have none; the shared work wants one
+_DEADLINE_S: Final = 3600.0  # peers have none; the shared code needs one
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a peer is given; its processes read it from the environment."""
+    """The setup of a peer; its processes read it from the environment."""
 
     data: str  # data directory of a server that has onboarded the objects
     port: int
     ready_dir: str  # each process with an engine leaves a file here once it can answer
     engine: EngineName = "geometric"
     weights: str = ""  # of the network
-    views: int = 42  # that it was onboarded with
+    views: int = 42  # number of views that the objects were onboarded with
     device: str = "cpu"
     engines: int = 1  # processes that hold an engine
-    threads: int = 1  # of each engine: detections that it works on at a time on a CPU
-    decoders: int = 1  # processes that decode, where they are others than those with an engine
-    callers: int = 1  # requests that one process works on at a time, where a peer has no batches
-    batch: int = 8  # the most in a batch: detections, or requests where the framework counts those
-    wait_ms: int = 5  # for how long a batch is gathered at most
+    threads: int = 1  # detections that each engine computes at a time on a CPU
+    decoders: int = 1  # processes that decode, if separate from those with an engine
+    callers: int = 1  # requests that one process handles at a time, if a peer has no batches
+    batch: int = 8  # largest batch: detections, or requests where the framework counts those
+    wait_ms: int = 5  # longest time for which a batch is gathered
 
     @property
     def objects_dir(self) -> Path:
-        """The object store's folder."""
+        """Return the object store's folder."""
         return Path(self.data) / "objects"
 
     def stages(self) -> Stages:
-        """The same as the settings of the server's own workers."""
+        """Return the setup as settings of the server's own workers."""
         weights = Sam6d(weights=self.weights, views=self.views)
         return Stages(objects_dir=str(self.objects_dir), engines=(self.engine,), sam6d=weights)
 
 
 def to_environment(setup: Setup) -> dict[str, str]:
-    """The variable that hands a setup to a peer and to the processes that it starts."""
+    """Return the variable that hands a setup to a peer and to the processes that it starts."""
     return {ENVIRONMENT: msgspec.json.encode(setup).decode()}
 
 
 def from_environment() -> Setup:
-    """The setup that this process was started with; KeyError where there is none."""
+    """Read the setup that this process was started with; KeyError if there is none."""
     return msgspec.json.decode(os.environ[ENVIRONMENT], type=Setup)
 
 
 class Decoder:
-    """From a request's body to its crops: what the server does in its gateway and in its decode stage."""
+    """Turns a request's body into crops, as the server's gateway and decode stage do."""
 
     def __init__(self, setup: Setup) -> None:
         cv2.setNumThreads(1)  # as in the decode stage
@@ -98,7 +98,7 @@ class Decoder:
             self._known |= dict.fromkeys([stored.object_id, *stored.names], reference)
 
     def decode(self, body: bytes) -> Cut:
-        """The request's detections, cut out. Raises ApiError, PoseError and KeyError (an object that is not known)."""
+        """Cut out the request's detections. Raises ApiError, PoseError and KeyError (an unknown object)."""
         limits = Limits()
         request = decode(body, "msgpack", schemas.PoseRequest)
         question = parse.pose_question(request, "msgpack", limits)
@@ -121,10 +121,10 @@ class Decoder:
 
 
 class Poses:
-    """An engine with the models of all objects: what the server's pose stage holds."""
+    """An engine with the models of all objects, as in the server's pose stage."""
 
     def __init__(self, setup: Setup) -> None:
-        """Load the engine and let it practise; seconds. Leaves the file that says so."""
+        """Load and warm up the engine, which takes seconds; then write the file that reports it."""
         own = Pose()
         self._engine = load_engine(setup.engine, setup.stages(), device=setup.device, threads=setup.threads)
         with tempfile.TemporaryDirectory() as folder:
@@ -134,14 +134,14 @@ class Poses:
         (Path(setup.ready_dir) / str(os.getpid())).touch()
 
     def together(self, cuts: Sequence[Cut]) -> list[list[Row]]:
-        """Rows of each request; the detections of all of them in one pass."""
+        """Return the rows of each request; all their detections run in one pass."""
         works = [Work(one) for one in cuts]
         items = [item for work in works for item in work.items(self._engine.name)]
         self._note(items, self._estimate(items))
         return [_rows(work) for work in works]
 
     def one_by_one(self, one: Cut) -> list[Row]:
-        """Rows of a request; each detection in a pass of its own."""
+        """Return the rows of a request; each detection runs in a pass of its own."""
         work = Work(one)
         for item in work.items(self._engine.name):
             self._note([item], self._estimate([item]))
@@ -158,7 +158,7 @@ class Poses:
 
 
 def answer(rows: list[Row], engine: str) -> bytes:
-    """The body of an answer, MessagePack."""
+    """Return the body of an answer, MessagePack."""
     return msgspec.msgpack.encode(schemas.PoseAnswer(success=True, poses=rows, engine=engine))
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's end of the serving peers: what there is, with which settings, and one of them started and stopped."""
+"""The benchmark's side of the serving peers: their list and settings, and how to start and stop one."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from workers.settings import Stages, on_gpu
 
 _START_LIMIT_S: Final = 180.0
 _STOP_LIMIT_S: Final = 20.0
-_FASTAPI_CALLERS: Final = 40  # threads in which FastAPI runs plain functions, unless it is told otherwise
+_FASTAPI_CALLERS: Final = 40  # threads in which FastAPI runs plain functions by default
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
     """One way to serve."""
 
-    module: str  # in this package
-    packages: tuple[str, ...]  # whose versions are told with the figures
-    choose: Callable[[Stages], dict[str, Any]]  # its share of a Setup, from the settings of our own workers
-    words: str  # how it serves, with the fields of its Setup
+    module: str  # name in this package
+    packages: tuple[str, ...]  # packages whose versions are reported with the figures
+    choose: Callable[[Stages], dict[str, Any]]  # its fields of a Setup, from the settings of our own workers
+    words: str  # description of how it serves, with the fields of its Setup
 
 
 PEERS: Final = {
@@ -88,23 +88,23 @@ PEERS: Final = {
 
 
 def _threads(ours: Stages) -> int:
-    """Detections that our own pose workers work on at a time, all together."""
+    """Return the number of detections that our pose workers compute at a time, all together."""
     return ours.pose.workers * ours.pose.threads
 
 
 def _copies(ours: Stages) -> int:
-    """Processes that each have an engine to themselves: one for each of those, on a GPU two."""
+    """Return the number of processes that each have an engine: one for each of those detections, on a GPU two."""
     return 2 if on_gpu(ours) else max(2, _threads(ours))
 
 
 def _engines(ours: Stages) -> dict[str, Any]:
-    """Engines as our own pose workers have them: on a CPU each with a core to itself, on a GPU one."""
+    """Return as many engines as our own pose workers have: on a CPU each with a core to itself, on a GPU one."""
     return {"threads": _threads(ours)} if on_gpu(ours) else {"engines": _threads(ours)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A peer as it takes part: `fastapi-loop`, or with settings of its own `litserve:engines=1:threads=2`."""
+    """A peer taking part, with optional settings of its own: `fastapi-loop`, `litserve:engines=1:threads=2`."""
 
     title: str
     peer: Peer
@@ -112,7 +112,7 @@ class Entry:
 
     @classmethod
     def of(cls, text: str) -> Entry:
-        """From the command line; ValueError for what there is not."""
+        """Parse an entry of the command line; ValueError for unknown peers and settings."""
         name, *pairs = text.split(":")
         if name not in PEERS:
             raise ValueError(f"there is no peer {name!r}; there are: {', '.join(PEERS)}")
@@ -125,18 +125,18 @@ class Entry:
         return cls(title=text, peer=PEERS[name], changes=changes)
 
     def settings(self, ours: Stages) -> dict[str, Any]:
-        """Its share of a Setup, where the server's own workers have the settings `ours`."""
+        """Return its fields of a Setup, given the settings `ours` of the server's own workers."""
         return {**self.peer.choose(ours), **self.changes}
 
     def describe(self, setup: Setup, python: Path = PYTHON) -> str:
-        """Versions and settings, in words."""
+        """Describe versions and settings."""
         packages = ", ".join(f"{name} {version}" for name, version in versions(self.peer.packages, python).items())
         return f"{packages}: {self.peer.words.format(**msgspec.to_builtins(setup))}"
 
 
 @contextmanager
 def running(entry: Entry, given: Mapping[str, Any], folder: Path, python: Path = PYTHON) -> Iterator[Target]:
-    """A peer in a process of its own for as long as the block runs, ready in all of its processes; then none is left.
+    """Run a peer in a process of its own while the block runs, ready in all of its processes; then end them all.
 
     `given`: the Setup, except for where it is started. `folder`: for its log. Raises PeerFailed.
     """
@@ -166,13 +166,16 @@ def running(entry: Entry, given: Mapping[str, Any], folder: Path, python: Path =
 
 
 def make_setup(fields: Mapping[str, Any]) -> Setup:
-    """A Setup from its fields, numbers also as text; ValueError where one does not fit."""
+    """Build a Setup from its fields, numbers also as text; ValueError if one does not fit."""
     return msgspec.convert(dict(fields), Setup, strict=False)
 
 
 def _environment(setup: Setup) -> dict[str, str]:
-    """As our own pose workers have it: one thread for OpenMP and BLAS, sleeping threads, large pages; no telemetry."""
-    from workers.lifecycle import slot_environment  # brings Mosec, which reads the command line of whoever imports it
+    """Return the environment of our own pose workers, without telemetry.
+
+    It has one thread for OpenMP and BLAS, sleeping threads, and large pages.
+    """
+    from workers.lifecycle import slot_environment  # imports Mosec, which reads the command line of whoever imports it
 
     threads = slot_environment(slot=0, keeper=False, device=setup.device, threads=1)
     mine = {name: value for name, value in (os.environ | threads).items() if not name.startswith("PEM_")}
@@ -194,7 +197,7 @@ def _wait_ready(entry: Entry, child: subprocess.Popen[bytes], target: Target, se
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the first process, then an end to whatever it leaves: not every peer takes its children along."""
+    """Send SIGTERM to the first process, then end whatever it leaves: not every peer ends its children."""
     processes = tree(child.pid)
     child.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,1 +1,1 @@
-"""The service under load: throughput, overload, fairness, soak, what it costs."""
+"""The service under load: throughput, overload, fairness, soak, and costs."""

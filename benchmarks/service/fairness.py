@@ -1,4 +1,4 @@
-"""What a client with one mask sees while others send forty at a time.
+"""Measure what a client with one mask experiences while others send forty at a time.
 
     python -m benchmarks.service.fairness [--seconds 20] [--crowd 4] [--set pose.workers=1]
     python -m benchmarks.service.fairness --try queue.passes_in_flight=1 --try pose.pass_detections=8 --rounds 2
@@ -6,9 +6,9 @@
 The client is measured alone, then beside a crowd with API keys of its own (the queue takes turns between keys), then
 with the crowd's key (within a key the smallest request goes first). Every answer is compared with the known pose.
 
-With `--try` a server with other settings takes its turn beside the one with the defaults; `--set` is for all of them.
-Percentiles are those of all rounds together, `lowest` and `highest` the medians of single rounds; `requests` is how
-many of the one client they rest on.
+With `--try`, a server with other settings takes its turn beside the one with the defaults; `--set` applies to all of
+them. Percentiles are those of all rounds together. `lowest` and `highest` are the medians of single rounds. `requests`
+is the number of the one client's requests behind the figures.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ COLUMNS = [
     "settings", "the client with one mask", "p50 ms", "lowest", "highest", "p99 ms", "p50 / alone", "its poses/s",
     "the others' poses/s", "requests",
 ]  # fmt: skip
-Runs = list[Run]  # of the one client, and of the crowd where there is one
-_ONE, _CROWD = slice(0, 1), slice(1, None)  # of these
+Runs = list[Run]  # of the one client, and of the crowd if there is one
+_ONE, _CROWD = slice(0, 1), slice(1, None)  # indices into Runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where anything failed or was answered wrong."""
+    """Print the table; return 1 if anything failed or was answered wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="measured in each situation (default 20)")
     parser.add_argument("--rounds", type=int, default=1, help="how often the settings take turns (default 1)")
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare(Mix(masks=(masks,), objects=options.objects, deadline_ms=300_000)) for masks in (1, options.masks)
     )
     crowd = f"beside {options.crowd} with {options.masks} masks"
-    found: dict[str, dict[str, list[Runs]]] = defaultdict(lambda: defaultdict(list))  # by settings and by situation
+    found: dict[str, dict[str, list[Runs]]] = defaultdict(lambda: defaultdict(list))  # by settings, then by situation
     with tempfile.TemporaryDirectory() as folder:
         for number, name in trials.in_turns(trials.compared(options), options.rounds):
             print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
@@ -89,7 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def rows(found: dict[str, list[Runs]]) -> list[list[Any]]:
-    """The lines of one server, in the order of COLUMNS after the first. found: its rounds by situation, alone first."""
+    """Return the lines of one server, in the order of COLUMNS after the first.
+
+    found: its rounds by situation, alone first.
+    """
     lines = []
     alone_ms = 0.0
     for situation, rounds in found.items():
@@ -105,7 +108,7 @@ def rows(found: dict[str, list[Runs]]) -> list[list[Any]]:
 
 
 def _percentile(latencies_ms: Sequence[float], percent: float) -> float:
-    """One that was seen; not a number where there are none."""
+    """Return a percentile that is one of the values; NaN for no values."""
     return float(np.percentile(latencies_ms, percent, method="higher")) if latencies_ms else float("nan")
 
 
@@ -117,7 +120,7 @@ def _poses_hz(runs: Sequence[Run]) -> float:
 def _measure(
     settings: dict[str, str], small: Load, large: Load, options: argparse.Namespace, folder: Path, beside: str
 ) -> dict[str, Runs]:
-    """The situations in the order in which they are measured, on a server of its own."""
+    """Measure the situations in order, on a server of its own."""
     keys_file = folder / "keys.json"
     keys_file.unlink(missing_ok=True)
     modest, greedy = (keys.add(keys_file, name) for name in ("modest", "greedy"))
@@ -141,11 +144,11 @@ def _measure(
 async def _beside(
     target: Target, small: list[Question], crowd: Target, large: list[Question], clients: int, seconds: float
 ) -> Runs:
-    """The runs of the one client, and of the crowd where there is one: it begins before and ends after."""
+    """Return the runs of the one client, and of the crowd if there is one, which begins before and ends after it."""
     if not clients:
         return [await closed_loop(target, small, clients=1, seconds=seconds)]
     around = asyncio.create_task(closed_loop(crowd, large, clients=clients, seconds=seconds + 30.0, warmup_s=1.0))
-    await asyncio.sleep(15.0)  # the large questions are asked alone first
+    await asyncio.sleep(15.0)  # first ask the large questions alone
     inside = await closed_loop(target, small, clients=1, seconds=seconds)
     return [inside, await around]
 

@@ -1,12 +1,12 @@
-"""What the gateway adds: the same requests through it and straight into the Mosec backend behind it, in one run.
+"""Measure the gateway's overhead: the same requests through it and straight into the Mosec backend behind it.
 
-Both ways end in the same processes. A request has pictures and no detections, so that it costs what carrying and
-decoding it costs and no pose hides the difference. The two ways take turns in short rounds, so that the machine's
-moods meet both alike; medians over all rounds, with 1 and 8 clients and bodies of about 10 KB and 1.5 MB.
+Both ways end in the same processes. A request has pictures and no detections: it costs what carrying and decoding it
+costs, and no pose hides the difference. The two ways take turns in short rounds, so that changes in the machine's
+speed affect both alike. Figures are medians over all rounds, with 1 and 8 clients and bodies of about 10 KB and 1.5 MB.
 
     python -m benchmarks.service.gateway_overhead [--rounds 6] [--requests 40] [--json FILE]
 
-Exits 1 where the gateway adds more than --limit-ms (5) at the median of a 1.5 MB body.
+Exits 1 if the gateway adds more than --limit-ms (5) at the median of a 1.5 MB body.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ CLIENTS = (1, 8)
 
 @dataclass(frozen=True)
 class Way:
-    """One way to ask."""
+    """One way to ask: through the gateway, or straight into the backend."""
 
     port: int
     path: str
     body: bytes
 
     def ask(self, connection: http.client.HTTPConnection) -> float:
-        """Milliseconds of one exchange."""
+        """Return the milliseconds of one exchange."""
         begun = time.perf_counter()
         connection.request("POST", self.path, self.body, {"Content-Type": "application/msgpack"})
         response = connection.getresponse()
@@ -54,7 +54,7 @@ class Way:
 
 
 def ways(size: tuple[int, int], gateway_port: int, backend_port: int) -> dict[str, Way]:
-    """The same question in the gateway's and in the backend's own form."""
+    """Return the same question in the gateway's and in the backend's own form."""
     width, height = size
     rng = np.random.default_rng(0)
     rgb = images.encode_png(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -85,14 +85,14 @@ def ways(size: tuple[int, int], gateway_port: int, backend_port: int) -> dict[st
 
 
 def run(way: Way, clients: int, requests: int) -> list[float]:
-    """Latencies (ms) of `requests` exchanges, shared by so many clients that each keep one connection."""
+    """Return latencies (ms) of `requests` exchanges, shared by `clients` clients that each keep one connection."""
     latencies: list[float] = []
 
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", way.port, timeout=60)
         mine = [way.ask(connection) for _ in range(max(requests // clients, 2))]
         connection.close()
-        latencies.extend(mine[1:])  # the first one pays for the connection
+        latencies.extend(mine[1:])  # the first exchange opens the connection
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:

@@ -1,4 +1,4 @@
-"""The memory of a server's processes over a run, read from /proc by a thread, and whether it grew."""
+"""Track the memory of a server's processes over a run, read from /proc by a thread, and report growth."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from serve.telemetry import processes
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """All processes at one moment."""
+    """The memory of all processes at one moment."""
 
     when: float  # time.monotonic()
     resident_mb: dict[tuple[str, int], float]  # by name (a stage of the server, or a program) and pid
 
 
 class MemoryWatch:
-    """Reads the memory of a process and of all below it, for as long as its block runs."""
+    """Reads the memory of a process and its descendants while the block runs."""
 
     def __init__(self, pid: int, every_s: float = 1.0) -> None:
         self._pid = pid
@@ -51,7 +51,7 @@ class MemoryWatch:
 
 
 def read(server: int) -> Reading:
-    """The memory of a server's processes now; those that end meanwhile are left out."""
+    """Read the memory of a server's processes now; processes that end meanwhile are left out."""
     stages = stage_names(server)
     found = {}
     for pid in tree(server):
@@ -64,21 +64,21 @@ def read(server: int) -> Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """Memory early in a run and late in it."""
+    """The memory early and late in a run."""
 
     name: str  # a stage of the server, or a program
-    pid: int | None  # None: of several processes the largest
+    pid: int | None  # None: the largest of several processes
     early_mb: float
     late_mb: float
 
     @property
     def share(self) -> float:
-        """How much it grew: 0.1 is ten percent, negative that it shrank."""
+        """Return the growth: 0.1 is ten percent; negative means that it shrank."""
         return self.late_mb / self.early_mb - 1
 
 
 def by_process(readings: Sequence[Reading], parts: int) -> list[Growth]:
-    """Each process that was there all the time: the medians of the first and the last of `parts` parts of a run."""
+    """Compare each process that lived through the run: the medians of the first and the last of `parts` parts."""
     early, late = _ends(readings, parts)
     found = []
     for key in early[0].resident_mb if early else ():
@@ -89,7 +89,7 @@ def by_process(readings: Sequence[Reading], parts: int) -> list[Growth]:
 
 
 def by_name(readings: Sequence[Reading], parts: int) -> list[Growth]:
-    """The largest process of each name, which may be another one late than early: medians as in `by_process`."""
+    """Compare the largest process of each name, which may change during the run: medians as in `by_process`."""
     early, late = (_largest(end) for end in _ends(readings, parts))
     found = [
         Growth(name=name, pid=None, early_mb=statistics.median(early[name]), late_mb=statistics.median(late[name]))
@@ -99,7 +99,7 @@ def by_name(readings: Sequence[Reading], parts: int) -> list[Growth]:
 
 
 def _ends(readings: Sequence[Reading], parts: int) -> tuple[list[Reading], list[Reading]]:
-    """The readings of the first and of the last of so many equal parts of the time."""
+    """Return the readings of the first and of the last of `parts` equal parts of the time."""
     if not readings:
         return [], []
     begun, ended = readings[0].when, readings[-1].when

@@ -1,22 +1,22 @@
-"""Overload: what a server does with three times the load that it can carry, and how soon it is itself again.
+"""Overload a server with three times the load that it can carry, and measure how soon it recovers.
 
-The capacity is measured before and after, with clients that wait for their answers: machines change their pace. Between
-the two `--times` as many requests come in an open loop, whether or not they are answered; each has a deadline, and what
-the server cannot answer in time it must refuse at once. A lone client from another address asks now and then meanwhile;
-how long it waits tells how the server shares its time, and when it has recovered. The load generator runs on the same
-cores, so its own share of them is told.
+The capacity is measured before and after, with clients that wait for their answers: machines change their speed.
+Between the two, `--times` as many requests come in an open loop, whether or not they are answered. Each has a deadline,
+and the server must refuse at once what it cannot answer in time. A lone client from another address asks now and then
+meanwhile; its waits show how the server shares its time, and when it has recovered. The load generator runs on the same
+cores, so its own share of them is reported.
 
     python -m benchmarks.service.overload [--seconds 60] [--times 3] [--deadline-ms 5000] [--set pose.threads=1]
         [--json FILE]
 
-Exits 1 unless every limit of the table holds. Some of them need words:
+Exits 1 unless every limit of the table holds. Some of the limits need an explanation:
 
-- What is answered, to the load and to the lone client, is held against the mean of the two capacities.
-- Time to a refusal is counted from when the request was sent: what the generator itself was late with is told apart.
-- What the server has let in it must answer, for up to a deadline after the load's last request. So of the lone client's
-  first request after that one it is asked that it is answered within 2 s; and that a lone request takes no longer than
-  before the load 2 s after the load's last answer, and 2 s after its last request, or a deadline after it where that is
-  longer. With `--deadline-ms 2000` or less this says without ifs that the server is itself again 2 s after the load.
+- The rate of answers, to the load and to the lone client, is compared with the mean of the two capacities.
+- Time to a refusal is counted from when the request was sent; delays of the generator itself are reported separately.
+- The server must answer what it has let in, for up to a deadline after the load's last request. So the lone client's
+  first request after that one must be answered within 2 s. A lone request must take no longer than before the load
+  2 s after the load's last answer, and 2 s (or a deadline, if longer) after its last request. With `--deadline-ms 2000`
+  or less this means that the server has recovered 2 s after the load.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from pem.bench.sample import Question, Run, Sample, Target
 from pem.bench.server import own_server, register
 from serve.telemetry.processes import STAGES
 
-LONE_ADDRESS = "127.0.0.2"  # of the loopback interface, like the load's: another client to the server
-LONE_REQUESTS = 12  # before the load, to know what is usual
-USUAL = 1.5  # times the median of these; or the slowest of them
+LONE_ADDRESS = "127.0.0.2"  # on the loopback interface, like the load's: to the server a different client
+LONE_REQUESTS = 12  # before the load, to learn the usual latency
+USUAL = 1.5  # times the median of these; or the slowest of these
 
-OFFERED_SHARE = 0.8  # of what was to be offered: arrivals are random
+OFFERED_SHARE = 0.8  # of the intended requests: arrivals are random
 THROUGHPUT_SHARE = 0.9  # of the capacity
 REFUSED_WITHIN_MS = 50.0
 GROWTH = 0.1
@@ -59,7 +59,7 @@ RECOVERED_WITHIN_S = 2.0
 _PAUSE_UNDER_LOAD_S = 1.0
 _PAUSE_AFTER_S = 0.05
 _GIVE_UP_S = 30.0
-_PARTS = 5  # of the run, the first and last of which are compared
+_PARTS = 5  # of the run; the first and the last are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Lone:
 
     @property
     def latency_ms(self) -> float:
-        """From sending to the answer."""
+        """Return the time from sending to the answer."""
         return (self.done - self.sent) * 1e3
 
 
@@ -88,12 +88,12 @@ class LoneClient:
         self.asked: list[Lone] = []
 
     def ask(self, times: int) -> list[Lone]:
-        """So many requests, one after the other."""
+        """Ask `times` requests, one after the other."""
         with self._client() as client:
             return [self._ask(client) for _ in range(times)]
 
     def keep_asking(self, over: threading.Event, stop: threading.Event) -> None:
-        """Until told to stop: seldom while there is load, often when it is `over`. Answers go to `asked`."""
+        """Ask until told to stop: seldom during the load, often once it is `over`. Answers go to `asked`."""
         with self._client() as client:
             while not stop.is_set():
                 self.asked.append(self._ask(client))
@@ -117,46 +117,46 @@ class LoneClient:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Everything that was seen."""
+    """All measurements of the run."""
 
     usual: list[Lone]  # before the load
     capacity: Sequence[Run]  # before and after
     overload: Run
-    lone: list[Lone]  # during the load, and after it until all was usual again
+    lone: list[Lone]  # during the load, and after it until latencies were usual again
     readings: list[memory.Reading] = field(default_factory=list)  # of the memory, during the measured part
 
     @property
     def usual_ms(self) -> float:
-        """What a lone request may take at the most to be called usual."""
+        """Return the longest latency of a lone request that counts as usual."""
         latencies_ms = [one.latency_ms for one in self.usual]
         return max(USUAL * statistics.median(latencies_ms), *latencies_ms)
 
     @property
     def capacity_hz(self) -> float:
-        """Requests a second, the mean of what was measured."""
+        """Return the requests a second, the mean of both measurements."""
         return statistics.mean(summarise(run).requests_hz for run in self.capacity)
 
     @property
     def answered_hz(self) -> float:
-        """Requests a second that were answered in the measured part, the lone client's among them."""
+        """Return the requests a second that were answered in the measured part, the lone client's included."""
         run = self.overload
         lone = sum(one.status == 200 and run.begun <= one.done < run.ended for one in self.lone)
         return summarise(run).requests_hz + lone / run.seconds
 
     @property
     def load_over(self) -> float:
-        """When the last request of the load was answered or refused."""
+        """Return when the last request of the load was answered or refused."""
         return max((sample.done for sample in self.overload.samples), default=self.overload.ended)
 
     def recovered(self, since: float) -> float:
-        """Seconds from a moment until a lone request that was sent after it had its usual answer; inf: never."""
+        """Return the seconds from `since` until a lone request sent after it had its usual answer; inf: never."""
         usual_ms = self.usual_ms
         found = [one.done for one in self.lone if one.sent >= since and is_usual(one, usual_ms)]
         return min(found) - since if found else float("inf")
 
 
 def is_usual(one: Lone, usual_ms: float) -> bool:
-    """Whether a lone request was answered as without load."""
+    """Return True if a lone request was answered as without load."""
     return one.status == 200 and one.latency_ms <= usual_ms
 
 
@@ -171,7 +171,7 @@ def measure(
     deadline_ms: int,
     tell: Callable[[str], None],
 ) -> Measured:
-    """Lone requests, the closed loop, the overload, and what comes after it. The objects must be registered."""
+    """Run lone requests, the closed loop, the overload, and the recovery. The objects must be registered."""
     assert target.pid is not None, "memory is read where the server runs"
     judge = Judge(load.questions)
     client = LoneClient(target, load.questions[0])
@@ -201,7 +201,7 @@ def measure(
                 load.questions,
                 rate_hz=rate_hz,
                 seconds=seconds,
-                warmup_s=deadline_ms / 1e3 + 1.0,  # until the queue is as long as it gets
+                warmup_s=deadline_ms / 1e3 + 1.0,  # until the queue has reached its full length
                 judge=judge,
                 on_progress=on_progress,
             )
@@ -219,7 +219,7 @@ def measure(
 
 
 def judged(measured: Measured, *, times: float, deadline_ms: int) -> list[Check]:
-    """The figures and their limits."""
+    """Return the figures and their limits."""
     run = measured.overload
     capacity_hz = measured.capacity_hz
     overload = summarise(run)
@@ -269,7 +269,7 @@ def _cores(run: Run, stage: str) -> float:
 
 
 def _memory(found: Sequence[memory.Growth]) -> list[Check]:
-    """Each process of a stage; of all the others the one that grew most."""
+    """Check each process of a stage, and of all others the one that grew most."""
     others = [growth.share for growth in found if growth.name not in STAGES]
     return [
         *(
@@ -292,7 +292,7 @@ def _p99_ms(seconds: Sequence[float]) -> float:
 
 
 def _answered_s(one: Lone | None) -> float:
-    """inf where it was not answered."""
+    """Return the seconds until the answer; inf if there was none."""
     return one.latency_ms / 1e3 if one is not None and one.status == 200 else float("inf")
 
 

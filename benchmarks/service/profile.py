@@ -1,16 +1,16 @@
-"""Where a request's CPU goes: every process of the service under load, and inside them the functions that cost most.
+"""Profile the CPU time of requests: every process of the service under load, and the most expensive functions inside.
 
     python -m benchmarks.service.profile                     the geometric engine
     python -m benchmarks.service.profile --engine sam6d      the network, with generated weights
 
-A server of its own is kept busy by a closed loop. The CPU seconds of each process come from /proc; py-spy samples the
-gateway and one worker of each stage meanwhile (it needs root, or kernel.yama.ptrace_scope = 0). A function's own time
-is that of its lines and of what they call in compiled code; time spent waiting is not counted. What a library of
-somebody else's does is told with the function of this project that called it, `caller > called`; torch's way to a
-compiled operator does not say which one it is, and is `caller > compiled`: the wrapper's name is the kernel's. `line`
-is where in the caller most of it went, and how much of it.
+A closed loop keeps a server of its own busy. The CPU seconds of each process come from /proc. Meanwhile py-spy samples
+the gateway and one worker of each stage (it needs root, or kernel.yama.ptrace_scope = 0). A function's own time
+is that of its lines and of compiled code that they call; waiting is not counted. Time in a third-party library is
+listed with the function of this project that called it, `caller > called`. Torch's way to a compiled operator does not
+tell which operator it is: it is listed as `caller > compiled`, and the wrapper has the kernel's name. `line` is the
+line of the caller with the most time, and its share.
 
-Then torch's own profiler looks at the work of the pose stage on the same requests, in one pass on one thread, in this
+Then torch's own profiler runs the work of the pose stage on the same requests, in one pass on one thread, in this
 process: the operators with the most time of their own, compiled kernels by their names.
 """
 
@@ -42,14 +42,14 @@ from workers.settings import EngineName
 RATE_HZ = 200  # samples a second
 PROFILED = ("gateway", "decode", "pose", "respond")
 WARMUP_S = 4.0
-_OURS = {("serve",), ("workers",), ("posekit",), ("pointnet2_ext",)}  # the packages whose functions one can change here
-_WRAPPERS = {("Linear.forward", "posekit/sam6d/quick/cpu.py")}  # of an operator, called from everywhere: callers count
+_OURS = {("serve",), ("workers",), ("posekit",), ("pointnet2_ext",)}  # packages whose functions can be changed here
+_WRAPPERS = {("Linear.forward", "posekit/sam6d/quick/cpu.py")}  # wrappers of an operator: their callers count
 _TO_OPERATORS = "torch/_ops.py"
 _REQUESTS_PROFILED = 4
 
 
 def main() -> int:
-    """Print the tables; 1 where anything was answered wrong."""
+    """Print the tables; return 1 if anything was answered wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["geometric", "sam6d"], default="geometric")
     parser.add_argument("--clients", type=int, default=16)
@@ -92,7 +92,7 @@ def main() -> int:
 async def _profiled(
     target: Target, load: Load, clients: int, seconds: float, folder: Path
 ) -> tuple[Run, dict[str, Counter[str]]]:
-    """A run under load, and by stage how many samples py-spy took of each stack."""
+    """Return a run under load, and by stage the number of py-spy samples of each stack."""
     spies: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
 
     async def spy() -> None:
@@ -117,14 +117,14 @@ async def _profiled(
 
 
 def _pids(target: Target) -> dict[str, int]:
-    """One process of each stage that is looked into."""
+    """Return the pid of one process of each stage."""
     assert target.pid is not None
     found = {stage: pid for pid, stage in stage_names(target.pid).items()} | {"gateway": target.pid}
     return {stage: found[stage] for stage in PROFILED if stage in found}
 
 
 def _by_process(run: Run, requests: float) -> Table:
-    """CPU by stage: seconds, share, milliseconds a request."""
+    """Tabulate CPU by stage: seconds, share, milliseconds per request."""
     table = Table(["stage", "processes", "CPU s", "share", "CPU ms a request", "peak MB each"])
     stages: dict[str, list[tuple[float, float]]] = {}
     for usage in run.usage:
@@ -139,9 +139,9 @@ def _by_process(run: Run, requests: float) -> Table:
 
 
 def by_function(stacks: Mapping[str, Counter[str]], run: Run, top: int) -> Table:
-    """The functions with the most time of their own, over all stages, scaled by the CPU seconds of their stage.
+    """Tabulate the functions with the most time of their own, over all stages, scaled by their stage's CPU seconds.
 
-    stacks: by stage, how many samples py-spy took of each stack: "a (x.py:1);b (y.py:2)", the innermost last.
+    stacks: by stage, the number of py-spy samples of each stack: "a (x.py:1);b (y.py:2)", the innermost last.
     """
     table = Table(["rank", "stage", "function", "line", "share of all CPU", "share of its stage"])
     cpu_s = {stage: sum(usage.cpu_s for usage in run.usage if usage.name == stage) for stage in stacks}
@@ -164,9 +164,9 @@ def by_function(stacks: Mapping[str, Counter[str]], run: Run, top: int) -> Table
 
 
 def place(stack: str) -> tuple[str, str]:
-    """Where the time of a stack goes: the function, and its line ("x.py:12", empty where it is not known).
+    """Return the function that a stack's time is assigned to, and its line ("x.py:12", empty if unknown).
 
-    It is the innermost function of this project and, where that is not the innermost of all, what it called.
+    It is the innermost function of this project and, if that is not the innermost of all, what it called.
     """
     frames = stack.split(";")
     inner = _Frame.of(frames[-1])
@@ -181,12 +181,12 @@ def place(stack: str) -> tuple[str, str]:
 @dataclass(frozen=True)
 class _Frame:
     name: str
-    path: str  # from the package on; empty where it is not known
+    path: str  # from the package on; empty if unknown
     number: str
 
     @classmethod
     def of(cls, text: str) -> _Frame:
-        """From "name (posekit/x.py:12)"."""
+        """Parse "name (posekit/x.py:12)"."""
         name, _, place = text.partition(" (")
         path, _, number = place.rstrip(")").rpartition(":")
         return cls(name, path, number)
@@ -205,7 +205,7 @@ class _Frame:
 
 
 def _operators(load: Load, settings: Mapping[str, str], folder: Path, top: int) -> Table:
-    """Torch's operators in the pose stage's work on some of the requests, those that cost most first.
+    """Tabulate torch's operators in the pose stage's work on some of the requests, the most expensive first.
 
     `folder`: has the server's data directory; the server no longer runs.
     """
@@ -240,7 +240,7 @@ def _operators(load: Load, settings: Mapping[str, str], folder: Path, top: int) 
 
 
 def _py_spy() -> str:
-    """The program of this environment, or whichever is on the path."""
+    """Return the program of this environment, else the one on the path."""
     beside = Path(sys.executable).with_name("py-spy")
     return str(beside) if beside.exists() else "py-spy"
 

@@ -1,7 +1,7 @@
-"""A really running Prometheus beside a server, with the configuration and rules of deploy/prometheus.
+"""Run a real Prometheus beside a server, with the configuration and rules of deploy/prometheus.
 
-Only the target and the intervals are changed. It listens on the loopback interface, keeps what it has read in a folder
-of its own, and is gone when the block ends.
+Only the target and the intervals are changed. It listens on the loopback interface, keeps its data in a folder of its
+own, and is stopped when the block ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ START_LIMIT_S = 30.0
 
 
 class Prometheus:
-    """Questions to a Prometheus at `url`."""
+    """Queries to a Prometheus at `url`."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -37,13 +37,13 @@ class Prometheus:
         self._http.close()
 
     def is_up(self) -> bool:
-        """Whether it takes questions."""
+        """Return True if it accepts queries."""
         with contextlib.suppress(httpx.HTTPError):
             return self._http.get(f"{self.url}/-/ready").status_code == 200
         return False
 
     def get(self, path: str, **parameters: Any) -> Any:
-        """The `data` of an answer of its HTTP API; ValueError with its words where it refuses."""
+        """Return the `data` of an answer of its HTTP API; raise ValueError with its message if it refuses."""
         answer = self._http.post if path.startswith("query") else self._http.get
         kind = "data" if path.startswith("query") else "params"
         tree = answer(f"{self.url}/api/v1/{path}", **{kind: parameters}).json()
@@ -52,7 +52,7 @@ class Prometheus:
         return tree["data"]
 
     def ask(self, query: str) -> list[tuple[dict[str, str], float]]:
-        """Labels and value of every series that `query` gives now; a scalar has no labels."""
+        """Return labels and value of every series that `query` gives now; a scalar has no labels."""
         data = self.get("query", query=query)
         if data["resultType"] == "scalar":
             return [({}, float(data["result"][1]))]
@@ -61,19 +61,19 @@ class Prometheus:
     def ask_range(
         self, query: str, *, start: float, end: float, step_s: float
     ) -> list[tuple[dict[str, str], list[tuple[float, float]]]]:
-        """Labels and (unix time, value) pairs of every series that `query` gives between two unix times."""
+        """Return labels and (unix time, value) pairs of every series that `query` gives between two unix times."""
         data = self.get("query_range", query=query, start=start, end=end, step=step_s)
         return [
             (one["metric"], [(float(when), float(value)) for when, value in one["values"]]) for one in data["result"]
         ]
 
     def one(self, query: str) -> float:
-        """The value of a query that gives exactly one series."""
+        """Return the value of a query that gives exactly one series."""
         ((_, value),) = self.ask(query)
         return value
 
     def wait_for_scrape(self, seconds: float = 20.0) -> None:
-        """Until everything that is on the page now has been read."""
+        """Wait until everything that is on the page now has been scraped."""
         begun = time.time()
         while time.time() < begun + seconds:
             scraped = self.ask('timestamp(up{job="pem-server"}) and up{job="pem-server"} == 1')
@@ -85,7 +85,7 @@ class Prometheus:
 
 @contextlib.contextmanager
 def running_prometheus(target_url: str, folder: Path, *, interval_s: int = 1) -> Iterator[Prometheus]:
-    """Prometheus reading the server at `target_url` every `interval_s`, its files in `folder`."""
+    """Run Prometheus, reading the server at `target_url` every `interval_s`, with its files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prometheus.yml").write_text(_configuration(target_url, interval_s))
     port = free_port()

@@ -1,14 +1,14 @@
-"""A soak: mixed traffic for a long time while a worker is killed again and again. Nothing may be wrong, lost or leaked.
+"""A soak test: mixed traffic for a long time while workers are killed. Nothing may be wrong, lost or leaked.
 
-Robots ask for 1 to 8 masks at a time in pictures of two sizes and in all three formats, at half of what the server can
-do; every answer is judged. Meanwhile one client sends what the server must refuse, another one hangs up in the middle,
-and every `--kill-every` seconds a worker (decode, pose and respond in turn) is ended with SIGKILL. At the end the
-server is compared with what it was after a short warm-up with all of this: its processes, its open files, its files in
-shared memory, its memory, and how many series it shows in /metrics.
+Robots ask for 1 to 8 masks at a time in pictures of two sizes and in all three formats, at half of the server's
+capacity; every answer is judged. Meanwhile one client sends requests that the server must refuse, another one hangs up
+in the middle, and every `--kill-every` seconds a worker (decode, pose and respond in turn) is ended with SIGKILL. At
+the end the server is compared with its state after a short warm-up with all of this: its processes, its open files, its
+files in shared memory, its memory, and the number of series in /metrics.
 
     python -m benchmarks.service.soak [--minutes 20] [--kill-every 60] [--json FILE]
 
-A row a minute goes to standard output, then the table. Exits 1 unless every limit of it holds.
+Prints a row a minute to standard output, then the table. Exits 1 unless every limit of it holds.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ from pem.bench.server import register
 from pem.wire import MSGPACK
 
 SIZES = ((640, 480), (1280, 720))
-STAGES = ("decode", "pose", "respond")  # the workers that are killed, in turn
-GROWTH = 0.1  # of memory, that is still called flat
-GROWTH_MB = 2.0  # likewise, of a process so small that a few freed buffers are a good part of it
-FILES = 8  # open ones that may come and go: connections kept for a while
+STAGES = ("decode", "pose", "respond")  # the stages whose workers are killed, in turn
+GROWTH = 0.1  # growth of memory that still counts as flat
+GROWTH_MB = 2.0  # the same for a process so small that a few freed buffers are a good part of it
+FILES = 8  # open files that may come and go: connections kept for a while
 
 _ROUTE = "/api/v1/pose_estimation"
-_SHARE = 0.5  # of what the server can do
-_RETURN_S = 60.0  # in which a killed worker must have been replaced
-_QUIET_S = 30.0  # in which everything must have calmed down once the traffic ended
+_SHARE = 0.5  # of the server's capacity
+_RETURN_S = 60.0  # time limit for replacing a killed worker
+_QUIET_S = 30.0  # time limit for everything to calm down once the traffic ended
 _WARM_UP_S = 10.0
 _PAUSE_S = 0.5  # between requests that must be refused, and between clients that hang up
 _THIRDS = 3
@@ -69,7 +69,7 @@ _SHM = Path("/dev/shm")
 
 @dataclass(frozen=True, kw_only=True)
 class Bad:
-    """A request that must be refused, and how."""
+    """A request that must be refused, and the expected refusal."""
 
     name: str
     body: bytes
@@ -79,7 +79,7 @@ class Bad:
 
 
 def bad_requests(question: Question) -> list[Bad]:
-    """Ways to spoil a request in MessagePack."""
+    """Return ways to spoil a request in MessagePack."""
     tree = msgspec.msgpack.decode(question.body)
 
     def spoilt(name: str, status: int, code: str, **changes: Any) -> Bad:
@@ -105,7 +105,7 @@ def bad_requests(question: Question) -> list[Bad]:
 
 
 class Troublemakers:
-    """Two clients beside the traffic: one asks what must be refused, the other hangs up. They run in threads."""
+    """Two clients beside the traffic, in threads: one sends requests that must be refused, the other hangs up."""
 
     def __init__(self, target: Target, question: Question) -> None:
         self._target = target
@@ -147,7 +147,7 @@ class Troublemakers:
             self.problems.append(f"{bad.name}: answered {answer.status_code} {code}, not {bad.status} {bad.code}")
 
     def _hang_up(self) -> None:
-        """In turn: in the middle of the body, right after it, and while the answer is worked on."""
+        """Hang up in turn: in the middle of the body, right after it, and while the answer is computed."""
         url = httpx.URL(self._target.url)
         head = (
             f"POST {_ROUTE} HTTP/1.1\r\nHost: {url.host}\r\nContent-Length: {len(self._question.body)}\r\n"
@@ -170,16 +170,16 @@ class Troublemakers:
 
 
 class Killer:
-    """Ends one worker after another in a thread, and waits for each to be replaced."""
+    """Kills one worker after another in a thread, and waits for each to be replaced."""
 
     def __init__(self, server: Running, every_s: float, staff: Counter[str]) -> None:
         self._server = server
         self._every_s = every_s
-        self._staff = staff  # stage -> workers that there should be
+        self._staff = staff  # stage -> expected number of workers
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.kills = 0
-        self.away_s: list[float] = []  # until there was a ready worker again
+        self.away_s: list[float] = []  # seconds until a worker was ready again
         self.problems: list[str] = []
 
     def __enter__(self) -> Killer:
@@ -220,17 +220,17 @@ class Killer:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """What a server holds at a moment."""
+    """The resources of a server at one moment."""
 
     processes: Counter[str]  # by stage or program
     zombies: int
-    open_files: dict[int, int]  # pid -> how many
+    open_files: dict[int, int]  # pid -> number of open files
     files: Counter[str]  # in its run directory, without the pids in their names
     series: frozenset[str]  # on /metrics
 
     @classmethod
     def of(cls, server: Running) -> Snapshot:
-        """Now."""
+        """Take a snapshot now."""
         pids = tree(server.pid)
         stages = stage_names(server.pid)
         return cls(
@@ -242,7 +242,7 @@ class Snapshot:
         )
 
     def more_than(self, before: Snapshot, gateway: int) -> list[str]:
-        """In words what is there that was not there before; a few open files more are nothing to speak of."""
+        """Describe what exists now and did not exist before; a few more open files are ignored."""
         new = [f"process {name} (+{count})" for name, count in (self.processes - before.processes).items()]
         new += [f"{self.zombies - before.zombies} zombies"] if self.zombies > before.zombies else []
         new += [f"file {name} (+{count})" for name, count in (self.files - before.files).items()]
@@ -251,17 +251,17 @@ class Snapshot:
         return new
 
     def files_opened(self, before: Snapshot, pid: int) -> int:
-        """How many more files a process has open."""
+        """Return how many more files a process has open."""
         return self.open_files.get(pid, 0) - before.open_files.get(pid, 0)
 
     def most_files_opened(self, before: Snapshot) -> int:
-        """By the process, of those that lived through it all, that opened most."""
+        """Return `files_opened` of the process that opened most, among those that lived through the run."""
         survivors = self.open_files.keys() & before.open_files.keys()
         return max((self.files_opened(before, pid) for pid in survivors), default=0)
 
 
 def _zombies(parents: set[int]) -> int:
-    """Dead children that nobody asked about."""
+    """Count dead children that nobody waited for."""
     found = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -289,9 +289,9 @@ def _series(url: str) -> Iterator[str]:
 
 
 def shared_memory() -> set[str]:
-    """Entries of /dev/shm that belong to no living process.
+    """Return the entries of /dev/shm that belong to no living process.
 
-    What a process has mapped is its own, under whatever name it made it; a server's run directory carries its pid.
+    What a process has mapped belongs to it, whatever its name; a server's run directory carries its pid.
     """
     with os.scandir(_SHM) as there:
         entries = {entry.name: entry.inode() for entry in there}
@@ -304,7 +304,7 @@ def shared_memory() -> set[str]:
 
 
 def _is_alive(name: str) -> bool:
-    """Whether this is the run directory of a living server."""
+    """Return True if this is the run directory of a living server."""
     found = re.fullmatch(r"pem-server-(\d+)-.*", name)
     return found is not None and Path(f"/proc/{found[1]}").exists()
 
@@ -314,7 +314,7 @@ def _is_alive(name: str) -> bool:
 
 @dataclass(kw_only=True)
 class Seen:
-    """What a soak came to."""
+    """The results of a soak."""
 
     requests: int = 0
     poses: int = 0
@@ -328,12 +328,12 @@ class Seen:
     problems: list[str] = field(default_factory=list)
     readings: list[memory.Reading] = field(default_factory=list)
     before: Snapshot | None = None
-    halfway: frozenset[str] = frozenset()  # series of /metrics when half of the time was over
+    halfway: frozenset[str] = frozenset()  # series of /metrics after half of the time
     after: Snapshot | None = None
     gateway: int = 0  # pid
 
     def add(self, run: Run, result: Result) -> None:
-        """One stretch of traffic."""
+        """Add one stretch of traffic."""
         self.requests += result.offered
         self.poses += sum(sample.poses for sample in run.samples)
         self.wrong += result.wrong
@@ -345,9 +345,9 @@ Tell = Callable[[str], None]
 
 
 def soak(server: Running, load: Load, *, seconds: float, kill_every_s: float, tell: Tell) -> Seen:
-    """Warm-up, traffic with kills, and quiet; a row of figures goes to `tell` each minute.
+    """Run warm-up, traffic with kills, and quiet; a row of figures goes to `tell` each minute.
 
-    The warm-up has kills, too: the requests that wait out an outage take memory that a fresh server never had.
+    The warm-up has kills, too: requests that wait out an outage take memory that a fresh server never had.
     """
     target = Target(url=server.url, pid=server.pid)
     question = next(question for question in load.questions if question.content_type == MSGPACK)
@@ -390,26 +390,26 @@ def soak(server: Running, load: Load, *, seconds: float, kill_every_s: float, te
 
 
 def _rate_hz(target: Target, load: Load, judge: Judge, seconds: float) -> float:
-    """Half of what the server can do, requests a second."""
+    """Return half of the server's capacity, in requests a second."""
     run = asyncio.run(drive.closed_loop(target, load.questions, clients=4, seconds=seconds, judge=judge))
     return max(0.5, _SHARE * summarise(run).requests_hz)
 
 
 def _traffic(target: Target, load: Load, judge: Judge, *, rate_hz: float, seconds: float, seed: int) -> Run:
-    """One stretch of it, until its last answer."""
+    """Run one stretch of traffic, until its last answer."""
     return asyncio.run(
         drive.open_loop(target, load.questions, rate_hz=rate_hz, seconds=seconds, warmup_s=0.0, seed=seed, judge=judge)
     )
 
 
 def _quiet(server: Running, before: Snapshot | None) -> None:
-    """Until nothing is worked on and, at most for _QUIET_S, nothing is there that was not `before`."""
+    """Wait until nothing is being computed and, for at most _QUIET_S, until nothing exists that was not in `before`."""
     end = time.monotonic() + _QUIET_S
     while time.monotonic() < end:
         status = httpx.get(f"{server.url}/api/v1/status", timeout=10).json()
         idle = not status["queue"]["requests"]
         if idle and before is None:
-            time.sleep(1.0)  # connections that were let go are closed by now
+            time.sleep(1.0)  # dropped connections are closed by then
             return
         if idle and before is not None and not Snapshot.of(server).more_than(before, server.pid):
             return
@@ -417,7 +417,7 @@ def _quiet(server: Running, before: Snapshot | None) -> None:
 
 
 def _row(number: int, result: Result, kills: int, reading: memory.Reading, files: int) -> str:
-    """One stretch in a line."""
+    """Format one stretch as a line."""
     failed = ", ".join(f"{count} x {kind}" for kind, count in result.errors.items()) or "none"
     p99 = f"{result.latency_ms['p99']:.0f}" if result.latency_ms else "-"
     return (
@@ -428,7 +428,7 @@ def _row(number: int, result: Result, kills: int, reading: memory.Reading, files
 
 
 def judged(seen: Seen, left_behind: Sequence[str]) -> list[Check]:
-    """The figures and their limits; `left_behind`: what stands in /dev/shm after the stop that was not there before."""
+    """Return the figures and their limits. `left_behind`: new entries of /dev/shm after the stop."""
     assert seen.before is not None
     assert seen.after is not None
     processes, before = seen.after.processes, seen.before.processes
@@ -465,7 +465,7 @@ def judged(seen: Seen, left_behind: Sequence[str]) -> list[Check]:
 
 
 def details(seen: Seen, left_behind: Sequence[str]) -> list[str]:
-    """In words what stands behind figures that do not hold."""
+    """Explain the figures that do not hold."""
     assert seen.before is not None
     assert seen.after is not None
     lines = [f"{count} x {kind}" for kind, count in seen.unexpected.items()]

@@ -1,19 +1,19 @@
-"""Poses a second beside other ways to serve the same engine: this server and its peers in turns, in one run.
+"""Compare poses a second with other ways to serve the same engine: this server and its peers in turns, in one run.
 
     python -m benchmarks.service.throughput [--engine geometric] [--clients 1,8,16,32] [--seconds 15] [--rounds 2]
         [--peers fastapi-loop,fastapi-threads,fastapi-processes,fastapi-batcher,litserve,bentoml] [--json FILE]
 
-All get the same bodies from the same clients (closed loops), and do the same work on them: checks, decoding, engine and
+All get the same bodies from the same clients (closed loops) and do the same work on them: checks, decoding, engine and
 rows are this project's in each; only the serving differs. Every answer is judged, and compared with the one that this
-server gave when asked alone. In each round all of them run one after the other, each in fresh processes, and each round
-begins with the next of them, so that the machine's moods meet them alike. A peer's settings can be tried:
+server gave when asked alone. In each round all of them run one after the other, each in fresh processes. Each round
+begins with the next of them, so that changes in the machine's speed affect all alike. A peer's settings can be tried:
 `--peers litserve,litserve:engines=1:threads=2`.
 
-Rates are those of all rounds together, `lowest` and `highest` those of single rounds; `rounds`, `seconds` and
-`requests` say what a row rests on. `vs.` is this server's detections a second over the other's. A row with a `*` is not
-to be believed as it stands: requests failed in it, or answers were wrong, and so its `vs.` (and that of every row of as
-many clients, where the fault is this server's) compares what is not alike. Memory is what the processes have resident,
-added up: what they share counts for each. Exits 1 where an answer was wrong, came not at all, or a peer did not run.
+Rates are those of all rounds together; `lowest` and `highest` are those of single rounds. `rounds`, `seconds` and
+`requests` tell how much data a row has. `vs.` is this server's detections a second over the other's. Do not trust a row
+with a `*`: requests failed in it, or answers were wrong, so its `vs.` is not a fair comparison (nor is that of any row
+with as many clients, if the fault is this server's). Memory is the sum of the processes' resident memory; shared pages
+count for each. Exits 1 if an answer was wrong or missing, or a peer did not run.
 """
 
 from __future__ import annotations
@@ -52,39 +52,39 @@ COLUMNS = [
     "server", "clients", "detections/s", "lowest", "highest", "poses/s", "p50 ms", "p99 ms", "errors",
     "without pose", "wrong", "changed", "CPU s each", "memory MB", "rounds", "seconds", "requests", "vs.",
 ]  # fmt: skip
-MARK = "*"  # of a row in which something went wrong
+MARK = "*"  # marks a row in which something went wrong
 
 Start = Callable[[], AbstractContextManager[Target]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """Something that takes part."""
+    """This server or a peer, taking part."""
 
     title: str
     start: Start
-    words: str  # how it is set
+    words: str  # description of its settings
 
 
 @dataclass(kw_only=True)
 class Tally:
-    """What one contender did with one number of clients, over all rounds."""
+    """The results of one contender with one number of clients, over all rounds."""
 
     results: list[Result] = field(default_factory=list)
     latencies_ms: list[float] = field(default_factory=list)
 
     def add(self, run: Run) -> None:
-        """One more round."""
+        """Add one round."""
         self.results.append(summarise(run))
         self.latencies_ms += [sample.latency_s * 1e3 for sample in run.samples if sample.ok]
 
     @property
     def detections_hz(self) -> float:
-        """Rows answered a second."""
+        """Return the rows answered a second."""
         return self._mean(lambda result: result.detections_hz)
 
     def row(self, title: str, clients: int, ours: Tally) -> list[Any]:
-        """Its figures, in the order of COLUMNS."""
+        """Return its figures, in the order of COLUMNS."""
         rates = [result.detections_hz for result in self.results]
         answered = self.detections_hz * sum(result.seconds for result in self.results)
         cpu_s = sum(one.cpu_s for result in self.results for one in result.usage)
@@ -111,12 +111,12 @@ class Tally:
 
     @property
     def marked(self) -> bool:
-        """Whether something in it went wrong; a refusal counts."""
+        """Return True if something in it went wrong; a refusal counts."""
         return any(result.fault is not None or result.errors for result in self.results)
 
     @property
     def faults(self) -> list[str]:
-        """Why a round was no success, in words."""
+        """Describe why a round failed."""
         found = [(result.fault, result.errors) for result in self.results if result.fault is not None]
         return [f"{fault} {errors}" if errors else fault for fault, errors in found]
 
@@ -135,13 +135,13 @@ class Tally:
 
 @dataclass(kw_only=True)
 class Contest:
-    """Everything that was measured."""
+    """All results."""
 
     tallies: dict[tuple[str, int], Tally] = field(default_factory=dict)  # by title and number of clients
-    failed: dict[str, str] = field(default_factory=dict)  # contenders that did not run, and why
+    failed: dict[str, str] = field(default_factory=dict)  # contenders that did not run, and the reasons
 
     def table(self) -> Table:
-        """All lines, by number of clients, for people: with a mark at the server and the `vs.` that call for one."""
+        """Return all lines, by number of clients, for people, with a mark at the server and the `vs.` that need one."""
         table = Table(COLUMNS)
         for figures in self.figures():
             mark = figures.pop("marked")
@@ -152,7 +152,7 @@ class Contest:
         return table
 
     def figures(self) -> list[dict[str, Any]]:
-        """The same for machines: COLUMNS, and whether something went wrong in a row or in what its `vs.` compares."""
+        """Return all lines for machines: COLUMNS, and if anything went wrong in a row or in what its `vs.` compares."""
         rows = []
         for (title, clients), tally in sorted(self.tallies.items(), key=lambda item: item[0][1]):
             ours = self.tallies.get((OURS, clients), Tally())
@@ -162,12 +162,12 @@ class Contest:
 
     @property
     def wrong_alone(self) -> list[str]:
-        """The detections that the engine itself gets wrong, in words."""
+        """Describe the detections that the engine itself gets wrong."""
         return next((tally.results[0].wrong_alone_named for tally in self.tallies.values()), [])
 
     @property
     def faults(self) -> list[str]:
-        """Everything that is to be known before the figures are believed."""
+        """Describe everything to know before trusting the figures."""
         wrong = [
             f"{title}, {n} clients: {words}" for (title, n), tally in self.tallies.items() for words in tally.faults
         ]
@@ -184,7 +184,10 @@ def contest(
     warmup_s: float,
     tell: Callable[[str], None],
 ) -> Contest:
-    """All of them in turns. The first is asked every question alone before, and all are compared with what it says."""
+    """Run all contenders in turns.
+
+    The first is asked every question alone before; all answers are compared with those.
+    """
     found = Contest()
     judge = Judge(questions)
     for round_, contender in in_turns(contenders, rounds):
@@ -215,7 +218,7 @@ def contest(
 
 
 def ourselves(stages: Stages, settings: Mapping[str, str], data: Path) -> Contender:
-    """This server, with its defaults."""
+    """Return this server, with its defaults."""
     pose, decode = stages.pose, stages.decode
     words = (
         f"Mosec; {decode.workers} processes decode, {pose.workers} have an engine with {pose.threads} thread(s); "
@@ -225,14 +228,14 @@ def ourselves(stages: Stages, settings: Mapping[str, str], data: Path) -> Conten
 
 
 def peer(entry: Entry, stages: Stages, given: Mapping[str, Any], folder: Path) -> Contender:
-    """A peer on the same objects."""
+    """Return a peer on the same objects."""
     setup = {**given, **entry.settings(stages)}
     words = entry.describe(make_setup({**setup, "port": 0, "ready_dir": ""}))
     return Contender(title=entry.title, start=partial(running, entry, setup, folder), words=words)
 
 
 def prepare_data(load: Load, settings: Mapping[str, str], data: Path, tell: Callable[[str], None]) -> None:
-    """A data directory in which every object is onboarded."""
+    """Make a data directory in which every object is onboarded."""
     with own_server(settings, data) as target:
         register(target, load, tell)
 

@@ -1,7 +1,7 @@
-"""Several things measured in one run: settings of the server by name, whose turn it is, and how far rounds lay apart.
+"""Compare several settings or servers in one run: parse settings, take turns, and report the spread of rounds.
 
-Machines change their pace, and what runs first finds another machine than what runs last. So rounds go through all that
-is compared, and each begins with the next one of it.
+Machines change their speed, so what runs first finds another machine than what runs last. So each round goes through
+everything that is compared, and begins with the next one each time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def settings_of(text: str) -> dict[str, str]:
-    """The settings in "pose.workers=1,pose.threads=2", none in "defaults"; ValueError where there is no such one."""
+    """Parse "pose.workers=1,pose.threads=2", or "defaults" (no settings); ValueError for an unknown setting."""
     if text == DEFAULTS:
         return {}
     found = {}
@@ -33,14 +33,14 @@ def settings_of(text: str) -> dict[str, str]:
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
-    """`--set NAME=VALUE[,NAME=VALUE]`, as often as one likes; `given` has what came of it."""
+    """Add `--set NAME=VALUE[,NAME=VALUE]`, which may be repeated; `given` returns its settings."""
     parser.add_argument(
         "--set", action="append", type=_checked, default=[], metavar="NAME=VALUE", help="a setting of every server here"
     )
 
 
 def add_try(parser: argparse.ArgumentParser, usual: Sequence[str] = ()) -> None:
-    """`--try NAME=VALUE[,NAME=VALUE]`, as often as one likes; `compared` has what came of it, else `usual`."""
+    """Add `--try NAME=VALUE[,NAME=VALUE]`, which may be repeated; `compared` returns its values, else `usual`."""
     words = "a server with these settings beside the one with the defaults" + (
         ", instead of the usual" if usual else ""
     )
@@ -49,17 +49,17 @@ def add_try(parser: argparse.ArgumentParser, usual: Sequence[str] = ()) -> None:
 
 
 def compared(options: argparse.Namespace) -> list[str]:
-    """The defaults, and what `--try` names beside them."""
+    """Return the defaults, and the values of `--try`."""
     return [DEFAULTS, *(options.tried or options.usual)]
 
 
 def given(options: argparse.Namespace) -> dict[str, str]:
-    """What `--set` came to; of what was set twice the later one."""
+    """Return the settings of `--set`; of a repeated setting the last one."""
     return {name: value for text in options.set for name, value in settings_of(text).items()}
 
 
 def in_turns(these: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
-    """Everything once a round, A B C, then B C A, then C A B: (number of the round from 0, which)."""
+    """Yield everything once a round, A B C, then B C A, then C A B: (number of the round from 0, item)."""
     for number in range(rounds):
         first = number % max(1, len(these))
         for one in (*these[first:], *these[:first]):
@@ -67,9 +67,9 @@ def in_turns(these: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
 
 
 def engine_settings(engine: str, folder: Path, views: int = 8) -> dict[str, str]:
-    """Of a server with this engine: the network has generated weights, written to `folder` the first time (432 MB).
+    """Return the settings of a server with this engine. The network gets generated weights, written once (432 MB).
 
-    With made-up weights no pose is found. Few `views` of an object make for quick onboarding.
+    Generated weights find no pose. Few `views` of an object make onboarding quick.
     """
     if engine != "sam6d":
         return {"engine": engine}

@@ -1,14 +1,14 @@
-"""The settings that decide throughput and latency, tried one by one beside the defaults, in one run.
+"""Try the settings that decide throughput and latency one by one beside the defaults, in one run.
 
     python -m benchmarks.service.tuning                     the geometric engine
     python -m benchmarks.service.tuning --engine sam6d      the network, with generated weights
     python -m benchmarks.service.tuning --try pose.workers=1,pose.threads=2 --try decode.workers=1
 
-Each is a server of its own, in turns, `--rounds` times, and each round begins with the next of them: 16 clients with 3
-masks a request, then one client alone. `vs.` is a setting's detections a second over the defaults' (with generated
-weights there are no poses to count). Rates and percentiles are medians of the rounds, `lowest` and `highest` the rates
-of single rounds: where those of two settings overlap, `vs.` says nothing. `requests` is how many the figures rest on,
-under load and alone, all rounds together. Every answer is compared with the known pose.
+Each setting gets a server of its own, in turns, `--rounds` times; each round begins with the next of them. Load: 16
+clients with 3 masks a request, then one client alone. `vs.` is a setting's detections a second over the defaults' (with
+generated weights there are no poses to count). Rates and percentiles are medians of the rounds; `lowest` and `highest`
+are the rates of single rounds. If those of two settings overlap, `vs.` says nothing. `requests` is the number of
+requests behind the figures, under load and alone, all rounds together. Every answer is compared with the known pose.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TRIED = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where anything failed or was answered wrong."""
+    """Print the table; return 1 if anything failed or was answered wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["geometric", "sam6d"], default="geometric")
     parser.add_argument("--clients", type=int, default=16)
@@ -94,23 +94,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(kw_only=True)
 class Tried:
-    """What one server did, one result for each round."""
+    """The results of one server, one for each round."""
 
     loaded: list[Result] = field(default_factory=list)
     alone: list[Result] = field(default_factory=list)
 
     @property
     def detections_hz(self) -> float:
-        """Rows answered a second under load."""
+        """Return the rows answered a second under load."""
         return statistics.median(result.detections_hz for result in self.loaded)
 
     @property
     def faults(self) -> list[str]:
-        """Why a round was no success, in words, each once."""
+        """Describe why rounds failed, each reason once."""
         return sorted({result.fault for result in (*self.loaded, *self.alone) if result.fault is not None})
 
     def row(self, defaults_hz: float) -> list[Any]:
-        """Its line of the table, in the order of COLUMNS after the first."""
+        """Return its line of the table, in the order of COLUMNS after the first."""
         rates = [result.detections_hz for result in self.loaded]
         return [
             self.detections_hz,
@@ -127,7 +127,7 @@ class Tried:
 
 
 def table_of(tried: Mapping[str, Tried]) -> Table:
-    """A line for each; the defaults must be among them."""
+    """Make a line for each; the defaults must be among them."""
     table = Table(COLUMNS)
     for name, found in tried.items():
         table.add(name, *found.row(tried[trials.DEFAULTS].detections_hz))
@@ -135,7 +135,7 @@ def table_of(tried: Mapping[str, Tried]) -> Table:
 
 
 def _measure(settings: dict[str, str], load: Load, options: argparse.Namespace, data: Path) -> tuple[Result, Result]:
-    """Under load, and one client alone."""
+    """Measure under load, and with one client alone."""
     judge = Judge(load.questions)
     alone_s = options.alone_seconds or options.seconds / 3
     with own_server(settings, data) as target:
@@ -155,13 +155,13 @@ def _measure(settings: dict[str, str], load: Load, options: argparse.Namespace, 
 
 
 def _cpu_ms(result: Result) -> float | None:
-    """Of all processes, for a detection; None where none was answered."""
+    """Return the CPU time of all processes per detection; None if none was answered."""
     detections = result.detections_hz * result.seconds
     return 1e3 * sum(usage.cpu_s for usage in result.usage) / detections if detections else None
 
 
 def _median(values: Iterable[float | None]) -> float:
-    """Of those that there are."""
+    """Return the median of the values that are not None."""
     found = [value for value in values if value is not None]
     return statistics.median(found) if found else float("nan")
 

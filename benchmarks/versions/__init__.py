@@ -1,1 +1,1 @@
-"""Two versions of the server, asked the same questions: what differs."""
+"""Ask two versions of the server the same questions, and report what differs."""

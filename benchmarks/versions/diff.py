@@ -1,7 +1,7 @@
-"""What differs between two answers to one question, and what of it matters.
+"""Compare two answers to one question, and classify the differences.
 
-Values that no two runs share (times, rates, ids that the server makes up) are first replaced by a mark of their kind;
-all others are compared exactly, numbers bit for bit. A difference in sentences for people alone counts as words.
+Values that no two runs share (times, rates, ids that the server makes up) are first replaced by a mark of their kind.
+All others are compared exactly, numbers bit for bit. A difference in sentences for people alone counts as words.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import numpy as np
 
 Kind = Literal["words", "different"]
 
-#: Keys whose numbers are of this run alone.
+#: Keys whose numbers differ from run to run.
 RUN_NUMBERS: Final = frozenset(
     {
-        "bytes",  # of a model's file, which holds the seconds that it took
+        "bytes",  # of a model's file, which stores the seconds that onboarding took
         "created",
         "created_unix",
         "detections_per_second",
@@ -59,14 +59,14 @@ EXACT_HEADERS: Final = (
     "vary",
     "www-authenticate",
 )
-_OWN_ID: Final = re.compile(r"[0-9a-f]{24}")  # a request id that the server made
+_OWN_ID: Final = re.compile(r"[0-9a-f]{24}")  # a request id made by the server
 _NEW_KEY: Final = re.compile(r"pem_[A-Za-z0-9_-]{32}")
-_SHOWN: Final = 160  # characters of a value in a report
+_SHOWN: Final = 160  # characters of a value shown in a report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a server answered: status 0 and the reason as its body where it did not."""
+    """A server's answer; without one, status 0 and the reason as the body."""
 
     status: int
     headers: Sequence[tuple[str, str]] = ()
@@ -74,14 +74,14 @@ class Reply:
 
     @property
     def content_type(self) -> str:
-        """The media type without its parameters."""
+        """Return the media type without its parameters."""
         named = {name.lower(): value for name, value in self.headers}
         return named.get("content-type", "").split(";")[0].strip().lower()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One place where two answers are not the same."""
+    """One place where two answers differ."""
 
     where: str
     old: str
@@ -91,12 +91,12 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How one side's answer is to be read: texts of its own to replace, keys that this question leaves open."""
+    """How to read one side's answer: texts of that side to replace, and keys that this question does not compare."""
 
-    own_texts: Mapping[str, str] = field(default_factory=dict)  # what only this side says -> its mark
+    own_texts: Mapping[str, str] = field(default_factory=dict)  # text that only this side uses -> its mark
     open_keys: Collection[str] = ()  # keys whose values, present or not, are not compared
-    exact_keys: Collection[str] = ()  # of RUN_NUMBERS: those that are compared after all
-    structure_only: bool = False  # sort what has no order in an OpenAPI document
+    exact_keys: Collection[str] = ()  # keys of RUN_NUMBERS that are compared after all
+    structure_only: bool = False  # sort the unordered parts of an OpenAPI document
 
 
 ABSENT: Final = "(absent)"
@@ -106,7 +106,7 @@ ABSENT: Final = "(absent)"
 
 
 def compare_replies(old: Reply, new: Reply, old_reading: Reading, new_reading: Reading) -> list[Difference]:
-    """Every difference between two replies; a reply that did not come is always one."""
+    """Return every difference between two replies; a missing reply is always one."""
     for side, reply in (("old", old), ("new", new)):
         if reply.status == 0:
             other = new if side == "old" else old
@@ -149,7 +149,7 @@ def _timing_names(value: str) -> str:
     return ", ".join(sorted(part.split(";")[0].strip() for part in value.split(",")))
 
 
-#: The trace that questions name, which an answer is to go on with.
+#: The trace named in questions, which an answer must continue.
 SENT_TRACE: Final = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
@@ -159,7 +159,7 @@ def _trace_form(value: str) -> str:
 
 
 def _decoded(reply: Reply, reading: Reading) -> Any:
-    """The body as a tree where it is one, else as text."""
+    """Return the body as a tree if it is one, else as text."""
     if not reply.body:
         return None
     try:
@@ -186,7 +186,7 @@ def _bodies(content_type: str, old: Any, new: Any, *, reading: Reading) -> Itera
 
 
 def compare_trees(old: Any, new: Any, old_reading: Reading, new_reading: Reading, where: str) -> list[Difference]:
-    """Differences between two trees of JSON values, whatever is of the run alone left out."""
+    """Return the differences between two trees of JSON values, without what changes from run to run."""
     before, after = (_normal(tree, one) for tree, one in ((old, old_reading), (new, new_reading)))
     found = list(_tree(before, after, where, name=""))
     if not found and not old_reading.structure_only:
@@ -197,7 +197,7 @@ def compare_trees(old: Any, new: Any, old_reading: Reading, new_reading: Reading
 
 
 def _normal(value: Any, reading: Reading, name: str = "", inside: str = "") -> Any:
-    """The value with marks in the place of what only this run or this side says."""
+    """Return the value with marks in place of what only this run or this side uses."""
     if isinstance(value, Mapping):
         kept = {str(key): item for key, item in value.items() if key not in reading.open_keys}
         return {_own(key, reading): _normal(item, reading, key, name) for key, item in kept.items()}
@@ -264,7 +264,7 @@ def _words(where: str, old: Any, new: Any) -> Difference:
 
 
 def _pair(old: str, new: str) -> tuple[str, str]:
-    """Both, cut to where they part."""
+    """Return both texts, cut to the part where they differ."""
     if max(len(old), len(new)) <= _SHOWN:
         return old, new
     same = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
@@ -293,9 +293,9 @@ class _Family:
 
 
 def compare_metrics(old: str, new: str) -> Iterator[Difference]:
-    """Differences in families, types and series of two Prometheus pages; values are not looked at.
+    """Return the differences in families, types and series of two Prometheus pages; values are not compared.
 
-    Mosec names its stages after classes: where only those names differ, that is words.
+    Mosec names its stages after classes: if only those names differ, that counts as words.
     """
     before, after = _families(old), _families(new)
     for name in sorted(before.keys() | after.keys()):
@@ -346,9 +346,9 @@ def _series(series: Series) -> list[str]:
 def compare_folders(
     old: Path, new: Path, old_reading: Reading, new_reading: Reading, *, leave_out: Collection[str] = ()
 ) -> tuple[int, list[Difference]]:
-    """How many files two folders have between them, and how they differ: names, and contents by their kind.
+    """Return the number of files in either folder, and the differences in names and, by file type, in contents.
 
-    `leave_out`: what is not looked at, files and folders at the top.
+    `leave_out`: top-level files and folders that are skipped.
     """
     names = [{name for name in _files(folder) if name.split("/")[0] not in leave_out} for folder in (old, new)]
     found = []
@@ -366,7 +366,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def compare_files(name: str, old: bytes, new: bytes, old_reading: Reading, new_reading: Reading) -> list[Difference]:
-    """Differences in one file's content: trees, arrays and tensors by what they hold, others byte for byte."""
+    """Return the differences in one file's content: trees, arrays and tensors by value, other files byte for byte."""
     if old == new:
         return []
     readers = {".json": _json_file, ".npz": _npz, ".safetensors": _safetensors}
@@ -380,7 +380,7 @@ def compare_files(name: str, old: bytes, new: bytes, old_reading: Reading, new_r
 
 
 def digest(data: bytes) -> str:
-    """A file's content in short: bytes and SHA-256."""
+    """Return a file's size in bytes and SHA-256."""
     return f"{len(data)} bytes, sha256 {hashlib.sha256(data).hexdigest()}"
 
 
@@ -398,7 +398,7 @@ def _array(array: np.ndarray[Any, Any]) -> str:
 
 
 def _safetensors(data: bytes) -> dict[str, Any]:
-    """Names, kinds, shapes and digests of the tensors, and the texts beside them."""
+    """Return names, types, shapes and digests of the tensors, and the file's metadata."""
     length = int.from_bytes(data[:8], "little")
     header: dict[str, Any] = msgspec.json.decode(data[8 : 8 + length])
     texts = header.pop("__metadata__", {})
@@ -417,7 +417,7 @@ def _maybe_tree(text: str) -> Any:
 
 
 def untouched(before: Mapping[str, str], folder: Path) -> list[Difference]:
-    """What has changed in a folder since `digests` looked at it."""
+    """Return what has changed in a folder since `digests` read it."""
     after = digests(folder)
     names: Iterable[str] = sorted(before.keys() | after.keys())
     return [
@@ -428,5 +428,5 @@ def untouched(before: Mapping[str, str], folder: Path) -> list[Difference]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """File -> its content in short."""
+    """Return file -> its digest."""
     return {name: digest((folder / name).read_bytes()) for name in sorted(_files(folder))}

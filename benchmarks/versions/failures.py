@@ -1,4 +1,4 @@
-"""The part of `questions.py` that no server may answer with a pose: bodies, fields, masks, files that are wrong."""
+"""The questions that no server may answer with a pose: wrong bodies, fields, masks and files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from benchmarks.versions.material import (
 
 
 def failures() -> Iterator[Step]:
-    """All of them."""
+    """Yield all steps that must fail."""
     for group in (_fields, _masks, _bodies, _pictures, _meshes, _paths, _units):
         yield from group()
 

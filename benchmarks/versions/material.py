@@ -1,4 +1,4 @@
-"""What the questions of `questions.py` are made of: a rendered scene, meshes and pictures by hand, the spellings.
+"""Building blocks of the questions in `questions.py`: rendered scenes, hand-made meshes and pictures, short forms.
 
 Every scene comes with its masks and poses, so that most questions have an answer with a pose.
 """
@@ -33,19 +33,19 @@ POSE, FULL, SEG, OBJECTS = (
 JSON, MSGPACK = "application/json", "application/msgpack"
 WIDTH, HEIGHT = 320, 240
 NAMES: Final = ("wedge", "stepped", "housing", "bottle")
-BODY_IDLE_S: Final = 2.0  # of the server with tight limits
-DETECTIONS: Final = 20  # likewise
-IN_FLIGHT: Final = 4  # likewise
+BODY_IDLE_S: Final = 2.0  # a limit of the server with tight limits
+DETECTIONS: Final = 20  # a limit of the server with tight limits
+IN_FLIGHT: Final = 4  # a limit of the server with tight limits
 _BOUNDARY: Final = "a-boundary-that-no-part-holds"
 
-#: What the server of `questions` is told; {ism} is the address of the ISM server.
+#: Settings of the server of `questions`; {ism} is the address of the ISM server.
 QUESTIONS_SETTINGS: Final = {
     "ISM_URL": "{ism}",
     "ISM_TIMEOUT_S": "3",
     "METRICS_OBJECTS": "wedge,bottle",
     "CORS_ORIGINS": "https://lab.example",
 }
-#: What the server of `limits` is told.
+#: Settings of the server of `limits`.
 LIMITS_SETTINGS: Final = {
     "LIMITS_BODY_MB": "2",
     "LIMITS_OBJECT_BODY_MB": "2",
@@ -64,29 +64,29 @@ LIMITS_SETTINGS: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One request. In texts of `tree`, `path` and `headers`, @NAME@ stands for a value of the side that is asked."""
+    """One request. In the texts of `tree`, `path` and `headers`, @NAME@ stands for a value of the side asked."""
 
     group: str
     name: str
     method: str = "GET"
     path: str = "/"
     headers: Mapping[str, str] = field(default_factory=dict)
-    tree: Any = None  # encoded as `form` says, when it is asked
+    tree: Any = None  # encoded as `form` when it is asked
     form: Form = "json"
-    body: bytes | None = None  # in place of a tree
+    body: bytes | None = None  # sent instead of a tree
     gzipped: bool = False
-    chunk: int = 0  # bytes of a piece of a chunked body; 0: not chunked
-    raw: bytes | None = None  # in place of all that: sent as it is, on a connection of its own
-    held: bytes | None = None  # heads of requests that wait unfinished meanwhile, IN_FLIGHT of them at most
+    chunk: int = 0  # bytes per piece of a chunked body; 0: not chunked
+    raw: bytes | None = None  # sent instead of everything above, unchanged, on a connection of its own
+    held: bytes | None = None  # heads of requests that stay unfinished meanwhile, at most IN_FLIGHT of them
     held_count: int = 0
-    until: int = 0  # a status that may take some attempts, since it depends on what is held
-    times: int = 1  # so often in a row; every answer is compared
-    ism: str = "good"  # how the ISM server answers
+    until: int = 0  # a status that may take several attempts, since it depends on what is held
+    times: int = 1  # number of repeats; every answer is compared
+    ism: str = "good"  # behaviour of the ISM server
     asks_ism: bool = False  # compare what the ISM server was asked
     files: str = ""  # a folder in the output root to compare afterwards
-    remember: str = ""  # keep the answer's object_id as a value of this name
-    before: Callable[[Path], None] | None = None  # something done in the data directory first
-    open_keys: frozenset[str] = frozenset()  # whose values depend on the moment
+    remember: str = ""  # keep the answer's object_id under this name
+    before: Callable[[Path], None] | None = None  # called on the data directory first
+    open_keys: frozenset[str] = frozenset()  # keys whose values depend on the moment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Command:
     group: str
     name: str
     arguments: tuple[str, ...]
-    remember: str = ""  # keep the output's `key` as a value of this name
+    remember: str = ""  # keep the output's `key` under this name
 
 
 Step = Ask | Command
@@ -106,7 +106,7 @@ Step = Ask | Command
 
 
 def project() -> tuple[Any, Any, Callable[[Any], Any]]:
-    """(scenes, shapes, encode_rle) of the project that this script belongs to, wherever they live in it."""
+    """Return (scenes, shapes, encode_rle) of the project that this script belongs to, wherever its modules are."""
     try:
         scenes, shapes = (importlib.import_module(f"posekit.synthetic.{name}") for name in ("scenes", "shapes"))
     except ImportError:
@@ -119,7 +119,7 @@ def project() -> tuple[Any, Any, Callable[[Any], Any]]:
 
 
 def png(picture: Any) -> bytes:
-    """A picture as PNG: grey, RGB or RGBA, 8 or 16 bits."""
+    """Encode a picture as PNG: grey, RGB or RGBA, 8 or 16 bits."""
     array = np.asarray(picture)
     array = array.astype(np.uint8) * 255 if array.dtype == np.bool_ else array
     if array.ndim == 3:
@@ -128,7 +128,7 @@ def png(picture: Any) -> bytes:
 
 
 def written(suffix: str, array: Any, *options: int) -> bytes:
-    """A picture as OpenCV writes it."""
+    """Encode a picture with OpenCV."""
     done, data = cv2.imencode(suffix, array, list(options))
     if not done:
         raise ValueError(f"OpenCV cannot write {suffix}")
@@ -152,27 +152,27 @@ class Material:
         ]
 
     def every(self, **changes: Any) -> Tree:
-        """A request for all instances, searched for."""
+        """Return a request for all instances, to be searched for."""
         found = {"masks": self.masks, "object_ids": self.names}
         return self._with(found, {name: {"object_id": name} for name in sorted(set(self.names))}, changes)
 
     def one(self, name: str = "wedge", /, **changes: Any) -> Tree:
-        """A request for one instance, its pose given to start from; `...` takes a field away."""
+        """Return a request for one instance, with its pose given as a start; `...` removes a field."""
         index = self.names.index(name)
         found = {"masks": [self.masks[index]], "object_ids": [name]}
         changes = {"init_poses": [self.truths[index]], **changes}
         return self._with(found, {name: {"object_id": name}}, changes)
 
     def mask(self, name: str = "wedge") -> Any:
-        """An instance's mask, (H, W)."""
+        """Return an instance's mask, (H, W)."""
         return self.scene.instances[self.names.index(name)].mask
 
     def rle(self, name: str = "wedge") -> Tree:
-        """The same, as compressed RLE."""
+        """Return an instance's mask as compressed RLE."""
         return self.masks[self.names.index(name)]
 
     def truth(self, name: str = "wedge") -> Tree:
-        """An instance's true pose, millimetres."""
+        """Return an instance's true pose, millimetres."""
         return self.truths[self.names.index(name)]
 
     def _with(self, detections: Tree, objects: Tree, changes: Tree) -> Tree:
@@ -183,7 +183,7 @@ class Material:
 
 @functools.cache
 def small() -> Material:
-    """Four parts in a small picture without noise."""
+    """Return four parts in a small picture without noise."""
     scenes, shapes, _ = project()
     made = [shapes.SHAPES[name]() for name in NAMES]
     size = {"width": WIDTH, "height": HEIGHT}
@@ -192,13 +192,13 @@ def small() -> Material:
 
 @functools.cache
 def demo() -> Material:
-    """Seven parts in a picture of 640 x 480, with a sensor's noise."""
+    """Return seven parts in a picture of 640 x 480, with a sensor's noise."""
     return Material(project()[0].demo_scene())
 
 
 @functools.cache
 def ply(name: str = "wedge", unit: str = "mm") -> bytes:
-    """A part's CAD file."""
+    """Return a part's CAD file."""
     shapes = project()[1]
     data: bytes = shapes.mesh_to_ply(shapes.SHAPES[name]().mesh, unit)
     return data
@@ -210,13 +210,13 @@ FACES: Final = ((0, 2, 1), (0, 1, 3), (1, 2, 3), (0, 3, 2))
 
 
 def tetrahedron(size_mm: float = 60.0) -> list[list[Any]]:
-    """Corners of a small lopsided mesh; faces are FACES."""
+    """Return the corners of a small lopsided mesh; its faces are FACES."""
     corners: list[list[Any]] = (np.array([[0.0, 0, 0], [1, 0, 0], [0, 0.8, 0], [0.1, 0.2, 0.6]]) * size_mm).tolist()
     return corners
 
 
 def ascii_ply(vertices: Any, faces: Any = FACES) -> bytes:
-    """A PLY of whatever numbers one likes."""
+    """Write a PLY with any numbers."""
     lines = ["ply", "format ascii 1.0", f"element vertex {len(vertices)}"]
     lines += [f"property float {axis}" for axis in "xyz"]
     lines += [f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header"]
@@ -226,27 +226,27 @@ def ascii_ply(vertices: Any, faces: Any = FACES) -> bytes:
 
 
 def stl(vertices: Any) -> bytes:
-    """A binary STL."""
+    """Write a binary STL."""
     corners = np.asarray(vertices, dtype="<f4")[np.array(FACES)]
     facets = [b"\0" * 12 + triangle.tobytes() + b"\0\0" for triangle in corners]
     return b"\0" * 80 + struct.pack("<I", len(facets)) + b"".join(facets)
 
 
 def off(vertices: Any) -> bytes:
-    """An OFF."""
+    """Write an OFF."""
     lines = ["OFF", f"{len(vertices)} {len(FACES)} 0", *(" ".join(map(str, v)) for v in vertices)]
     return ("\n".join([*lines, *("3 " + " ".join(map(str, face)) for face in FACES)]) + "\n").encode()
 
 
 def obj(vertices: Any, material: str | None = None) -> bytes:
-    """An OBJ, with texture coordinates."""
+    """Write an OBJ, with texture coordinates."""
     lines = [] if material is None else [f"mtllib {material}", "usemtl paint"]
     lines += [f"v {x} {y} {z}" for x, y, z in vertices] + ["vt 0 0", "vt 1 0", "vt 0 1", "vt 1 1"]
     return ("\n".join([*lines, *("f " + " ".join(f"{i + 1}/{i + 1}" for i in f) for f in FACES)]) + "\n").encode()
 
 
 def glb(vertices: Any) -> bytes:
-    """A GLB with one mesh and nothing else."""
+    """Write a GLB with one mesh and nothing else."""
     points = np.asarray(vertices, dtype="<f4")
     faces = np.array(FACES, dtype="<u4")
     data = points.tobytes() + faces.tobytes()
@@ -274,7 +274,7 @@ def glb(vertices: Any) -> bytes:
 
 
 def zipped(files: Mapping[str, bytes], folder: str = "") -> bytes:
-    """A zip of these files, the same bytes whenever it is made."""
+    """Write a zip of these files, with the same bytes every time."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
@@ -283,7 +283,7 @@ def zipped(files: Mapping[str, bytes], folder: str = "") -> bytes:
 
 
 def png_by_hand(width: int, height: int, pixels: bytes, *, bits: int = 8, kind: int = 2) -> bytes:
-    """A PNG whose header may say anything."""
+    """Write a PNG whose header may claim anything."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -294,7 +294,7 @@ def png_by_hand(width: int, height: int, pixels: bytes, *, bits: int = 8, kind: 
 
 
 def multipart(parts: Mapping[str, tuple[str | None, bytes]]) -> tuple[str, bytes]:
-    """(content type, body) of a form: part -> (file name or None, content)."""
+    """Return (content type, body) of a form: part -> (file name or None, content)."""
     body = b""
     for name, (file_name, content) in parts.items():
         named = f'; filename="{file_name}"' if file_name is not None else ""
@@ -304,7 +304,7 @@ def multipart(parts: Mapping[str, tuple[str | None, bytes]]) -> tuple[str, bytes
 
 
 def encoded(tree: Any, form: Form) -> tuple[str, bytes]:
-    """(content type, body) of a request tree."""
+    """Return (content type, body) of a request tree."""
     if form == "json":
         return JSON, msgspec.json.encode(tree)
     if form == "msgpack":
@@ -317,21 +317,21 @@ def encoded(tree: Any, form: Form) -> tuple[str, bytes]:
     return multipart({**parts, "request": (None, msgspec.json.encode(rest))})
 
 
-# ------------------------------------------------------------------------------------------------------ small spellings
+# ------------------------------------------------------------------------------------------------------ short forms
 
 
 def pose(group: str, name: str, tree: Any, **more: Any) -> Ask:
-    """A pose request in JSON, unless told otherwise."""
+    """Make a pose request, in JSON by default."""
     return Ask(group=group, name=name, **{"method": "POST", "path": POSE, "tree": tree, **more})
 
 
 def columns(*masks: Any, **more: Any) -> Tree:
-    """Detections of the wedge with these masks."""
+    """Make detections of the wedge with these masks."""
     return {"masks": list(masks), "object_ids": ["wedge"] * len(masks), **more}
 
 
 def upload(group: str, name: str, data: bytes | None, file_name: str = "part.ply", /, **request: Any) -> Ask:
-    """An upload that waits until the object is ready. `ask` in `request`: fields of the Ask."""
+    """Make an upload that waits until the object is ready. `ask` in `request`: fields of the Ask."""
     more: Tree = request.pop("ask", {})
     parts: dict[str, tuple[str | None, bytes]] = {} if data is None else {"file": (file_name, data)}
     if request:
@@ -343,32 +343,32 @@ def upload(group: str, name: str, data: bytes | None, file_name: str = "part.ply
 
 
 def send(group: str, name: str, body: bytes, media: str = JSON, **more: Any) -> Ask:
-    """A body as it is."""
+    """Send a body unchanged."""
     headers = {"Content-Type": media} if media else {}
     headers |= more.pop("headers", {})
     return Ask(group=group, name=name, **{"method": "POST", "path": POSE, "headers": headers, "body": body, **more})
 
 
 def get(group: str, path: str, **more: Any) -> Ask:
-    """A GET, or whatever `method` says."""
+    """Make a GET request, or another `method`."""
     name = more.pop("name", f"{more.get('method', 'GET')} {path[:60]}")
     return Ask(group=group, name=name, path=path, **more)
 
 
 def seg(*items: Tree, **changes: Any) -> Tree:
-    """A request in the second dialect, for the wedge."""
+    """Make a request in the second dialect, for the wedge."""
     changes = {"seg_data": list(items), "object_id": "wedge", **changes}
     return small().one(**{"detections": ..., "init_poses": ..., "objects": ..., **changes})
 
 
 def pipeline(**changes: Any) -> Tree:
-    """A request of the full pipeline, for the wedge."""
+    """Make a request of the full pipeline, for the wedge."""
     changes = {"object_id": "wedge", "refine": "none", "template_dir": "/ism/templates", **changes}
     return small().one(**{"detections": ..., "init_poses": ..., "objects": ..., **changes})
 
 
 def ism_detections() -> Tree:
-    """What the ISM server finds in the small scene: RLE masks, boxes as xyxy."""
+    """Return the ISM server's detections in the small scene: RLE masks, boxes as xyxy."""
     masks = [one.mask for one in small().scene.instances]
     spans = [[np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1)] for mask in masks]
     count = len(spans)
@@ -381,7 +381,7 @@ def ism_detections() -> Tree:
 
 
 def ism_answer(mode: str, attempt: int) -> tuple[int, bytes]:
-    """(status, body) of the ISM server for the `attempt`-th request of a question; status 0 hangs up, -1 hangs."""
+    """Return (status, body) of the ISM server for a question's `attempt`-th request; status 0 hangs up, -1 hangs."""
     found = ism_detections()
     failing: dict[str, tuple[int, bytes]] = {
         "500": (500, b'{"detail": "CUDA out of memory at /opt/ism/model.py"}'),

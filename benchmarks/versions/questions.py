@@ -1,7 +1,8 @@
-"""The questions that two versions of the server are asked: every form of a request, every failure that costs little.
+"""The questions for two versions of the server: every form of a request, and every failure that is cheap to cause.
 
-Three lists: `questions` of a server with an instance-segmentation (ISM) server behind it, `limits` of one with tight
-limits, without it, and at last with keys, and `stored` of one that starts on a data directory that an earlier one left.
+There are three lists. `questions` is for a server with an instance-segmentation (ISM) server behind it. `limits` is for
+one with tight limits, without ISM server, and at last with keys. `stored` is for one that starts on a data directory
+that an earlier version left.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ from benchmarks.versions.material import (
 
 
 def questions() -> list[Step]:
-    """Everything for a server with room and an ISM server."""
+    """Return all steps for a server with generous limits and an ISM server."""
     groups = (
         *(_routes(), _objects(), _forms(), _cad(), _masks(), _pictures(), _options(), _searches(), _outputs()),
         *(_dialect(), _pipeline(), failures(), _headers(), _late()),
@@ -294,7 +295,7 @@ def _masks() -> Iterator[Step]:
         yield pose(group, f"no detections: {nothing}", small().one(detections=nothing, init_poses=...))
     encode = project()[2]
     empty, few, blind = (np.zeros((HEIGHT, WIDTH), dtype=bool) for _ in range(3))
-    few[60:64, 110:118] = True  # 32 pixels, and more are needed
+    few[60:64, 110:118] = True  # 32 pixels, one too few
     blind[10:30, 10:30] = True
     depth = small().scene.depth_raw.copy()
     depth[:40, :40] = 0
@@ -522,7 +523,7 @@ def _headers() -> Iterator[Step]:
 
 
 def _late() -> Iterator[Step]:
-    """What is to be asked when everything else was."""
+    """Yield the steps that must come last."""
     group = "afterwards"
     yield pose(group, "an object that is there", small().one(objects=..., object_id="turning", init_poses=...))
     yield get(group, f"{OBJECTS}/turning", method="DELETE")
@@ -537,7 +538,7 @@ def _late() -> Iterator[Step]:
 
 
 def limits() -> list[Step]:
-    """Everything for a server with tight limits, without an ISM server, and at last with keys."""
+    """Return all steps for a server with tight limits, without an ISM server, and at last with keys."""
     return [*_tight(), *_keys()]
 
 
@@ -646,7 +647,7 @@ def _keys() -> Iterator[Step]:
 
 
 def stored(names: list[str], keyed: bool) -> list[Step]:
-    """Everything for servers that start on copies of one data directory; `names`: of its objects, or their ids."""
+    """Return all steps for servers that start on copies of one data directory; `names`: its objects, or their ids."""
     group = "stored data"
     key = {"X-API-Key": "@KEY:stored@"} if keyed else {}
     steps: list[Step] = [get(group, OBJECTS, headers=key, name="all objects, ready at once")]

@@ -1,12 +1,12 @@
-"""Ask two versions of the server the same questions and tell every difference: a refactoring may not make any.
+"""Ask two versions of the server the same questions and report every difference: a refactoring may not cause any.
 
-Each version runs as a child process in its own checkout, with a fresh data directory and the same settings. Both are
-asked the same requests one after another, and their answers compared field by field: poses bit for bit, whatever is of
-one run alone (times, rates, new ids) left out, sentences for people told apart as "words". Files that requests wrote,
-the objects on disk and the exit codes are compared too. Last, copies of the data directory that the old version left
-are served by both: the same objects must be ready at once, untouched, and give the same poses.
+Each version runs as a child process in its own checkout, with a fresh data directory and the same settings. Both get
+the same requests one after another, and their answers are compared field by field. Poses are compared bit for bit;
+values of one run alone (times, rates, new ids) are left out; sentences for people count separately, as "words". Files
+that requests wrote, the objects on disk and the exit codes are compared too. Last, both serve copies of the data
+directory that the old version left: the same objects must be ready at once, untouched, and give the same poses.
 
-Exits 0 only where nothing but words differs. Needs the server's dependencies, no GPU, and about five minutes.
+Exits 0 only if nothing but words differs. Needs the server's dependencies, no GPU, and about five minutes.
 
 Examples:
 
@@ -50,9 +50,9 @@ START_LIMIT_S = 400.0
 STOP_LIMIT_S = 60.0
 ANSWER_LIMIT_S = 180.0
 RAW_LIMIT_S = 20.0
-HANG_S = 15.0  # of the ISM server, unless its question is over before
-_ATTEMPTS = 4  # at what depends on requests that are held
-_PAUSE_S = 0.3  # for the server to take note of connections that come and go
+HANG_S = 15.0  # of the ISM server, unless its question ends before
+_ATTEMPTS = 4  # for questions whose answer depends on held requests
+_PAUSE_S = 0.3  # time for the server to notice connections that open and close
 _NOT_COMPARED: Final = ("logs", "cad", ".lock", "stderr.log", "keys.json", "keys.json.lock", "outputs.list")
 _OF_THE_STORE: Final = frozenset({"bytes", "created", "created_unix", "onboard_seconds", "seconds"})
 
@@ -61,12 +61,12 @@ _OF_THE_STORE: Final = frozenset({"bytes", "created", "created_unix", "onboard_s
 
 
 class IsmServer:
-    """An instance-segmentation server in a thread, for both versions; `mode` says how it answers."""
+    """An instance-segmentation server in a thread, for both versions; `mode` sets how it answers."""
 
     def __init__(self) -> None:
         self.mode = "good"
         self.asked: list[tuple[dict[str, str], Any]] = []  # headers and body of each request
-        self.over = threading.Event()  # the question is: nobody waits any more
+        self.over = threading.Event()  # set when the question is over: nobody waits any more
         self._http = _IsmHttp(("127.0.0.1", 0), _IsmHandler)
         self._http.ism = self
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
@@ -82,11 +82,11 @@ class IsmServer:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Return its address."""
         return f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def begin(self, mode: str) -> None:
-        """Forget what was asked; answer in this way from now on."""
+        """Forget what was asked, and answer in this mode from now on."""
         self.mode, self.asked = mode, []
         self.over = threading.Event()
 
@@ -96,7 +96,7 @@ class _IsmHttp(ThreadingHTTPServer):
     ism: IsmServer
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up is no event here."""
+        """Ignore clients that hang up."""
 
 
 class _IsmHandler(BaseHTTPRequestHandler):
@@ -120,14 +120,14 @@ class _IsmHandler(BaseHTTPRequestHandler):
         self.wfile.write(answer)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Be quiet."""
+        """Log nothing."""
 
 
 # --------------------------------------------------------------------------------------------------------- the servers
 
 
 class CannotRun(Exception):
-    """A version does not start, or is none; the message says why."""
+    """A version does not start, or is no version; the message says why."""
 
 
 @dataclass
@@ -140,17 +140,17 @@ class Side:
     settings: Mapping[str, str]  # PEM_ variables without the prefix
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
-    values: dict[str, str] = field(default_factory=dict)  # what @NAME@ stands for
+    values: dict[str, str] = field(default_factory=dict)  # value of each @NAME@
     ready_s: float = 0.0
 
     @property
     def module(self) -> str:
-        """The command line's module, which has moved."""
+        """Return the command line's module, whose place differs between versions."""
         return "pem" if (self.checkout / "client" / "pem").is_dir() else "serve.cli"
 
     @property
     def environment(self) -> dict[str, str]:
-        """A child's variables: only our settings, and only this checkout's packages before the installed ones."""
+        """Return a child's variables: only our settings, and this checkout's packages before the installed ones."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PEM_", "OTEL_", "PYTHON"))}
         folders = [self.checkout, *([self.checkout / "client"] if (self.checkout / "client").is_dir() else [])]
         kept |= {"PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -159,11 +159,11 @@ class Side:
 
     @property
     def log(self) -> Path:
-        """Its standard output and error."""
+        """Return the file of its standard output and error."""
         return self.data / "stderr.log"
 
     def reading(self, ask: material.Ask | None = None, exact: Iterable[str] = ()) -> diff.Reading:
-        """How to read what this side says."""
+        """Return how to read this side's answers."""
         own = {str(self.data): "@DATA@", f"127.0.0.1:{self.port}": "@ADDRESS@"}
         return diff.Reading(
             own_texts=own,
@@ -173,7 +173,7 @@ class Side:
         )
 
     def start(self) -> None:
-        """Start it and wait until it takes pose requests and all its workers are there."""
+        """Start the server and wait until it takes pose requests and all its workers are there."""
         self.port = _free_port()
         self.data.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", self.module, "serve", "--port", str(self.port), "--data-dir", str(self.data)]
@@ -189,7 +189,7 @@ class Side:
             )
         self._wait(lambda: exchange(self.port, "GET", "/readyz").status == 200)
         self.ready_s = time.monotonic() - begun
-        with contextlib.suppress(CannotRun):  # who has no such numbers is compared all the same
+        with contextlib.suppress(CannotRun):  # a version without such numbers is compared all the same
             self._wait(self._staffed, 20.0)
 
     def _staffed(self) -> bool:
@@ -211,7 +211,7 @@ class Side:
         raise CannotRun(f"the {self.label} server was not ready after {limit_s:g} s:\n{self.log_end()}")
 
     def stop(self) -> int:
-        """SIGTERM, then wait; returns the exit code, that of a kill where it did not end."""
+        """Send SIGTERM, then wait; return the exit code, or that of a kill if it did not end."""
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -222,18 +222,18 @@ class Side:
             return self.process.wait()
 
     def log_end(self) -> str:
-        """The last lines of its log."""
+        """Return the last lines of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
 
     def run(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        """One call of its command line on its data directory."""
+        """Run its command line once on its data directory."""
         command = [sys.executable, "-m", self.module, *arguments, "--data-dir", str(self.data)]
         return subprocess.run(
             command, cwd=self.checkout, env=self.environment, capture_output=True, text=True, timeout=120, check=False
         )
 
     def check_imports(self) -> list[str]:
-        """Packages that would come from elsewhere than the checkout; CannotRun where the server itself would."""
+        """Return packages that would come from outside the checkout; CannotRun if the server itself would."""
         names = ("serve", "workers", "posekit", "pem", "pointnet2_ext")
         code = (
             "import importlib.util as u, json, sys; "
@@ -261,7 +261,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def running(sides: Sequence[Side], report: Report, what: str) -> Iterator[None]:
-    """Both servers while it lasts; their exit codes are compared. What was started is stopped, whatever happens."""
+    """Run both servers while the block runs, and compare their exit codes. Stops in any case what was started."""
     codes: list[int] = []
     try:
         for side in sides:
@@ -287,7 +287,7 @@ def exchange(
     body: bytes | None = None,
     chunk: int = 0,
 ) -> diff.Reply:
-    """One request on a connection of its own; status 0 with the reason where there is no answer."""
+    """Send one request on a connection of its own; return status 0 with the reason if there is no answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_LIMIT_S)
     given = dict(headers or {})
     try:
@@ -298,7 +298,7 @@ def exchange(
             given["Content-Length"] = str(len(body))
         for name, value in given.items():
             connection.putheader(name, value)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before all was sent: it says why
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused early: the answer says why
             if chunk and body is not None:
                 pieces = [body[start : start + chunk] for start in range(0, len(body), chunk)]
                 connection.endheaders(pieces, encode_chunked=True)
@@ -313,7 +313,7 @@ def exchange(
 
 
 def raw_exchange(port: int, data: bytes) -> list[diff.Reply]:
-    """Send bytes as they are; every answer until the server closes the connection."""
+    """Send bytes unchanged; return every answer until the server closes the connection."""
     got = b""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=RAW_LIMIT_S) as connection:
@@ -337,7 +337,7 @@ def raw_exchange(port: int, data: bytes) -> list[diff.Reply]:
 
 
 def _filled(value: Any, values: Mapping[str, str]) -> Any:
-    """The value with each @NAME@ in its texts replaced; pictures are bytes and stay as they are."""
+    """Replace each @NAME@ in the value's texts; pictures are bytes and stay as they are."""
     if isinstance(value, str):
         for name, text in values.items():
             value = value.replace(f"@{name}@", text)
@@ -348,7 +348,7 @@ def _filled(value: Any, values: Mapping[str, str]) -> Any:
 
 
 def ask_side(side: Side, ask: material.Ask, number: int) -> list[diff.Reply]:
-    """One side's answers to a question, in the order in which they came."""
+    """Return one side's answers to a question, in the order in which they came."""
     if ask.before is not None:
         ask.before(side.data)
     if ask.raw is not None:
@@ -388,17 +388,17 @@ def _ask_raw(side: Side, ask: material.Ask, raw: bytes) -> list[diff.Reply]:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One question, and what differed."""
+    """One question, and its differences."""
 
     group: str
     name: str
     differences: Sequence[diff.Difference]
-    answer: str = ""  # the old server's, in short
-    seconds: float = 0.0  # of both servers
+    answer: str = ""  # the old server's answer, in short
+    seconds: float = 0.0  # time that both servers took
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of the differences."""
+        """Return the worst of the differences."""
         if not self.differences:
             return "same"
         return "different" if any(one.kind == "different" for one in self.differences) else "words"
@@ -410,12 +410,12 @@ class Report:
 
     results: list[Result] = field(default_factory=list)
     requests: int = 0
-    poses: int = 0  # that the old version found
+    poses: int = 0  # poses that the old version found
 
     def add(
         self, group: str, name: str, found: Iterable[diff.Difference], answer: str = "", seconds: float = 0.0
     ) -> None:
-        """Note one, and show it where it is not the same."""
+        """Record one result, and show it if there are differences."""
         result = Result(group=group, name=name, differences=list(found), answer=answer, seconds=round(seconds, 3))
         self.results.append(result)
         if result.verdict != "same":
@@ -426,7 +426,7 @@ class Report:
                 print(f"           ... and {len(result.differences) - 12} more")
 
     def table(self) -> str:
-        """Groups by verdicts."""
+        """Tabulate groups by verdicts."""
         groups = list(dict.fromkeys(result.group for result in self.results))
         counted = [(group, Counter(one.verdict for one in self.results if one.group == group)) for group in groups]
         counted.append(("all", Counter(one.verdict for one in self.results)))
@@ -438,7 +438,7 @@ class Report:
         return "\n".join(lines)
 
     def as_json(self, options: Mapping[str, Any], seconds: float) -> bytes:
-        """Everything, for a machine."""
+        """Return everything, for a machine."""
         results = [asdict(result) | {"verdict": result.verdict} for result in self.results]
         tree: dict[str, Any] = {"options": options, "requests": self.requests, "poses": self.poses}
         tree |= {"seconds": round(seconds, 1), "passed": self.passed, "results": results}
@@ -446,12 +446,12 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing but words differs."""
+        """Return True if nothing but words differs."""
         return bool(self.results) and all(result.verdict != "different" for result in self.results)
 
 
 class Comparison:
-    """The same steps for two sides, one step after another."""
+    """Runs the same steps on two sides, one step after another."""
 
     def __init__(self, old: Side, new: Side, report: Report, ism: IsmServer, exact: Iterable[str] = ()) -> None:
         self.sides = (old, new)
@@ -462,7 +462,7 @@ class Comparison:
             side.values["DATA"] = str(side.data)
 
     def run(self, steps: Iterable[material.Step]) -> None:
-        """Take every step."""
+        """Run every step."""
         for step in steps:
             if isinstance(step, material.Command):
                 self._command(step)
@@ -519,7 +519,7 @@ class Comparison:
         self._report.add(command.group, name, found, f"exit code {done[0].returncode}")
 
     def compare_data(self) -> None:
-        """What both have on disk once they are stopped."""
+        """Compare what both have on disk once they are stopped."""
         folders = [side.data for side in self.sides]
         readings = self._readings()
         count, found = diff.compare_folders(folders[0], folders[1], *readings, leave_out=_NOT_COMPARED)
@@ -530,7 +530,7 @@ class Comparison:
 
 
 def _ism_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """What is compared of the headers that the ISM server is sent."""
+    """Return the headers to the ISM server that are compared."""
     kept = {name.lower(): value for name, value in headers.items()}
     values = ("content-type", "x-request-id", "accept")
     return {name: value if name in values else "(any)" for name, value in kept.items()}
@@ -552,7 +552,7 @@ def _tree_or_message(text: str) -> Any:
 
 
 def _tree(reply: diff.Reply) -> Any:
-    """A reply's body; None where it is no tree."""
+    """Return a reply's body; None if it is no tree."""
     with contextlib.suppress(msgspec.DecodeError):
         is_packed = reply.content_type == material.MSGPACK
         return msgspec.msgpack.decode(reply.body) if is_packed else msgspec.json.decode(reply.body)
@@ -560,7 +560,7 @@ def _tree(reply: diff.Reply) -> Any:
 
 
 def _poses(reply: diff.Reply) -> int:
-    """How many poses a reply has, in either dialect."""
+    """Count the poses of a reply, in either dialect."""
     tree = _tree(reply)
     if not isinstance(tree, dict):
         return 0
@@ -569,7 +569,7 @@ def _poses(reply: diff.Reply) -> int:
 
 
 def _in_short(reply: diff.Reply) -> str:
-    """Status and error code of a reply."""
+    """Return status and error code of a reply."""
     tree = _tree(reply)
     error = tree.get("error") if isinstance(tree, dict) else None
     return f"{reply.status} {error.get('code')}" if isinstance(error, dict) else str(reply.status)
@@ -580,26 +580,26 @@ def _in_short(reply: diff.Reply) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was asked for on the command line."""
+    """The choices of the command line."""
 
     old: Path
     new: Path
-    folder: Path  # for everything that is made
+    folder: Path  # for all files that are made
     groups: frozenset[str]  # empty: all
 
     def pair(self, name: str, settings: Mapping[str, str]) -> tuple[Side, Side]:
-        """Two sides whose paths are of one length, with these settings."""
+        """Make two sides with these settings, whose paths have the same length."""
         old = Side(label="old", checkout=self.old, data=self.folder / f"{name}-old", settings=settings)
         return old, Side(label="new", checkout=self.new, data=self.folder / f"{name}-new", settings=settings)
 
     def chosen(self, steps: Iterable[material.Step]) -> list[material.Step]:
-        """Those of the groups that were asked for, with what the others need of them."""
+        """Return the steps of the chosen groups, with the steps that these need."""
         kept = self.groups
         return [step for step in steps if not kept or step.group in kept or step.remember]
 
 
 def compare_requests(plan: Plan, report: Report, ism: IsmServer) -> None:
-    """Every form of a request and every failure, on two pairs of servers."""
+    """Compare every form of a request and every failure, on two pairs of servers."""
     settings = {name: value.format(ism=ism.url) for name, value in material.QUESTIONS_SETTINGS.items()}
     for name, values, steps in (
         ("servers", settings, requests.questions()),
@@ -619,7 +619,7 @@ def compare_requests(plan: Plan, report: Report, ism: IsmServer) -> None:
 
 
 def compare_stored(plan: Plan, report: Report, ism: IsmServer, data: Path | None) -> None:
-    """What an old server left, served by both versions: `data`, or else what the requests' old server left."""
+    """Serve what an old server left with both versions: `data`, or the data of the requests' old server."""
     source = data or plan.folder / "stored"
     comparison = Comparison(*plan.pair("stored-data", {}), report, ism, exact=_OF_THE_STORE)
     key_file = plan.folder / "stored-key"
@@ -646,11 +646,11 @@ def compare_stored(plan: Plan, report: Report, ism: IsmServer, data: Path | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the comparison; returns the exit code."""
+    """Run the comparison; return the exit code."""
     options = _parser().parse_args(arguments)
     if options.data_only and options.data is None:
         _parser().error("--data-only needs --data: there is no old server's data directory otherwise")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are also stopped then
     begun = time.monotonic()
     report = Report()
     folder = Path(options.work or tempfile.mkdtemp(prefix="pem-versions-"))

@@ -16,14 +16,14 @@
 
 namespace {
 
-// Points that are compared with a center at a time; in the end all of them are. A grid would look at fewer, but has to
-// sort what it finds by index: at 2048 points it saved nothing.
+// Points compared with a center at a time; in the end all points are. A grid would compare fewer, but must sort its
+// hits by index: at 2048 points it saved nothing.
 constexpr int64_t kPage = 128;
-constexpr int64_t kComparisons = 1 << 18;  // the least that is worth a thread of its own
+constexpr int64_t kComparisons = 1 << 18;  // comparisons that are worth a thread of their own
 
 static_assert(std::endian::native == std::endian::little, "the first of eight bytes is a word's lowest");
 
-// x, y, z: n coordinates each, n a multiple of kPage. out: count indices, which are zeros where there is no hit.
+// x, y, z: n coordinates each, n a multiple of kPage. out: count indices, initially 0; left 0 without a hit.
 template <typename scalar_t>
 POINTNET2_CLONES void query_one(const scalar_t* x, const scalar_t* y, const scalar_t* z, int64_t n,
                                 const scalar_t* center, scalar_t limit, int64_t count, int64_t* out) {
@@ -52,7 +52,7 @@ at::Tensor ball_query_cpu(const at::Tensor& points, const at::Tensor& centers, d
   TORCH_CHECK(count >= 1, "count must be at least 1");
   const int64_t batch = points.size(0), n = points.size(1), m = centers.size(1);
   const int64_t padded = (n + kPage - 1) / kPage * kPage;
-  // By axis, and padded with what is no hit of anything.
+  // By axis, and padded with points that hit nothing.
   at::Tensor cloud = at::full({batch, 3, padded}, std::numeric_limits<double>::quiet_NaN(), points.options());
   cloud.narrow(2, 0, n).copy_(points.transpose(1, 2));
   const at::Tensor middles = centers.contiguous();

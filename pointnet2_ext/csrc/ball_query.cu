@@ -16,7 +16,7 @@ namespace {
 
 using namespace pointnet2_ext;
 
-constexpr int64_t kMostBlocks = 1 << 20;  // they take turns beyond that
+constexpr int64_t kMostBlocks = 1 << 20;  // with more centers, blocks take turns
 
 at::Tensor ball_query_cuda(const at::Tensor& points, const at::Tensor& centers, double radius, int64_t count) {
   TORCH_CHECK(points.dim() == 3 && points.size(2) == 3, "points must be (B, N, 3)");

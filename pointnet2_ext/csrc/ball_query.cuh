@@ -1,6 +1,6 @@
 // CUDA kernel of ball query, without torch. The definition, empty cases included, is pointnet2_ext/reference.py.
 //
-// Compiled with -fmad=false: the bits of the reference, so that a point at the radius falls to the same side.
+// Compiled with -fmad=false: same bits as the reference, so that a point at the radius falls to the same side.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 namespace pointnet2_ext {
 
 constexpr int kLanes = 32;
-constexpr int kQueryThreads = 128;  // of a block: four centers at a time
+constexpr int kQueryThreads = 128;  // threads of a block: four centers at a time
 
-// A warp answers a center, 32 points at a time; any number of blocks.
+// Each warp answers one center, 32 points at a time. Any number of blocks may be launched.
 // points: (B, n, 3); centers: (B, m, 3), rows = B * m; limit: the squared radius; out: (B, m, count), filled here.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kQueryThreads)
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kQueryThreads)
         const scalar_t dx = cloud[3 * i] - cx, dy = cloud[3 * i + 1] - cy, dz = cloud[3 * i + 2] - cz;
         hit = dx * dx + dy * dy + dz * dz < limit;
       }
-      // The lanes of a warp agree on everything but `hit`: all of them come here.
+      // The lanes of a warp agree on everything except `hit`, so all of them come here.
       const unsigned hits = __ballot_sync(0xffffffffu, hit);
       if (hits == 0) continue;
       if (found == 0) first = begin + __ffs(static_cast<int>(hits)) - 1;

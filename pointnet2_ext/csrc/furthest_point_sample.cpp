@@ -1,9 +1,9 @@
 // CPU kernel of furthest-point sampling. The definition, ties included, is pointnet2_ext/reference.py.
 //
-// A cloud is cut into blocks. A block knows its bounding box and its furthest point, and how far that is from what has
-// been picked so far. A new pick changes nothing in a block whose box is no nearer to it than that. Differences,
-// squares and sums round monotonically, so the distance to the box, computed by the operations of the reference in
-// their order, is never above the computed distance to a point in it: passing a block over changes no bit.
+// A cloud is cut into blocks. Each block stores its bounding box, its furthest point, and that point's distance to the
+// points picked so far. A new pick changes nothing in a block whose box is at least that far from the pick.
+// Differences, squares and sums round monotonically. So the distance to the box, computed with the operations of the
+// reference in their order, is never above the computed distance to a point in it: skipping a block changes no bit.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -22,23 +22,23 @@ namespace {
 
 constexpr int64_t kChunk = 64;                 // points; a block is a multiple of this
 constexpr int64_t kSmallBlock = 256;           // points of a block where the cloud is sorted
-constexpr int64_t kLargeBlock = 16384;         // points of a block where it is not
+constexpr int64_t kLargeBlock = 16384;         // points of a block where the cloud is not sorted
 constexpr int64_t kPointsWorthSorting = 8192;  // with fewer points, or fewer picks, sorting costs more than it saves
 constexpr int64_t kPicksWorthSorting = 64;
-constexpr int64_t kWorthAThread = 2 * kLargeBlock;  // points to compare: some 10 microseconds, threads cost some 3
-constexpr int kCellBits = 5;                        // of each axis of the grid that a cloud is sorted by
+constexpr int64_t kWorthAThread = 2 * kLargeBlock;  // points that pay for a thread: some 10 microseconds against 3
+constexpr int kCellBits = 5;                        // bits of each axis of the grid by which a cloud is sorted
 
 template <typename scalar_t>
 struct Point {
   scalar_t x, y, z;
 };
 
-// The points of a cloud, by place: block after block, `size` places each, the last one filled up.
+// The points of a cloud, by place: block after block, `size` places each, the last block padded.
 template <typename scalar_t>
 struct Blocks {
-  int64_t size, count;                     // places of a block; blocks
+  int64_t size, count;                     // places of a block; number of blocks
   std::vector<scalar_t> x, y, z, nearest;  // by place: a point, and its squared distance to the nearest picked one
-  std::vector<int32_t> index;              // by place: where the point is in the cloud; ascending within a block
+  std::vector<int32_t> index;              // by place: index of the point in the cloud; ascending within a block
   std::vector<scalar_t> low_x, low_y, low_z, high_x, high_y, high_z;  // by block: its box
   std::vector<scalar_t> longest;                                      // by block: its greatest `nearest`
   std::vector<int32_t> furthest;                                      // by block: index of the first point that has it
@@ -50,7 +50,7 @@ struct Blocks {
         longest(count, std::numeric_limits<scalar_t>::infinity()), furthest(count) {}
 };
 
-// The least and the greatest of the values, of which there is one at least.
+// Return the least and the greatest of the values; there must be at least one.
 template <typename scalar_t>
 POINTNET2_CLONES void bound(const scalar_t* values, int64_t count, scalar_t& low, scalar_t& high) {
   scalar_t least = values[0], most = values[0];
@@ -75,7 +75,7 @@ Blocks<scalar_t> cut(const scalar_t* points, int64_t n, int64_t size, const std:
     put(place, points + 3 * i);
     blocks.index[place] = static_cast<int32_t>(i);
   }
-  // Places left over hold a point of their block, for the sake of its box, and are never the furthest.
+  // Spare places repeat a point of their block, to keep its box, and are never the furthest.
   for (int64_t place = n; place < blocks.count * size; ++place) {
     put(place, points + 3 * blocks.index[(blocks.count - 1) * size]);
     blocks.nearest[place] = -1;
@@ -84,19 +84,19 @@ Blocks<scalar_t> cut(const scalar_t* points, int64_t n, int64_t size, const std:
     bound(&blocks.x[b * size], size, blocks.low_x[b], blocks.high_x[b]);
     bound(&blocks.y[b * size], size, blocks.low_y[b], blocks.high_y[b]);
     bound(&blocks.z[b * size], size, blocks.low_z[b], blocks.high_z[b]);
-    blocks.furthest[b] = blocks.index[b * size];  // while nothing is picked, all are equally far
+    blocks.furthest[b] = blocks.index[b * size];  // before the first pick, all points are equally far
   }
   return blocks;
 }
 
-// Every third bit of a number of 5 bits: 11111 to 1001001001001.
+// Spread a number of 5 bits to every third bit: 11111 to 1001001001001.
 uint32_t spread(uint32_t bits) {
   bits = (bits | bits << 8) & 0x100f;
   bits = (bits | bits << 4) & 0x10c3;
   return (bits | bits << 2) & 0x1249;
 }
 
-// The block of each point, so that those of a block lie close together: in the order of a Morton curve through a grid.
+// Assign a block to each point, in the order of a Morton curve through a grid: points of a block lie close together.
 template <typename scalar_t>
 std::vector<int32_t> blocks_along_a_curve(const scalar_t* points, int64_t n, int64_t size) {
   scalar_t low[3], high[3], widest = 0;
@@ -115,7 +115,7 @@ std::vector<int32_t> blocks_along_a_curve(const scalar_t* points, int64_t n, int
     uint32_t cell = 0;
     for (int axis = 0; axis < 3; ++axis) {
       const scalar_t along = (points[3 * i + axis] - low[axis]) * scale;
-      // Written so that what is not a number falls into cell 0.
+      // Written so that NaN falls into cell 0.
       cell |= spread(along > 0 ? (along < last ? static_cast<uint32_t>(along) : last) : 0) << axis;
     }
     cell_of[i] = static_cast<int32_t>(cell);
@@ -137,7 +137,7 @@ POINTNET2_INLINE scalar_t squared_length(scalar_t x, scalar_t y, scalar_t z) {
   return x * x + y * y + z * z;
 }
 
-// From a coordinate to an interval; 0 inside it.
+// Return the distance from a coordinate to an interval; 0 inside it.
 template <typename scalar_t>
 POINTNET2_INLINE scalar_t gap(scalar_t low, scalar_t high, scalar_t at) {
   const scalar_t below = low - at, above = at - high;
@@ -145,7 +145,7 @@ POINTNET2_INLINE scalar_t gap(scalar_t low, scalar_t high, scalar_t at) {
   return outside > 0 ? outside : 0;
 }
 
-// 1 for each block in which `pick` may become the nearest picked point of some points, else 0.
+// Return 1 for each block in which `pick` may become the nearest picked point of some points, else 0.
 template <typename scalar_t>
 POINTNET2_CLONES void mark(const Blocks<scalar_t>& blocks, Point<scalar_t> pick, int32_t* concerned) {
   const scalar_t *low_x = blocks.low_x.data(), *low_y = blocks.low_y.data(), *low_z = blocks.low_z.data();
@@ -158,7 +158,7 @@ POINTNET2_CLONES void mark(const Blocks<scalar_t>& blocks, Point<scalar_t> pick,
   }
 }
 
-// Let the points of a block know a new pick, and the block its furthest point.
+// Update a block for a new pick: the distances of its points, and its furthest point.
 template <typename scalar_t>
 POINTNET2_CLONES void update(Blocks<scalar_t>& blocks, int64_t block, Point<scalar_t> pick) {
   const int64_t size = blocks.size, first = block * size;
@@ -182,7 +182,7 @@ POINTNET2_CLONES void update(Blocks<scalar_t>& blocks, int64_t block, Point<scal
   blocks.furthest[block] = blocks.index[first + chunk];
 }
 
-// The index of the point that is furthest from all picked ones; the lowest where there are several.
+// Return the index of the point that is furthest from all picked ones; the lowest of ties.
 template <typename scalar_t>
 POINTNET2_CLONES int32_t furthest_of_all(const Blocks<scalar_t>& blocks) {
   const scalar_t* longest = blocks.longest.data();
@@ -219,7 +219,8 @@ void sample_one(const scalar_t* points, int64_t n, int64_t count, int64_t* picke
       those[many] = static_cast<int32_t>(b);
       many += concerned[b];
     }
-    // Only the first picks concern enough of a sorted cloud; a thread more would be waited for more often than it helps.
+    // Only the first picks touch enough of a sorted cloud. Later, waiting for one more thread would cost more than the
+    // thread saves.
     at::parallel_for(0, many, kWorthAThread / blocks.size, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) update(blocks, those[i], pick);
     });

@@ -20,12 +20,12 @@ namespace {
 using namespace pointnet2_ext;
 
 constexpr int64_t kPart = 4 * kThreads;  // points of a large cloud that are worth a block of their own
-constexpr int64_t kMostParts = 256;      // of a cloud: more than the largest GPU runs at a time
+constexpr int64_t kMostParts = 256;      // blocks of a cloud: more than the largest GPU runs at a time
 
 template <typename scalar_t>
 void sample_large_clouds(const scalar_t* points, int64_t batch, int64_t n, int64_t count, int64_t* picked,
                          const at::Tensor& like, cudaStream_t stream) {
-  // A launch a step, so that no block waits for another one: some 3 microseconds each.
+  // One launch per step, so that no block waits for another: some 3 microseconds each.
   const int64_t parts = std::clamp<int64_t>((n + kPart - 1) / kPart, 1, kMostParts);
   at::Tensor nearest = at::full({batch, n}, std::numeric_limits<double>::infinity(), like.options());
   const int64_t bytes = batch * parts * static_cast<int64_t>(sizeof(Candidate<scalar_t>));

@@ -1,6 +1,6 @@
 // CUDA kernels of furthest-point sampling, without torch. The definition, ties included, is pointnet2_ext/reference.py.
 //
-// Compiled with -fmad=false: the bits of the reference, so that near-ties fall the same way.
+// Compiled with -fmad=false: same bits as the reference, so that near-ties fall the same way.
 #pragma once
 
 #include <climits>
@@ -10,12 +10,12 @@
 namespace pointnet2_ext {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 512;  // of a block: half of the most, so that a thread may use 128 registers
+constexpr int kThreads = 512;  // threads of a block: half of the maximum, so that a thread may use 128 registers
 constexpr int kWarps = kThreads / kWarp;
 static_assert(kWarps <= kWarp, "one warp looks at what all warps found");
 
-// A point that may be the furthest, and its squared distance to the nearest picked point. Never NaN: what is not a
-// number is not less than the infinity that a distance starts with.
+// A candidate for the furthest point, and its squared distance to the nearest picked point. The distance is never NaN:
+// NaN is not less than the infinity that distances start with.
 template <typename scalar_t>
 struct Candidate {
   scalar_t distance;
@@ -27,14 +27,14 @@ __device__ Candidate<scalar_t> nobody() {
   return {scalar_t(-1), INT_MAX};
 }
 
-// The further of two; of ties the lower index.
+// Return the further of two; of ties the lower index.
 template <typename scalar_t>
 __device__ Candidate<scalar_t> further(Candidate<scalar_t> a, Candidate<scalar_t> b) {
   const bool second = b.distance > a.distance || (b.distance == a.distance && b.index < a.index);
   return second ? b : a;
 }
 
-// All lanes of the warp call it, and all get the same.
+// Call it from all lanes of the warp; all get the same result.
 template <typename scalar_t>
 __device__ Candidate<scalar_t> furthest_of_warp(Candidate<scalar_t> mine) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -45,9 +45,9 @@ __device__ Candidate<scalar_t> furthest_of_warp(Candidate<scalar_t> mine) {
   return mine;
 }
 
-// All threads of the block call it, and all get the same. found: shared, one place a warp. It is read after the barrier
-// inside, while others may be in the next call already: that one needs another `found`. The next but one may have this
-// one again, since its callers have met everybody at the barrier of the next.
+// Call it from all threads of the block; all get the same result. found: shared memory, one place per warp. It is read
+// after the barrier inside, while other threads may already be in the next call. So the next call needs another
+// `found`. The call after that may reuse this one, because its callers have all passed the barrier of the next call.
 template <typename scalar_t>
 __device__ Candidate<scalar_t> furthest_of_block(Candidate<scalar_t> mine, Candidate<scalar_t>* found) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -63,8 +63,8 @@ __device__ scalar_t squared_distance(scalar_t x, scalar_t y, scalar_t z, const s
   return dx * dx + dy * dy + dz * dz;
 }
 
-// A block samples a cloud, each thread with kEach points in its registers: kThreads * kEach points at most.
-// points: (clouds, n, 3); picked: (clouds, count); as many blocks as clouds.
+// One block samples one cloud, each thread with kEach points in its registers: kThreads * kEach points at most.
+// points: (clouds, n, 3); picked: (clouds, count); launch as many blocks as clouds.
 template <int kEach, typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
     sample_cloud(const scalar_t* points, int n, int64_t count, int64_t* picked) {
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < kEach; ++k) {
       const scalar_t distance = squared_distance(x[k], y[k], z[k], points + 3 * last);
       nearest[k] = distance < nearest[k] ? distance : nearest[k];
-      // Strictly: the indices of a thread ascend, so the lowest stays.
+      // Strictly greater: the indices of a thread ascend, so the lowest stays.
       if (nearest[k] > mine.distance) mine = {nearest[k], k * kThreads + static_cast<int>(threadIdx.x)};
     }
     last = furthest_of_block(mine, found[step % 2]).index;
@@ -95,11 +95,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One step of sampling clouds of any size, `parts` blocks a cloud; launched for the steps 1 to count, one after the
-// other, on one stream. A launch gathers what the parts found in the launch before, which is pick step - 1, and looks
-// for the point that is furthest once that one is picked.
+// One step of sampling clouds of any size, with `parts` blocks a cloud. Launch it for the steps 1 to count, one after
+// the other, on one stream. A launch combines the parts' results of the launch before into pick step - 1, and looks for
+// the point that is furthest once this one is picked.
 // points: (clouds, n, 3); nearest: (clouds, n), infinity at first; before, after: (clouds, parts), one launch's `after`
-// being the next one's `before`; picked: (clouds, count); as many blocks as clouds times parts.
+// being the next one's `before`; picked: (clouds, count); launch clouds times parts blocks.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
     sample_step(const scalar_t* points, scalar_t* nearest, const Candidate<scalar_t>* before,
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
     last = furthest_of_block(furthest, found[0]).index;
   }
   if (part == 0 && threadIdx.x == 0) picked[cloud * count + step - 1] = last;
-  if (step == count) return;  // nothing is left to look for
+  if (step == count) return;  // the last launch has nothing to look for
   const scalar_t* pick = points + 3 * static_cast<int64_t>(last);
   Candidate<scalar_t> mine = nobody<scalar_t>();
   const int64_t stride = static_cast<int64_t>(parts) * kThreads;

@@ -1,3 +1,3 @@
-"""The engine that needs no weights: depth, mask and CAD in, pose out. Importing this package is cheap."""
+"""The engine without weights: it computes a pose from depth, mask and CAD. Importing this package is cheap."""
 
 VERSION = "2"

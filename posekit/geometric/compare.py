@@ -1,4 +1,4 @@
-"""Render-and-compare: each pose drawn densely into the crop, and what every cell of the picture says about it.
+"""Render-and-compare: draw each pose densely into the crop and judge every cell of the picture.
 
 The cost of a pose is a negative log-likelihood, truncated cell by cell: depth against depth, outline against mask,
 free space against what stands in it, and colour under a light that is fitted to each pose.
@@ -19,45 +19,45 @@ from posekit.geometric.picture import Grid, draw
 from posekit.geometric.poses import Poses
 from posekit.geometric.score import tolerance_m
 
-EVEN_SPREAD = 1.9  # of margins between two poses that explain a picture equally: readings err together
-CLEAR = 10.0  # a margin beyond which nothing is left to doubt
+EVEN_SPREAD = 1.9  # spread of margins between two poses that explain a picture equally: readings err together
+CLEAR = 10.0  # a larger margin leaves no doubt
 
-# What a cell costs, in nats: the worst that a single cell can say. Colours: posekit/geometric/kernels.py.
+# Costs in nats: the worst that a single cell can add. Costs of colour are in posekit/geometric/kernels.py.
 WRONG_DEPTH = 4.0
 UNEXPLAINED = 3.0  # under the mask, but the pose leaves it empty
-UNEXPLAINED_UNREAD = 1.8  # the same, without a reading
-SEEN_THROUGH = 4.0  # the pose stands where the camera saw something behind
+UNEXPLAINED_UNREAD = 1.8  # as UNEXPLAINED, in a cell without a reading
+SEEN_THROUGH = 4.0  # the pose stands where the camera saw something behind it
 OUTSIDE = 1.5  # at the right depth, but outside the mask
 UNREAD = 0.8  # outside the mask, without a reading
 HIDDEN = 0.05  # behind something
-AT_EDGE = 0.3  # of the cost, where one cell to the side would mend it
+AT_EDGE = 0.3  # factor on the cost of a cell whose neighbour would be right
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One number per pose each: (B, H)."""
+    """The comparison of each pose with the picture, (B, H) where no other shape is given."""
 
     cost: Tensor  # nats
-    map: Tensor  # (B, H, cells): the cost of each cell
-    inliers: Tensor  # 0..1, of the cells under the mask with a reading: the pose explains their depth
-    explained: Tensor  # the same, of those within the outline of the pose
-    inside: Tensor  # 0..1, of the cells under the mask with a reading: within the outline of the pose
-    beyond: Tensor  # 0..1, of the outline of the pose: the mask goes on past it at the same depth
-    overlap: Tensor  # 0..1, of the pose's cells that nothing hides: seen at the right depth
-    through: Tensor  # 0..1, of the same: the camera saw something behind them
-    cells: Tensor  # how many those are
-    hidden: Tensor  # 0..1, of all of the pose's cells: behind something
-    residual_m: Tensor  # median depth difference, over cells that the pose and the mask share
-    colour: Tensor  # 0..1: mean cost of colour where depth agrees, 1 = all wrong
+    map: Tensor  # (B, H, cells), cost of each cell
+    inliers: Tensor  # 0..1: share of the cells under the mask with a reading whose depth the pose explains
+    explained: Tensor  # 0..1: as `inliers`, among the cells inside the pose's outline
+    inside: Tensor  # 0..1: share of the cells under the mask with a reading that lie inside the pose's outline
+    beyond: Tensor  # 0..1: share of the pose's outline past which the mask goes on at the same depth
+    overlap: Tensor  # 0..1: share of the pose's unhidden cells that were seen at the right depth
+    through: Tensor  # 0..1: share of the pose's unhidden cells through which the camera saw something behind
+    cells: Tensor  # number of the pose's unhidden cells
+    hidden: Tensor  # 0..1: share of all cells of the pose that are behind something
+    residual_m: Tensor  # median depth difference over the cells that pose and mask share
+    colour: Tensor  # 0..1: mean cost of colour where the depth agrees, 1 = all wrong
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Poses in the grid: (B, H, rows, columns)."""
+    """Poses drawn into the grid: (B, H, rows, columns)."""
 
-    expected_m: Tensor  # depth, inf where the pose is not
-    sample: Tensor  # of the shelf's dense ones
-    spread_m: Tensor  # how far a reading may be off
+    expected_m: Tensor  # depth, inf outside the pose
+    sample: Tensor  # index of a dense sample of the shelf
+    spread_m: Tensor  # tolerance of a reading there
 
     @property
     def there(self) -> Tensor:
@@ -65,20 +65,20 @@ class _Drawn:
 
 
 def compare(shelf: Shelf, observations: Observations, poses: Poses) -> Comparison:
-    """Judge poses (B, H)."""
+    """Compare poses (B, H) with the observations."""
     grid = Grid(shelf, observations)
     tolerance = tolerance_m(shelf, observations)
     drawn = _drawn(shelf, observations, grid, poses, tolerance / 2.5)
     there, there_near = drawn.there, _grown(drawn.there)
     seen_m, mask = grid.depth_m[:, None], grid.mask[:, None]
     mask_near, read = _grown(mask), seen_m > 0
-    at_rim = ~mask & mask_near  # outlines are good to a cell: what one there shows is no evidence against a pose
+    at_rim = ~mask & mask_near  # outlines are good to a cell: cells at the rim are no evidence against a pose
     behind = torch.where(there & read, (seen_m - drawn.expected_m) / drawn.spread_m, 0.0)
     agree = there & read & (behind.abs() < 3)
     through = there & read & (behind >= 3)
     hidden = there & read & (behind <= -3)
 
-    # One cell to the side the pose may well show what was seen: outlines are good to a cell.
+    # Outlines are good to a cell: one cell to the side, the pose may still show what was seen.
     nearest_m, farthest_m = _range(drawn.expected_m)
     off_m = torch.where(seen_m > farthest_m, seen_m - farthest_m, (nearest_m - seen_m).clamp(min=0))
     depth_cost = AT_EDGE * (behind.square() / 2).clamp(max=WRONG_DEPTH)
@@ -115,9 +115,9 @@ def compare(shelf: Shelf, observations: Observations, poses: Poses) -> Compariso
 
 
 def margins(comparison: Comparison, best: Tensor) -> Tensor:
-    """How clearly the poses `best` (B,) beat each pose: (B, H), in standard deviations of the sum of differences.
+    """Return how clearly the poses `best` (B,) beat each pose: (B, H), in standard deviations of the cost difference.
 
-    Cells that differ at random cancel out, whatever their number; a feature that only one pose explains does not.
+    Cells that differ at random cancel out, however many they are. A feature that only one pose explains does not.
     """
     rows = torch.arange(len(best), device=best.device)
     difference = comparison.map - comparison.map[rows, best][:, None]
@@ -125,10 +125,10 @@ def margins(comparison: Comparison, best: Tensor) -> Tensor:
 
 
 def likelihood(comparison: Comparison) -> Tensor:
-    """How likely poses are to be right, 0..1 (B, H), from how well they explain the picture, rivals left aside.
+    """Return the probability 0..1 (B, H) that poses are right, from how well they explain the picture. Ignores rivals.
 
-    A logistic model with rounded weights, fitted to right answers and to the best that could be made of masks of other
-    objects, on synthetic scenes. Beyond what a good pose reaches, more evidence adds nothing.
+    A logistic model with rounded weights. It was fitted to right answers and to the best answers for masks of other
+    objects, on synthetic scenes. Evidence beyond what a good pose reaches adds nothing.
     """
     logit = (
         37 * comparison.overlap.clamp(max=0.95)
@@ -139,15 +139,15 @@ def likelihood(comparison: Comparison) -> Tensor:
         - 0.6 * (comparison.cost / comparison.cells).clamp(max=6)
         - 34
     )
-    mostly_hidden = (comparison.hidden - 0.5).clamp(min=0)  # what could contradict the pose is not seen
+    mostly_hidden = (comparison.hidden - 0.5).clamp(min=0)  # a hidden surface cannot contradict the pose
     return torch.sigmoid(logit) * (1 - 2 * mostly_hidden).clamp(min=0.5)
 
 
 def decided(margin: float) -> float:
-    """How likely the better of two answers is the right one, 0.5..1, by the margin between them.
+    """Return the probability 0.5..1 that the better of two answers is right, given the margin between them.
 
-    Between answers that explain a picture equally, margins spread by EVEN_SPREAD; where something decides, any larger
-    one is as likely as another.
+    Between answers that explain a picture equally, margins spread by EVEN_SPREAD. Where something decides, any larger
+    margin is equally likely.
     """
     even = 1 / (1 + 0.25 * math.exp(min(margin, CLEAR) ** 2 / (2 * EVEN_SPREAD**2)))
     return 1 - 0.5 * even
@@ -162,7 +162,10 @@ def _drawn(shelf: Shelf, observations: Observations, grid: Grid, poses: Poses, n
 def _colour(
     shelf: Shelf, observations: Observations, grid: Grid, poses: Poses, drawn: _Drawn, use: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Cost of the colours of each cell in `use` (B, H, rows, columns), and its mean, of the worst (B, H)."""
+    """Return the cost of colour of each cell in `use`, and its mean over these cells as a share of the worst.
+
+    cost: (B, H, rows, columns), as `use`; mean: (B, H).
+    """
     if shelf.dense_colours is None:
         return torch.zeros_like(drawn.expected_m), torch.zeros_like(drawn.expected_m[..., 0, 0])
     use = use & shelf.coloured[:, None, None, None]
@@ -171,19 +174,19 @@ def _colour(
 
 
 def _count(cells: Tensor) -> Tensor:
-    """How many cells are set, 1 where none is: (B, H), fit to divide by."""
+    """Count the cells that are set: (B, H). Returns at least 1, so that one can divide by it."""
     return cells.sum(dim=(2, 3)).clamp(min=1)
 
 
 def _at_edge(cells: Tensor, mended: Tensor) -> Tensor:
-    """Weight of wrong cells: little where the neighbouring cell would be right."""
+    """Return the weights of wrong cells: low where the neighbouring cell would be right."""
     return cells * torch.where(mended, AT_EDGE, 1.0)
 
 
 def _beyond(
     drawn_near: Tensor, nearest_m: Tensor, farthest_m: Tensor, seen_m: Tensor, readable: Tensor, tolerance_m: Tensor
 ) -> Tensor:
-    """Share (B, H) of the cells around poses on which the mask goes on at the depth that the pose ends with."""
+    """Return the share (B, H) of the cells around poses in which the mask goes on at the depth of the pose's edge."""
     ring = _grown(drawn_near) & ~drawn_near
     tolerance = tolerance_m[:, None, None, None]
     nearest = -_largest_around(-nearest_m) - tolerance
@@ -193,19 +196,19 @@ def _beyond(
 
 
 def _range(depth_m: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest depth among each cell and its eight neighbours, empty ones (inf) left out."""
+    """Return the smallest and largest depth among each cell and its eight neighbours, without empty cells (inf)."""
     smallest = -_largest_around(-depth_m)
     known = torch.where(torch.isfinite(depth_m), depth_m, -torch.inf)
     return smallest, _largest_around(known)
 
 
 def _grown(cells: Tensor) -> Tensor:
-    """Boolean maps (B, H, rows, columns) grown by one cell."""
+    """Grow boolean maps (B, H, rows, columns) by one cell."""
     return _largest_around(cells.to(torch.uint8)) > 0
 
 
 def _largest_around(values: Tensor) -> Tensor:
-    """The largest of each value and its eight neighbours in the last two dimensions; beyond the edge nothing is."""
+    """Return the largest of each value and its eight neighbours in the last two dimensions, within the map."""
     for dim in (-1, -2):
         size = values.shape[dim]
         largest = values.clone()

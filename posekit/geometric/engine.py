@@ -1,4 +1,4 @@
-"""The geometric engine: search on the distance field, refine, verify, answer with evidence."""
+"""The geometric engine: search on the distance field, refine, verify, and answer with evidence."""
 
 from __future__ import annotations
 
@@ -39,34 +39,34 @@ from posekit.geometric.search import search
 from posekit.geometric.symmetry import pose_difference
 from posekit.geometry import nearest_rotation
 
-NO_FIT = 0.01  # confidence below which no pose is answered
-COMPARED = 8  # poses that are drawn and compared with the picture
-RIVAL_DEG = 10.0  # a runner-up this far away, modulo symmetries, is another answer
-RIVAL_SHARE = 0.1  # or this far away, as a share of the diameter
-UNDECIDED = 3.0  # margin between two answers, below which they are ambiguous
+NO_FIT = 0.01  # poses with less confidence are not answered
+COMPARED = 8  # poses drawn and compared with the picture
+RIVAL_DEG = 10.0  # a runner-up this far away, modulo symmetries, is a different answer
+RIVAL_SHARE = 0.1  # so is one this far away, as a share of the diameter
+UNDECIDED = 3.0  # two answers with a smaller margin between them are ambiguous
 MOST_TOGETHER = 64  # instances in one pass on a GPU
 
 
 class GeometricEngine:
-    """Engine without weights (`posekit.engine.Engine`).
+    """The engine without weights; implements `posekit.engine.Engine`.
 
-    On a GPU, instances of different objects and requests share every step. On a CPU each is worked on by
-    itself, several at a time, so that an answer has the same bits alone and in company.
+    On a GPU, instances of different objects and requests share every step. On a CPU, each instance is computed by
+    itself, several at a time, so that its answer has the same bits alone and in a batch.
     """
 
     name = "geometric"
     version = VERSION
 
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
-        """`device`: as torch names it. `threads`: instances that a CPU works on at a time, None = one for each core.
+        """`device` is named as in torch. `threads`: instances computed at a time on a CPU, None = one for each core.
 
-        On a CPU, torch is set to one thread, for the whole process.
+        On a CPU this sets torch to one thread, for the whole process.
         """
         self.device = device
         count = len(os.sched_getaffinity(0)) if threads is None else threads
         self._pool = None
         if torch.device(device).type == "cpu":
-            torch.set_num_threads(1)  # instance by instance pays better than within one
+            torch.set_num_threads(1)  # threads pay better across instances than within one
             self._pool = ThreadPoolExecutor(count, thread_name_prefix="pose") if count > 1 else None
 
     def onboard(self, object_id: str, mesh: Mesh, symmetries: Symmetries | None, progress: Progress) -> ObjectModel:
@@ -82,15 +82,15 @@ class GeometricEngine:
         )
 
     def practice_model(self, object_id: str, mesh: Mesh) -> ObjectModel:
-        """The model itself: it takes no more than a second."""
+        """Return the full model: it takes no more than a second."""
         return self.onboard(object_id, mesh, None, lambda _: None)
 
     def prepare(self, model: ObjectModel) -> int:
-        """Put a model's tensors onto the device, once; returns the bytes they take."""
+        """Put a model's tensors onto the device once, and return the bytes they take."""
         return self._prepared(model).nbytes
 
     def estimate(self, instances: Sequence[Instance], models: Mapping[str, ObjectModel]) -> list[Outcome]:
-        """One outcome per instance, in order."""
+        """Return one outcome per instance, in order."""
         if torch.device(self.device).type == "cpu":
             run = map if self._pool is None else self._pool.map
             return [outcomes[0] for outcomes in run(lambda instance: self._estimate([instance], models), instances)]
@@ -128,22 +128,22 @@ class GeometricEngine:
 
 
 class _Kind(NamedTuple):
-    """What instances of one pass have in common."""
+    """The properties that the instances of one pass share."""
 
-    started: bool  # from the client's pose, without a search
+    started: bool  # starts from the client's pose, without a search
     refined: bool
-    parts: int  # of the mask, each of which gets its share of the hypotheses
+    parts: int  # number of parts of the mask; each gets its share of the hypotheses
 
 
 @dataclass(frozen=True)
 class _Task:
-    """An instance that can be worked on."""
+    """An instance that passed its checks."""
 
     index: int
     instance: Instance
     model: Prepared
     cleaned: Cleaned
-    start_T_cam_obj: Float64 | None  # the client's pose, its rotation made one; None = search
+    start_T_cam_obj: Float64 | None  # the client's pose with a proper rotation; None = search
 
     @property
     def kind(self) -> _Kind:
@@ -167,7 +167,7 @@ def _portions(tasks: list[_Task], size: int) -> Iterator[list[_Task]]:
 
 
 def _solve(tasks: Sequence[_Task], kind: _Kind) -> list[Outcome]:
-    """Work on instances of one kind together."""
+    """Solve instances of one kind together."""
     shelf = Shelf.of([task.model for task in tasks])
     observations = together([task.cleaned for task in tasks], shelf.diameter_m)
     if kind.started:
@@ -185,7 +185,7 @@ def _solve(tasks: Sequence[_Task], kind: _Kind) -> list[Outcome]:
 
 
 def _starts(tasks: Sequence[_Task]) -> Poses:
-    """The clients' poses as one hypothesis each, centred."""
+    """Return the clients' poses in the centred frame, one hypothesis per instance."""
     device = tasks[0].model.centre_m.device
     T = torch.from_numpy(np.stack([task.start_T_cam_obj for task in tasks if task.start_T_cam_obj is not None]))
     centre = torch.stack([task.model.centre_m for task in tasks]).double().cpu()
@@ -204,7 +204,7 @@ def _sharpen(shelf: Shelf, observations: Observations, poses: Poses) -> Poses:
 
 
 def _answers(tasks: Sequence[_Task], poses: Poses, comparison: Comparison) -> list[Outcome]:
-    """Choose among the poses of each instance; small numbers, hence on the CPU in double precision."""
+    """Choose among the poses of each instance. The numbers are few, so this runs on the CPU in double precision."""
     R = nearest_rotation(poses.R.double().cpu())
     centre = torch.stack([task.model.centre_m for task in tasks]).double().cpu()
     t = poses.t.double().cpu() - (R @ centre[:, None, :, None])[..., 0]
@@ -263,7 +263,7 @@ def _answer(task: _Task, T: list[Float64], table: dict[str, Float32]) -> Outcome
 
 
 def _apart(T_a: Float64, T_b: Float64, model: Prepared) -> bool:
-    """Whether two poses are different answers, modulo symmetries. T_cam_obj (4, 4) each."""
+    """Return True if two poses T_cam_obj (4, 4) are different answers, modulo symmetries."""
     angle_deg, _ = pose_difference(T_a, T_b, model.symmetries)
     centre = np.append(model.centre_m.double().cpu().numpy(), 1.0)
     moved_m = float(np.linalg.norm(((T_a - T_b) @ centre)[:3]))

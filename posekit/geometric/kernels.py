@@ -1,9 +1,9 @@
-"""The hot loops of the engine: compiled for the CPU where that was built, else the plain torch beside it.
+"""The hot loops of the engine: compiled for the CPU where that was built, else the plain torch beside them.
 
-`_kernels_cpu.so` in this folder registers its ops with torch when it is loaded. The references define what they
-compute; a kernel agrees to the rounding of float32, except that a point on the edge of a cell may fall to either side
-of it. A kernel works on one instance after the other, on one thread: an instance has the same bits alone and in
-company. All tensors are float32 unless said otherwise.
+Loading `_kernels_cpu.so` in this folder registers its ops with torch. The references define what the ops compute. A
+kernel agrees with its reference up to float32 rounding, except that a point on the edge of a cell may fall to either
+side. A kernel processes one instance after the other on one thread, so an instance has the same bits alone and in a
+batch. All tensors are float32 unless said otherwise.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from posekit.geometry import project, rotation_from_vector
 OPS = (
     "colour_cost", "depth_pull", "distinct", "explain", "front", "moved", "normal_equations", "outline_pull", "spread",
 )  # fmt: skip
-COLOUR_SPREAD = 0.08  # of full brightness: what the hue of a surface may look different by
-BRIGHTNESS_SPREAD = 0.3  # of the logarithm: what light that is not understood changes
+COLOUR_SPREAD = 0.08  # of full brightness: expected difference in the hue of a surface
+BRIGHTNESS_SPREAD = 0.3  # of the logarithm: expected difference in brightness from light that the model does not cover
 WRONG_COLOUR = 3.0  # nats: the most that a cell's hue can cost
-WRONG_BRIGHTNESS = 0.8  # and its brightness
-_INDEX_BITS = 20  # of a key in a depth buffer: below the depth, the sample
+WRONG_BRIGHTNESS = 0.8  # nats: the most that a cell's brightness can cost
+_INDEX_BITS = 20  # low bits of a key in a depth buffer that hold the sample; the depth is above them
 _FAR = 1 << 62
-_STEP_M = 1e-5  # of its depths
+_STEP_M = 1e-5  # step of the depths in a key
 
 
 def front(
     shelf: Shelf, poses: Poses, K: Tensor, *, cell_px: Tensor, cell_m: Tensor, rows: int, columns: int
 ) -> tuple[Tensor, Tensor]:
-    """The dense samples of each object that are in front, in a picture of `rows` x `columns` square cells.
+    """Draw the dense samples of each object into a picture of `rows` x `columns` square cells; the frontmost win.
 
-    poses: (B, H); K: (B, 3, 3); cell_px, cell_m: (B,), the side of a cell, and what that is on the object. Returns
-    depths in metres, in steps of 0.01 mm, inf where nothing is (B, H, rows, columns), and which sample of the shelf is
-    seen there, int64, the object's first where nothing is. Of equal depths the lower sample wins. A cell that three of
-    its four neighbours lie in front of, by more than three cells, is a gap between samples: it shows what the third of
-    them shows. What is behind the camera is nowhere.
+    poses: (B, H); K: (B, 3, 3); cell_px, cell_m: (B,), the side of a cell in pixels and on the object. Returns depths
+    in metres (B, H, rows, columns), in steps of 0.01 mm, inf where nothing is; and the index of the shelf's sample seen
+    in each cell, int64, the object's first sample where nothing is. Of equal depths the lower sample wins. A cell that
+    at least three of its four neighbours lie in front of, by more than three cells, is a gap between samples: it shows
+    what the third of them shows. Samples behind the camera are not drawn.
     """
     if kernel_for(K.device) == "reference":
         return front_reference(shelf, poses, K, cell_px=cell_px, cell_m=cell_m, rows=rows, columns=columns)
@@ -53,11 +53,11 @@ def front(
 
 
 def explain(shelf: Shelf, poses: Poses, points: Tensor, normals: Tensor, *, tolerance_m: Tensor) -> Tensor:
-    """How far each pose accounts for observed points.
+    """Measure how far each pose accounts for observed points.
 
-    poses: (B, H); points, normals: (B, N, 3), camera frame, N at least 1; tolerance_m: (B,), within which a reading is
-    on the surface. Returns (B, H) in 0..1: the share of the points that is near the surface and faces as it does,
-    nearer counting more.
+    poses: (B, H); points, normals: (B, N, 3), camera frame, N at least 1; tolerance_m: (B,), distance within which a
+    reading is on the surface. Returns (B, H) in 0..1: the share of the points that are near the surface and face the
+    same way; nearer points count more.
     """
     if kernel_for(points.device) == "reference":
         return explain_reference(shelf, poses, points, normals, tolerance_m=tolerance_m)
@@ -68,12 +68,12 @@ def explain(shelf: Shelf, poses: Poses, points: Tensor, normals: Tensor, *, tole
 def normal_equations(
     shelf: Shelf, poses: Poses, points: Tensor, normals: Tensor, *, reach_m: Tensor, trust: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The Gauss-Newton step that draws observed points to each pose's surface, before it is solved.
+    """Return the Gauss-Newton equations, not yet solved, that draw observed points to each pose's surface.
 
     poses: (B, H); points, normals: (B, N, 3), camera frame, N at least 1; reach_m: (B,), half the distance at which a
-    point stops pulling; trust: (B, H, N), how much each point counts, None for all alike. Returns the Hessian
-    (B, H, 6, 6) and the gradient (B, H, 6, 1) by the turn (times half the diameter) and the shift of the points in the
-    frame of the object. Where no point pulls, both are 0.
+    point stops pulling; trust: (B, H, N), weight of each point, None for equal weights. Returns the Hessian (B, H, 6,
+    6) and the gradient (B, H, 6, 1) with respect to the rotation (times half the diameter) and the shift of the points
+    in the frame of the object. Where no point pulls, both are 0.
     """
     if kernel_for(points.device) == "reference":
         return normal_equations_reference(shelf, poses, points, normals, reach_m=reach_m, trust=trust)
@@ -87,7 +87,7 @@ def normal_equations(
 def outline_pull(
     shelf: Shelf, observations: Observations, poses: Poses, model_points: Tensor, *, reach_m: Tensor, through_m: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The Gauss-Newton step that draws model points that the camera saw through sideways to the mask.
+    """Return the Gauss-Newton equations that draw model points which the camera saw through sideways to the mask.
 
     poses: (B, H); model_points: (B, H, M, 3), object frame; reach_m: (B,), a quarter of the distance at which a point
     stops pulling; through_m: (B,), how far behind a point the camera must have seen to have seen through it. Returns
@@ -106,12 +106,12 @@ def outline_pull(
 def depth_pull(
     shelf: Shelf, observations: Observations, poses: Poses, surface: Tensor, visible: Tensor, *, reach_m: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The Gauss-Newton step that draws visible model points along their rays to the depth that was read there.
+    """Return the Gauss-Newton equations that draw visible model points along their rays to the depth read there.
 
     poses: (B, H); surface: (B, H, M, 6), points and normals in the object frame; visible: (B, H, M), bool; reach_m:
-    (B,), the distance at which a point stops pulling. Returns the Hessian (B, H, 6, 6) and the gradient (B, H, 6, 1) by
-    the turn about the object's origin (times half the diameter) and the shift, both in the camera frame; 0 where
-    nothing pulls.
+    (B,), the distance at which a point stops pulling. Returns the Hessian (B, H, 6, 6) and the gradient (B, H, 6, 1)
+    with respect to the rotation about the object's origin (times half the diameter) and the shift, both in the camera
+    frame; 0 where nothing pulls.
     """
     if kernel_for(surface.device) == "reference":
         return depth_pull_reference(shelf, observations, poses, surface, visible, reach_m=reach_m)
@@ -133,12 +133,12 @@ def moved(
     most_shift: float,
     in_camera: bool,
 ) -> Poses:
-    """Poses after the damped Gauss-Newton step of normal equations; those without one stay where they are.
+    """Move poses by one damped Gauss-Newton step. Poses whose step cannot be solved for stay where they are.
 
-    poses: (B, H); hessian: (B, H, 6, 6); gradient: (B, H, 6, 1); radius_m: (B,), what turns were measured at. A step
-    turns by at most `most_turn` radians about each axis and shifts by at most `most_shift` radii along it. `in_camera`:
-    the equations are in the camera frame and move the pose, as those of `depth_pull`; else they are in the frame of the
-    object and move what was observed, so that the pose moves the other way.
+    poses: (B, H); hessian: (B, H, 6, 6); gradient: (B, H, 6, 1); radius_m: (B,), the radius that scales rotations. A
+    step turns by at most `most_turn` radians about each axis and shifts by at most `most_shift` radii along it. With
+    `in_camera`, the equations are in the camera frame and move the pose, like those of `depth_pull`. Without it they
+    are in the frame of the object and move the observed points, so that the pose moves the other way.
     """
     if kernel_for(hessian.device) == "reference":
         return moved_reference(
@@ -149,10 +149,10 @@ def moved(
 
 
 def distinct(poses: Poses, total: Tensor, count: int, angle_deg: float, distance_m: Tensor) -> Tensor:
-    """Indices (B, count) of the best poses by `total` (B, H), none near a better one both in rotation and in place.
+    """Return indices (B, count) of the best poses by `total` (B, H), leaving out those close to a better one.
 
-    Near is within `angle_deg`, and within `distance_m` (B,) along each axis. Where there are fewer, the best is
-    repeated.
+    Close means within `angle_deg` in rotation and within `distance_m` (B,) along each axis. Where fewer than `count`
+    are left, the best is repeated.
     """
     if kernel_for(total.device) == "reference":
         return distinct_reference(poses, total, count, angle_deg, distance_m)
@@ -164,11 +164,11 @@ def distinct(poses: Poses, total: Tensor, count: int, angle_deg: float, distance
 def spread(
     shelf: Shelf, poses: Poses, depth_m: Tensor, sample: Tensor, rays: Tensor, *, noise_m: Tensor, cell_m: Tensor
 ) -> Tensor:
-    """How far a reading may be off from the depth that poses show, in metres: (B, H, rows, columns).
+    """Return how far a reading may be off from the depth that poses show, in metres: (B, H, rows, columns).
 
-    depth_m, sample: (B, H, rows, columns), as `front` draws them; rays: (B, rows, columns, 3), to the middles of the
-    cells, camera frame, unit; noise_m: (B,), what readings are off by; cell_m: (B,), the side of a cell on the object.
-    A slanted surface may be off by more. Where nothing is drawn, it is `noise_m`.
+    depth_m, sample: (B, H, rows, columns), as `front` draws them; rays: (B, rows, columns, 3), unit rays to the middles
+    of the cells, camera frame; noise_m: (B,), error of the readings; cell_m: (B,), the side of a cell on the object.
+    A slanted surface may be off by more. Where nothing is drawn, the result is `noise_m`.
     """
     if kernel_for(depth_m.device) == "reference":
         return spread_reference(shelf, poses, depth_m, sample, rays, noise_m=noise_m, cell_m=cell_m)
@@ -179,13 +179,13 @@ def spread(
 def colour_cost(
     shelf: Shelf, observations: Observations, poses: Poses, sample: Tensor, seen: Tensor, rays: Tensor, use: Tensor
 ) -> Tensor:
-    """Cost of the colours of drawn poses in nats: (B, H, rows, columns), 0 outside `use`.
+    """Return the cost of the colours of drawn poses in nats: (B, H, rows, columns), 0 outside `use`.
 
-    sample, use: (B, H, rows, columns), which dense sample each cell shows, and whether its colour counts; seen: (B,
+    sample, use: (B, H, rows, columns), the dense sample that each cell shows, and whether its colour counts; seen: (B,
     rows, columns, 3), the picture in 0..1; rays: (B, rows, columns, 3), to the middles of the cells, camera frame. The
-    objects must have colours. Light changes how bright a surface is, far less its hue: what is left of a colour beside
-    its albedo counts by COLOUR_SPREAD, and how bright it is, against the light that explains the whole best
-    (`albedo (a + b . normal)`), only roughly: shadows fall.
+    objects must have colours. Light changes the brightness of a surface far more than its hue. So the part of a colour
+    that is not proportional to the albedo counts strictly (COLOUR_SPREAD), and brightness is compared only roughly,
+    because shadows fall: with the light `albedo (a + b . normal)` that explains the whole picture best.
     """
     if kernel_for(sample.device) == "reference":
         return colour_cost_reference(shelf, observations, poses, sample, seen, rays, use)
@@ -197,12 +197,12 @@ def colour_cost(
 
 
 def kernel_for(device: str | torch.device) -> Kernel:
-    """Which kernels answer for tensors on `device` ("cpu", "cuda:1", ...): compiled ones or the torch reference."""
+    """Return which kernels answer for tensors on `device` ("cpu", "cuda:1", ...): compiled ones or the reference."""
     return "compiled" if _compiled and torch.device(device).type == "cpu" else "reference"
 
 
 def kernels(device: str | torch.device) -> dict[str, Kernel]:
-    """`kernel_for` by the name of the loop, as status pages and metrics show it."""
+    """Return `kernel_for` for each loop by name, for status pages and metrics."""
     return {op: kernel_for(device) for op in OPS}
 
 
@@ -224,7 +224,7 @@ def front_reference(
     key = (steps << _INDEX_BITS) + torch.arange(M, device=device)
     keys = torch.full((B, H, rows * columns + 1), _FAR, device=device, dtype=torch.int64)
     keys = keys.scatter_reduce(2, flat, key, "amin")[..., :-1].reshape(B, H, rows, columns)
-    # A cell that no sample of the front fell into shows the back or nothing: three of its four neighbours know better.
+    # A cell without a front sample shows the back or nothing: three of its four neighbours know better.
     padded = torch.nn.functional.pad(keys.reshape(B * H, rows, columns), (1, 1, 1, 1), value=_FAR)
     sides = torch.stack((padded[:, 1:-1, :-2], padded[:, 1:-1, 2:], padded[:, :-2, 1:-1], padded[:, 2:, 1:-1]))
     third = sides.sort(dim=0).values[2].reshape(keys.shape)
@@ -257,7 +257,7 @@ def normal_equations_reference(
     away = x - surface
     off_plane = (away * normal).sum(dim=-1, keepdim=True)
     distance = away.norm(dim=-1, keepdim=True)
-    # Past the rim of the surface its plane says nothing: pull straight back to it.
+    # Past the rim of the surface, the plane there says nothing: pull straight back to the surface.
     beyond = distance**2 - off_plane**2 > _rim_m2(shelf)[:, None, None, None]
     normal = torch.where(beyond, away / distance.clamp(min=1e-9), normal)
     residual = torch.where(beyond, distance - shelf.spacing_m[:, None, None, None], off_plane)
@@ -380,7 +380,7 @@ def colour_cost_reference(
     basis = torch.cat((torch.ones_like(normal[..., :1]), normal), dim=-1).flatten(2, 3)  # (B, H, P, 4)
     seen, counted = seen.flatten(1, 2)[:, None], use.flatten(2)
     strength = albedo.square().sum(dim=-1).clamp(min=1e-3)
-    gain = (albedo * seen).sum(dim=-1) / strength  # how bright each cell is, of its albedo
+    gain = (albedo * seen).sum(dim=-1) / strength  # brightness of each cell, as a multiple of its albedo
     hue = (seen - gain[..., None] * albedo).square().sum(dim=-1) / (
         COLOUR_SPREAD**2 * (0.4 + seen.square().sum(dim=-1))
     )
@@ -394,33 +394,33 @@ def colour_cost_reference(
         ratio = (gain.clamp(min=0.02) / shade).log()
         off = (ratio / BRIGHTNESS_SPREAD).square()
         weight = counted * strength * (off < 9)
-    # Dark surfaces say little about either.
+    # Dark surfaces say little about hue or brightness.
     cost = (hue / 2).clamp(max=WRONG_COLOUR) + (off / 2).clamp(max=WRONG_BRIGHTNESS) * (strength * 4).clamp(max=1)
     return torch.where(counted, cost, 0.0).reshape(use.shape)
 
 
 def _normals(shelf: Shelf, poses: Poses, sample: Tensor) -> Tensor:
-    """Normals of dense samples (B, H, rows, columns) in the camera frame: (B, H, rows, columns, 3)."""
+    """Return the normals of dense samples (B, H, rows, columns) in the camera frame: (B, H, rows, columns, 3)."""
     return shelf.dense.index_select(0, sample.reshape(-1))[:, 3:].reshape(*sample.shape, 3) @ poses.R.mT[:, :, None]
 
 
 def _trace(angle_deg: float) -> float:
-    """The trace of a rotation by an angle."""
+    """Return the trace of a rotation by an angle."""
     return 1 + 2 * math.cos(math.radians(angle_deg))
 
 
 def _slack_m(shelf: Shelf) -> Tensor:
-    """How far along the surface a point on it may be from the sample that the field finds: (B,)."""
+    """Return how far along the surface a point may be from the sample that the field finds for it: (B,)."""
     return 1.5 * shelf.spacing_m + 0.5 * shelf.cell_m
 
 
 def _rim_m2(shelf: Shelf) -> Tensor:
-    """Squared distance along the surface from the sample found, past which a point is beyond the rim: (B,)."""
+    """Return the squared distance along the surface, from sample to point, past which a point is off the rim: (B,)."""
     return (2 * shelf.spacing_m + 0.5 * shelf.cell_m) ** 2
 
 
 def _tables(shelf: Shelf) -> tuple[int | Tensor, ...]:
-    """What a kernel needs to do as `Shelf.lookup` does."""
+    """Return the tables that a kernel needs to do the same as `Shelf.lookup`."""
     return (
         shelf.samples, shelf.surface, shelf.oriented, shelf.first_sample, shelf.nearest, shelf.first_cell,
         shelf.origin_m, shelf.cell_m, shelf.last_cell, shelf.stride,

@@ -1,6 +1,6 @@
-"""What the geometric engine keeps of an object: stored as plain arrays, used as tensors.
+"""The geometric engine's model of an object: stored as plain arrays, used as tensors.
 
-Everything here lives in the centred frame: the CAD's frame moved so that the middle of its bounding box is the origin.
+Everything here is in the centred frame: the CAD's frame, moved so that the middle of its bounding box is the origin.
 `x_centred = x_obj - centre_m`.
 """
 
@@ -17,24 +17,24 @@ from posekit.engine import ObjectModel, Symmetries
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """An object on its device."""
+    """An object's tensors on its device."""
 
     diameter_m: float
     centre_m: Tensor  # (3,), object frame
-    surface: Tensor  # (S, 7): samples: position in metres, unit normal, thickness of the wall below (0 = thick)
-    oriented: bool  # normals point outwards; else their sign means nothing
+    surface: Tensor  # (S, 7) samples: position in metres, unit normal, thickness of the wall below (0 = thick)
+    oriented: bool  # normals point outwards; if False, their signs mean nothing
     colours: Tensor | None  # (S, 3) in 0..1
-    spacing_m: float  # between neighbouring samples
-    dense: Tensor  # (D, 6): many more samples, for pictures
+    spacing_m: float  # distance between neighbouring samples
+    dense: Tensor  # (D, 6): many more samples, for drawing
     dense_colours: Tensor | None  # (D, 3) uint8
     dense_spacing_m: float
-    field_origin_m: Tensor  # (3,), corner of the first cell of a grid around the object
+    field_origin_m: Tensor  # (3,), corner of the first cell of the grid around the object
     field_cell_m: float
     field_shape: tuple[int, int, int]
-    field_nearest: Tensor  # (X * Y * Z,) int32, sample nearest to the cell's middle
+    field_nearest: Tensor  # (X * Y * Z,) int32, sample nearest to the middle of each cell
     view_directions: Tensor  # (V, 3), towards the camera
-    view_samples: Tensor  # (V, M) int64: samples seen from there, evenly over the picture
-    view_centres_m: Tensor  # (V, 3), mean of what is seen
+    view_samples: Tensor  # (V, M) int64: samples seen from each direction, evenly over the picture
+    view_centres_m: Tensor  # (V, 3), mean of the samples seen
     twins: Tensor  # (T, 4, 4), centred frame: motions that nearly map the object onto itself, identity first
     symmetries: Symmetries  # object frame
     nbytes: int
@@ -78,7 +78,7 @@ def prepare(model: ObjectModel, device: torch.device) -> Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class Shelf:
-    """The objects of a batch side by side, one entry per instance: (B, ...). Big tables lie end to end."""
+    """The objects of a batch side by side, one entry per instance: (B, ...). Large tables are concatenated."""
 
     diameter_m: Tensor  # (B,)
     spacing_m: Tensor  # (B,)
@@ -87,17 +87,17 @@ class Shelf:
     oriented: Tensor  # (B,) bool
     colours: Tensor | None  # (all samples, 3); None where no object has any
     coloured: Tensor  # (B,) bool
-    first_sample: Tensor  # (B,) where an instance's samples begin in `surface`
-    samples: int  # of each object
+    first_sample: Tensor  # (B,), index in `surface` of an instance's first sample
+    samples: int  # number of samples of each object
     dense: Tensor  # (all dense samples, 6)
     dense_colours: Tensor | None  # (all dense samples, 3) uint8
     dense_spacing_m: Tensor  # (B,)
     first_dense: Tensor  # (B,)
-    dense_samples: int  # of each object
-    view_directions: Tensor  # (V, 3), the same for all
+    dense_samples: int  # number of dense samples of each object
+    view_directions: Tensor  # (V, 3), the same for all objects
     view_samples: Tensor  # (B, V, M), counted from `first_sample`
     view_centres_m: Tensor  # (B, V, 3)
-    twins: Tensor  # (B, T, 4, 4), filled up with the identity
+    twins: Tensor  # (B, T, 4, 4), padded with the identity
     origin_m: Tensor  # (B, 1, 3)
     last_cell: Tensor  # (B, 1, 3) int32
     stride: Tensor  # (B, 1, 3) int32
@@ -106,7 +106,7 @@ class Shelf:
 
     @classmethod
     def of(cls, models: Sequence[Prepared]) -> Shelf:
-        """One entry per model, in order; a model that stands there several times is stored once."""
+        """Build one entry per model, in order. A model that occurs several times is stored once."""
         device = models[0].surface.device
         unique = list({id(model): model for model in models}.values())
         which = {id(model): index for index, model in enumerate(unique)}
@@ -166,11 +166,11 @@ class Shelf:
         )
 
     def lookup(self, points: Tensor, normals: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Nearest surface of oriented points, both (B, ..., 3), in the frame of the object.
+        """Find the nearest surface of oriented points, both (B, ..., 3), in the frame of the object.
 
-        Returns position and normal (B, ..., 3), how far it faces as the point does, 0..1 (B, ...), and the index of the
-        sample (B, ...). A point whose nearest sample faces the other way belongs to the other side of that wall. Beyond
-        the grid the answer is that of the border: far away, hence never mistaken for a fit.
+        Returns position and normal (B, ..., 3), how far the surface faces the same way as the point, 0..1 (B, ...), and
+        the index of the sample (B, ...). A point whose nearest sample faces the other way belongs to the other side of
+        that wall. Beyond the grid the answer is that of its border: far away, hence never mistaken for a fit.
         """
         flat = points.reshape(len(points), -1, 3)
         cell = ((flat - self.origin_m) * (1.0 / self.cell_m)[:, None, None]).to(torch.int32)

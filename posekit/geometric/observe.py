@@ -1,4 +1,4 @@
-"""From crops to what the search works on: clean points with normals, and maps to look the surroundings up in."""
+"""Turn crops into the search's inputs: clean points with normals, and pixel maps for looking up the surroundings."""
 
 from __future__ import annotations
 
@@ -16,38 +16,40 @@ from torch import Tensor
 from posekit.engine import Bool, Float32, Float64, Instance, Int32, Rejection, UInt8
 from posekit.geometry import backproject, project
 
-POINTS = 512  # observed points that everything works on
-LEAST_POINTS = 32  # more valid depth pixels than this are needed
-SEED_POINTS = 256  # of each part of a mask: what hypotheses of it are judged on
-SEEDS = 4  # parts at most: the whole mask and its largest pieces
-LEAST_DRAWN = 24  # of the points: a part that has fewer is left out
-PART = 0.1  # of the points: what is smaller is no part of its own
+POINTS = 512  # observed points in every computation
+LEAST_POINTS = 32  # an instance needs more valid depth pixels than this
+SEED_POINTS = 256  # points of each part of a mask, on which its hypotheses are judged
+SEEDS = 4  # parts of a mask at most: the whole mask and its largest pieces
+LEAST_DRAWN = 24  # a part with fewer of the observed points is left out
+PART = 0.1  # share of the points: a smaller piece is not a part of its own
 MASK_SIDE = 240  # pixels; crops of larger masks are thinned
-GREY = 2.0  # of 255: mean difference between the channels of a picture without colours
-FARTHEST_M = 100.0  # a reading beyond is no depth
+GREY = 2.0  # of 255: a picture with a smaller mean difference between its channels has no colours
+FARTHEST_M = 100.0  # a larger reading is no depth
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaned:
-    """One detection on the CPU. Points are drawn evenly over the mask's pixels, in random order: every prefix of them
-    is a fair sample."""
+    """One detection on the CPU.
+
+    Points are drawn evenly over the mask's pixels, in random order: every prefix of them is a fair sample.
+    """
 
     depth_m: Float32  # (h, w), 0 = no reading
     nearest_depth_m: Float32  # (h, w), the smallest reading among a pixel and its neighbours
     mask: Bool  # (h, w), as given
-    usable: Bool  # (h, w), with a reading, under the mask
-    to_border: Float32  # (h, w, 2) pixels (u, v) from here to the mask's outermost pixel nearby; 0 on it
+    usable: Bool  # (h, w), under the mask and with a reading
+    to_border: Float32  # (h, w, 2) pixels (u, v) to the mask's nearest outermost pixel; 0 on that pixel
     K: Float64  # (3, 3)
-    row: Int32  # (N,) the points' pixels
-    column: Int32  # (N,)
+    row: Int32  # (N,), row of each point's pixel
+    column: Int32  # (N,), column of each point's pixel
     rgb: UInt8  # (h, w, 3)
-    members: Bool  # (C, N): which points belong to each part; the first is everything, unless too few of it are left
-    seed_points: Int32  # (C, SEED_POINTS) points of each part, repeated where it has fewer
+    members: Bool  # (C, N): points of each part; the first part is everything, unless it has too few points
+    seed_points: Int32  # (C, SEED_POINTS) indices of points of each part, repeated where it has fewer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
-    """B detections on the device; pixel maps lie end to end."""
+    """B detections on the device; their pixel maps are concatenated."""
 
     points: Tensor  # (B, N, 3), camera frame, metres
     normals: Tensor  # (B, N, 3), unit, towards the camera
@@ -55,10 +57,10 @@ class Observations:
     members: Tensor  # (B, C, N) 0 or 1
     seed_points: Tensor  # (B, C, SEED_POINTS) indices of points
     seed_centres: Tensor  # (B, C, 3), mean of each part
-    noise_m: Tensor  # (B,) spread of readings about the surface, estimated from them
+    noise_m: Tensor  # (B,) spread of the readings about the surface, estimated from the readings
     K: Tensor  # (B, 3, 3)
-    width: Tensor  # (B,) of the crop, pixels
-    height: Tensor  # (B,)
+    width: Tensor  # (B,), width of the crop, pixels
+    height: Tensor  # (B,), height of the crop, pixels
     depth_m: Tensor  # (all pixels,)
     nearest_depth_m: Tensor  # (all pixels,)
     mask: Tensor  # (all pixels,) bool
@@ -68,17 +70,17 @@ class Observations:
     grey: Tensor  # (B,) bool: the picture has no colours
 
     def of_part(self, index: int, count: int) -> tuple[Tensor, Tensor]:
-        """At most `count` points of a part of each mask, and their normals: (B, n, 3) each."""
+        """Return at most `count` points of a part of each mask, and their normals: (B, n, 3) each."""
         chosen = self.seed_points[:, index, :count, None].expand(-1, -1, 3)
         return self.points.gather(1, chosen), self.normals.gather(1, chosen)
 
     def as_pictured(self, colours: Tensor) -> Tensor:
-        """Colours of an object (B, H, ..., 3) as the camera would give them: grey ones in a grey picture."""
+        """Return the colours of an object (B, H, ..., 3) as the camera would show them: grey in a grey picture."""
         grey = self.grey.reshape(-1, *(1,) * (colours.dim() - 1))
         return torch.where(grey, colours.mean(dim=-1, keepdim=True), colours)
 
     def pixel(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Index into the maps of the pixel at (u, v), (B, ...) each, and whether it is inside the crop.
+        """Return the index into the maps of the pixel at (u, v), (B, ...) each, and whether it is inside the crop.
 
         Outside, the index is that of the nearest pixel inside.
         """
@@ -91,12 +93,14 @@ class Observations:
         return (row * width + column).long() + self.first_pixel.reshape(shape), inside
 
     def classify(self, points_cam: Tensor, tolerance_m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the camera saw where model points should be.
+        """Classify what the camera saw where model points should be.
 
-        points_cam: (B, H, M, 3), tolerance_m: (B,). Returns four boolean (B, H, M): on the object (right depth, in the
-        mask), beside it (right depth, outside the mask), through (the camera saw something behind the point, in the
-        neighbouring pixels too: outlines are good to a pixel), hidden (something in front of it). A point without
-        reading, or outside the crop, is none of them.
+        points_cam: (B, H, M, 3), tolerance_m: (B,). Returns four boolean (B, H, M):
+        - on the object: right depth, inside the mask;
+        - beside it: right depth, outside the mask;
+        - through: something behind the point was seen, in the neighbouring pixels too (outlines are good to a pixel);
+        - hidden: something is in front of the point.
+        A point without reading, or outside the crop, is none of them.
         """
         flat, inside = self.pixel(*project(points_cam, self.K))
         tolerance = tolerance_m[:, None, None]
@@ -110,7 +114,7 @@ class Observations:
 
 
 def clean(instance: Instance, diameter_m: float) -> Cleaned | Rejection:
-    """Choose the points under the mask, or say why that cannot be done."""
+    """Choose the points under the mask, or return the reason why that is impossible."""
     mask = np.asarray(instance.mask, dtype=np.bool_)
     depth = np.array(instance.depth_m, dtype=np.float32)
     rgb = np.asarray(instance.rgb)
@@ -148,9 +152,9 @@ def clean(instance: Instance, diameter_m: float) -> Cleaned | Rejection:
 
     chosen = np.flatnonzero(parts.any(axis=0))
     order = np.random.default_rng(instance.seed % 2**63).permutation(chosen)
-    order = np.resize(order, POINTS)  # few pixels are repeated, so that every shape is fixed
+    order = np.resize(order, POINTS)  # too few pixels are repeated, so that every shape is fixed
     members = parts[:, order]
-    members = members[members.sum(axis=1) >= LEAST_DRAWN]  # at least one is left: no more than SEEDS share the points
+    members = members[members.sum(axis=1) >= LEAST_DRAWN]  # never empty: at most SEEDS parts share the points
     row, column = row[order].astype(np.int32), column[order].astype(np.int32)
     far = np.where(depth > 0, depth, np.float32(2 * FARTHEST_M))
     return Cleaned(
@@ -169,7 +173,7 @@ def clean(instance: Instance, diameter_m: float) -> Cleaned | Rejection:
 
 
 def together(cleaned: Sequence[Cleaned], diameter_m: Tensor) -> Observations:
-    """Put B detections with equally many parts side by side on the device of `diameter_m` (B,); estimate normals."""
+    """Stack B detections with equally many parts on the device of `diameter_m` (B,); estimate normals."""
     device = diameter_m.device
 
     def stacked(arrays: Sequence[npt.NDArray[Any]]) -> Tensor:
@@ -211,7 +215,7 @@ def together(cleaned: Sequence[Cleaned], diameter_m: Tensor) -> Observations:
 
 
 def _to_border(mask: Bool) -> Float32:
-    """(h, w, 2): the way (u, v) from each pixel to the closest of the mask's outermost pixels; 0 on those."""
+    """Return the offset (u, v) from each pixel to the mask's nearest outermost pixel: (h, w, 2), 0 on those pixels."""
     rim = mask & ~binary_erosion(mask, border_value=1)
     if not rim.any():  # the mask fills the crop
         return np.zeros((*mask.shape, 2), dtype=np.float32)
@@ -221,7 +225,7 @@ def _to_border(mask: Bool) -> Float32:
 
 
 def _without_rims(usable: Bool, depth: Float32, K: Float64, diameter_m: float) -> Bool:
-    """Drop the mask's rim and pixels that hang between two surfaces, as long as enough remain."""
+    """Drop the mask's rim, and pixels that hang between two surfaces, as long as enough pixels remain."""
     least = max(LEAST_POINTS, int(0.4 * usable.sum()))
     padded = np.pad(depth, 1)
     jump = np.zeros_like(depth)
@@ -237,9 +241,9 @@ def _without_rims(usable: Bool, depth: Float32, K: Float64, diameter_m: float) -
 
 
 def _parts(points: Float64, component: Int32, diameter_m: float) -> Bool:
-    """What the object may be under a mask that holds more than it: (C, N) of points (N, 3), everything first.
+    """Split points (N, 3) into the parts that may be the object, for masks that hold more: (C, N), everything first.
 
-    Parts are what depth steps divide, and the ends of what is longer than the object.
+    Parts are what depth steps divide, and the ends of a piece that is longer than the object.
     """
     everything = np.ones(len(points), dtype=np.bool_)
     parts = [_near_the_middle(points, everything, diameter_m)]
@@ -260,7 +264,7 @@ def _parts(points: Float64, component: Int32, diameter_m: float) -> Bool:
 
 
 def _near_the_middle(points: Float64, part: Bool, diameter_m: float) -> Bool:
-    """Drop what cannot belong to an object of this size around the robust middle of a part."""
+    """Drop points that are too far from the robust middle of a part to belong to an object of this diameter."""
     middle = np.median(points[part], axis=0)
     near = part & (np.linalg.norm(points - middle, axis=1) < 0.75 * diameter_m + 0.01 * middle[2])
     return near if near.sum() > LEAST_POINTS else part
@@ -277,9 +281,9 @@ def _normals(
     column: Tensor,
     diameter_m: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Points (B, N, 3), normals (B, N, 3) of planes through 7 x 7 readings about each, and the readings' spread (B,).
+    """Fit planes to 7 x 7 readings; return points (B, N, 3), normals (B, N, 3) and the spread of the readings (B,).
 
-    The window is about a tenth of the object wide; readings of other surfaces do not take part.
+    The window is about a tenth of the object wide. Readings of other surfaces do not take part.
     """
     B, N = row.shape
     points = backproject(column, row, depth_m[row * width[:, None] + column + first_pixel[:, None]], K)

@@ -1,4 +1,4 @@
-"""Everything the geometric engine computes from the CAD alone; the same mesh always gives the same arrays."""
+"""Compute the geometric engine's model of an object from the CAD alone. The same mesh always gives the same arrays."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from posekit.geometry import rotation_looking_from, view_directions
 from posekit.surface import diameter_of, sample_surface
 
 SAMPLES = 8192
-DENSE_SAMPLES = 65536  # for pictures of the object
+DENSE_SAMPLES = 65536  # for drawing the object
 VIEWS = 240
 VIEW_SAMPLES = 256
 FIELD_CELLS = 56**3
-FIELD_MARGIN = 0.12  # of the diameter, on every side
-THIN = 0.25  # of the diameter: a wall up to which a point may be taken for one of its other side
+FIELD_MARGIN = 0.12  # share of the diameter, added on every side
+THIN = 0.25  # share of the diameter: on a thinner wall, a point may be mistaken for one of the other side
 
 
 def build(
     mesh: Mesh, declared: Symmetries | None, progress: Progress
 ) -> tuple[float, Symmetries, dict[str, npt.NDArray[Any]]]:
-    """Diameter in metres, symmetries in the object frame, and the arrays that `model.prepare` reads."""
+    """Return the diameter in metres, the symmetries in the object frame, and the arrays that `model.prepare` reads."""
     vertices = mesh.vertices_m[np.unique(mesh.faces)].astype(np.float64)
     centre = (vertices.min(axis=0) + vertices.max(axis=0)) / 2
     diameter = max(diameter_of(vertices), 1e-6)
@@ -88,11 +88,11 @@ def build(
 
 
 def outward_normals(mesh: Mesh) -> int:
-    """1 where the order of a face's corners tells outside from inside, -1 where it tells the contrary, 0 if neither.
+    """Return 1 if the order of a face's corners makes normals point outwards, -1 if inwards, 0 if it tells nothing.
 
-    It does where nearly every edge is passed once in each direction; of several shells the largest decides.
+    It tells where nearly every edge is passed once in each direction. Of several shells the largest decides.
     """
-    # Files repeat corners at creases and seams: those with the same bits are one.
+    # Files repeat corners at creases and seams: merge corners with the same bits.
     bits = (np.ascontiguousarray(mesh.vertices_m, dtype=np.float32) + np.float32(0)).view(np.uint32).astype(np.uint64)
     mixed = (bits * np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)).sum(axis=1)
     _, corner = np.unique(mixed ^ (mixed >> np.uint64(29)), return_inverse=True)
@@ -121,7 +121,7 @@ def outward_normals(mesh: Mesh) -> int:
 def thicknesses(
     points: Float64, normals: Float64, nearest_of: Callable[[Float64], symmetry.Indices], spacing: float, most: float
 ) -> Float64:
-    """How far below each sample the opposite side of a wall lies, metres (S,); 0 where there is none within `most`."""
+    """Return the depth of the wall below each sample in metres (S,); 0 where no opposite side lies within `most`."""
     found = np.zeros(len(points))
     for depth in np.arange(0.5 * spacing, most, 0.5 * spacing):
         index = nearest_of(points - depth * normals)
@@ -136,7 +136,10 @@ def thicknesses(
 
 
 def nearest_grid(points: Float64, tree: cKDTree, diameter: float) -> tuple[npt.NDArray[np.int32], Float64, float]:
-    """Index of the nearest sample for each cell of a grid of cubes: (X, Y, Z), its corner and its cell in metres."""
+    """Find the nearest sample for each cell of a grid of cubes: (X, Y, Z).
+
+    Also returns the grid's corner and the side of a cell, in metres.
+    """
     low = points.min(axis=0) - FIELD_MARGIN * diameter
     size = points.max(axis=0) + FIELD_MARGIN * diameter - low
     cell = float(np.cbrt(np.prod(size) / FIELD_CELLS))
@@ -148,10 +151,10 @@ def nearest_grid(points: Float64, tree: cKDTree, diameter: float) -> tuple[npt.N
 
 
 def visible_samples(points: Float64, spacing: float) -> tuple[Float64, npt.NDArray[np.int32], Float64]:
-    """What is seen from each of VIEWS directions: directions (V, 3), samples (V, M), their mean position (V, 3).
+    """Return what is seen from each of VIEWS directions: directions (V, 3), samples (V, M), their mean position (V, 3).
 
-    Samples are splatted into an orthographic depth map; each pixel answers with the sample in front, so that the
-    samples of a view are even over the picture, as a camera's pixels are.
+    Samples are splatted into an orthographic depth map. Each pixel answers with the sample in front, so that the
+    samples of a view are even over the picture, like the pixels of a camera.
     """
     directions = view_directions(VIEWS)
     R_views = rotation_looking_from(directions).numpy()
@@ -167,13 +170,13 @@ def visible_samples(points: Float64, spacing: float) -> tuple[Float64, npt.NDArr
         first = order[np.flatnonzero(np.diff(flat[order], prepend=-1))]  # the front sample of each occupied pixel
         front = np.full((height, width), np.inf)
         front[row[first], column[first]] = local[first, 2]
-        near = front.copy()  # a pixel that no front sample fell into lets the back shine through: look around it
+        near = front.copy()  # a pixel without a front sample would show the back through the gap: look around it
         for dy in (-1, 0, 1):
             for dx in (-1, 0, 1):
                 np.minimum(near, np.roll(front, (dy, dx), axis=(0, 1)), out=near)
         shown = first[local[first, 2] <= near[row[first], column[first]] + 3 * pixel]
         seen[view] = shown[(np.arange(VIEW_SAMPLES) * len(shown)) // VIEW_SAMPLES]
         centres[view] = points[shown].mean(axis=0)
-    # Neighbouring entries are neighbouring pixels; a fixed shuffle makes every prefix cover the whole view.
+    # Neighbouring entries are neighbouring pixels. A fixed shuffle makes every prefix cover the whole view.
     shuffle = np.argsort((np.arange(1, VIEW_SAMPLES + 1) * 0.6180339887498949) % 1.0, kind="stable")
     return directions.numpy(), seen[:, shuffle], centres

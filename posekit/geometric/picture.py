@@ -1,4 +1,4 @@
-"""What the camera would see of poses: roughly by stored views, and drawn into the crop cell by cell."""
+"""Predict what the camera would see of poses: roughly by stored views, or drawn into the crop cell by cell."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from posekit.geometric.observe import Observations
 from posekit.geometric.poses import Poses, picked
 
 GRID = 128  # cells on the longer side of a crop, at most
-SAMPLES_A_CELL = 2.0  # at least, so that few cells are missed
+SAMPLES_A_CELL = 2.0  # at least, so that few cells stay empty
 
 
 def visible_surface(shelf: Shelf, poses: Poses, count: int) -> Tensor:
-    """`count` surface points that the camera should see of each pose, by the nearest stored view: (B, H, count, 3),
-    object frame."""
+    """Return `count` surface points that the camera should see of each pose, by the nearest stored view.
+
+    (B, H, count, 3), object frame.
+    """
     towards_camera = -(poses.t[:, :, None] @ poses.R)[:, :, 0]
     view = (towards_camera @ shelf.view_directions.mT).argmax(dim=-1)
     samples = picked(shelf.view_samples[..., :count], view) + shelf.first_sample[:, None, None]
@@ -24,7 +26,7 @@ def visible_surface(shelf: Shelf, poses: Poses, count: int) -> Tensor:
 
 
 class Grid:
-    """The crop, read off at the middle of square cells: (B, rows, columns)."""
+    """The crop, sampled at the middles of square cells: (B, rows, columns)."""
 
     def __init__(self, shelf: Shelf, observations: Observations) -> None:
         focal = observations.K[:, 0, 0]
@@ -33,7 +35,7 @@ class Grid:
         spacing_px = shelf.dense_spacing_m * SAMPLES_A_CELL**0.5 * focal / distance
         self.cell_px = torch.maximum(spacing_px, longest / GRID).clamp(min=1.0)  # (B,)
         self.cell_m = self.cell_px * distance / focal
-        height = torch.ceil(observations.height / self.cell_px)  # (B,) cells; the rest is padding
+        height = torch.ceil(observations.height / self.cell_px)  # (B,) cells of each crop; the rest is padding
         width = torch.ceil(observations.width / self.cell_px)
         self.rows, self.columns = int(height.max()), int(width.max())
         cell = self.cell_px[:, None, None]
@@ -52,7 +54,10 @@ class Grid:
 
 
 def draw(shelf: Shelf, observations: Observations, grid: Grid, poses: Poses) -> tuple[Tensor, Tensor]:
-    """Depth (B, H, rows, columns), inf where nothing is, and the sample seen in each cell (any where nothing is)."""
+    """Draw poses: depth (B, H, rows, columns), inf where nothing is, and the index of the sample in each cell.
+
+    In an empty cell the index means nothing.
+    """
     depth_m, sample = front(
         shelf, poses, observations.K, cell_px=grid.cell_px, cell_m=grid.cell_m, rows=grid.rows, columns=grid.columns
     )

@@ -1,4 +1,4 @@
-"""Hypotheses: many poses of many instances, as tensors."""
+"""Pose hypotheses: many poses of many instances, as tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Poses:
-    """H poses of the centred frame in the camera's, for each of B instances: `p_cam = R p + t`."""
+    """H poses for each of B instances, from the centred frame to the camera frame: `p_cam = R p + t`."""
 
     R: Tensor  # (B, H, 3, 3)
     t: Tensor  # (B, H, 3)
@@ -20,23 +20,23 @@ class Poses:
         return self.R.shape[1]
 
     def pick(self, index: Tensor) -> Poses:
-        """Those of `index` (B, K)."""
+        """Return the poses at `index` (B, K)."""
         return Poses(picked(self.R, index), picked(self.t, index))
 
     def join(self, other: Poses) -> Poses:
         return Poses(torch.cat((self.R, other.R), dim=1), torch.cat((self.t, other.t), dim=1))
 
     def to_object(self, points_cam: Tensor) -> Tensor:
-        """Camera points (B, N, 3), or of each pose (B, H, N, 3), in the frame of each object: (B, H, N, 3)."""
+        """Map camera points (B, N, 3), or those of each pose (B, H, N, 3), into each object's frame: (B, H, N, 3)."""
         if points_cam.dim() == 3:
             points_cam = points_cam[:, None]
         return points_cam @ self.R - (self.t[:, :, None] @ self.R)
 
     def to_camera(self, points: Tensor) -> Tensor:
-        """Points of each object (B, H, M, 3) in the camera frame."""
+        """Map points of each object (B, H, M, 3) into the camera frame."""
         return points @ self.R.mT + self.t[:, :, None]
 
 
 def picked(values: Tensor, index: Tensor) -> Tensor:
-    """values (B, H, ...) at index (B, K): (B, K, ...)."""
+    """Return values (B, H, ...) at index (B, K): (B, K, ...)."""
     return values[torch.arange(len(index), device=index.device)[:, None], index]

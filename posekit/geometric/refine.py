@@ -1,4 +1,4 @@
-"""Many poses at once, moved onto the observation: point-to-plane steps on the field, held back by the outline."""
+"""Move many poses at once onto the observation: point-to-plane steps on the field, held back by the outline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from posekit.geometric.picture import Grid, draw, visible_surface
 from posekit.geometric.poses import Poses
 from posekit.geometric.score import tolerance_m
 
-POLISHED = 1024  # cells that a pose is polished on
+POLISHED = 1024  # cells used to polish a pose
 
 
 def refine(
@@ -28,11 +28,11 @@ def refine(
     through_m: Tensor,
     trust: Tensor | None = None,
 ) -> Poses:
-    """One robust Gauss-Newton step per entry of `reach_m` ((B,) each), the distance at which a point stops pulling.
+    """Take one robust Gauss-Newton step per entry of `reach_m`: (B,), the distance at which a point stops pulling.
 
-    `points` observed points are drawn to the model's surface, each as much as `trust` (B, H, at least `points`) says;
-    of the `visible` model points, those that the camera saw through are drawn to the mask. With `visible` 0 only the
-    former. `through_m`: (B,), how far behind a model point the camera must have seen to have seen through it.
+    `points` observed points are drawn to the model's surface, each weighted by `trust` (B, H, at least `points`). Of
+    the `visible` model points, those that the camera saw through are drawn to the mask; 0 leaves them out. `through_m`:
+    (B,), how far behind a model point the camera must have seen to have seen through it.
     """
     seen = observations.points[:, :points]
     normals_seen = observations.normals[:, :points]
@@ -53,9 +53,9 @@ def refine(
 
 
 def polish(shelf: Shelf, observations: Observations, poses: Poses, steps: int = 6) -> Poses:
-    """Poses (B, H) moved by Gauss-Newton steps until the depth that they show meets the depth that was read.
+    """Move poses (B, H) by Gauss-Newton steps until the depth that they show meets the depth that was read.
 
-    What is visible of each pose is drawn once, and followed from step to step.
+    The visible part of each pose is drawn once, and followed from step to step.
     """
     grid = Grid(shelf, observations)
     expected_m, sample = draw(shelf, observations, grid, poses)
@@ -75,7 +75,7 @@ def polish(shelf: Shelf, observations: Observations, poses: Poses, steps: int = 
 
 
 def _scattered(grid: Grid) -> Tensor:
-    """One number in 0..1 for each cell (rows, columns), such that the largest of any set are spread evenly over it."""
+    """Return a number in 0..1 for each cell (rows, columns); the largest of any set are spread evenly over the set."""
     row, column = (torch.arange(count, dtype=torch.float64) for count in (grid.rows, grid.columns))
     number = (row[:, None] * 0.7548776662466927 + column * 0.5698402909980532) % 1.0
     return number.to(grid.cell_px)

@@ -1,4 +1,4 @@
-"""How well poses explain what the camera saw, cheaply: on a few points, to tell which are worth a closer look."""
+"""Score poses cheaply, on few points, to choose those worth a closer look."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from posekit.geometric.observe import Observations
 from posekit.geometric.picture import visible_surface
 from posekit.geometric.poses import Poses
 
-DEPTH_ERROR = 0.0015  # of the distance: what a good depth camera is off by, beyond its noise
+DEPTH_ERROR = 0.0015  # share of the distance: error of a good depth camera, beyond its noise
 
 
 def tolerance_m(shelf: Shelf, observations: Observations) -> Tensor:
-    """Distance within which a reading counts as on the surface, from object's size and readings' noise: (B,)."""
+    """Return the distance within which a reading is on the surface: (B,), from object size and noise of readings."""
     distance = observations.seed_centres[:, 0].norm(dim=-1)
     return torch.maximum(torch.maximum(0.015 * shelf.diameter_m, 2.5 * observations.noise_m), DEPTH_ERROR * distance)
 
@@ -30,11 +30,11 @@ def score(
     visible: int,
     colour: bool = False,
 ) -> Tensor:
-    """What poses are ranked by (B, H): the share of `points` points of the pose's part of the mask that are near the
-    model and face alike, less for what of `visible` model points (0 = none are looked at) the camera did not see where
-    they should be.
+    """Return the score (B, H) that ranks poses.
 
-    part: (B, H), which part of the mask each pose is to explain. `colour`: whether colours count too.
+    It is the share of `points` points of the pose's part of the mask that are near the model and face the same way. Of
+    `visible` model points (0 = none), those that the camera did not see where they should be lower it.
+    part: (B, H), the part of the mask that each pose is to explain. `colour`: colours count too.
     """
     tolerance = tolerance_m(shelf, observations)
     total = torch.zeros_like(poses.t[..., 0])
@@ -60,7 +60,10 @@ def score(
 
 
 def _colour_difference(expected: Tensor, seen: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean difference of colours up to one brightness: (B, H, N, 3), (B, 1, N, 3), (B, H, N) -> (B, H)."""
+    """Return the weighted mean difference of colours up to one brightness.
+
+    (B, H, N, 3), (B, 1, N, 3), (B, H, N) -> (B, H).
+    """
     total = weight.sum(dim=-1).clamp(min=1e-6)
     bright_expected = (weight * expected.mean(dim=-1)).sum(dim=-1) / total
     bright_seen = (weight * seen.mean(dim=-1)).sum(dim=-1) / total

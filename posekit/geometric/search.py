@@ -1,4 +1,4 @@
-"""From nothing to a few dozen good poses: every view and roll scored on few points, survivors refined and rescored."""
+"""Search without a start: score every view and roll on few points, then refine and rescore the best few dozen."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from posekit.geometry import rotation_from_z_to, rotation_grid
 
 ROLLS = 24
 FIRST_KEPT = 384
-PART_KEPT = 192  # of each part of the mask, where that is more
+PART_KEPT = 192  # poses kept of each part of the mask, where that is more than FIRST_KEPT in all
 SECOND_KEPT = 64
 FINALISTS = 12
 COARSE_POINTS = 48
 
 
 def search(shelf: Shelf, observations: Observations) -> tuple[Poses, Tensor]:
-    """The best poses found for each instance, distinct and already refined, best first, and each one's part (B, H).
+    """Return the best distinct poses of each instance, refined, best first, and each pose's part of the mask (B, H).
 
-    A mask may hold more than the object, so that each pose is judged by the part of the mask it was found for.
+    A mask may hold more than the object, so each pose is judged by the part of the mask it was found for.
     """
     d = shelf.diameter_m
     through_m = 2 * tolerance_m(shelf, observations)
@@ -48,9 +48,9 @@ def search(shelf: Shelf, observations: Observations) -> tuple[Poses, Tensor]:
 
 
 def _first(shelf: Shelf, observations: Observations) -> tuple[Poses, Tensor]:
-    """The best of every stored view with every roll, the visible surface's middle where that of a part is.
+    """Try every stored view with every roll, placing the middle of the visible surface at the middle of a part.
 
-    Returns FIRST_KEPT poses or more, as many of each part, and each one's part (B, H).
+    Returns the best FIRST_KEPT poses or more, equally many for each part, and each pose's part (B, H).
     """
     B, C, _ = observations.seed_points.shape
     centre = observations.seed_centres
@@ -70,7 +70,7 @@ def _first(shelf: Shelf, observations: Observations) -> tuple[Poses, Tensor]:
 
 
 def with_twins(shelf: Shelf, poses: Poses, part: Tensor, first: int = 2) -> tuple[Poses, Tensor]:
-    """The poses, and of the first few also those that shape alone may confuse them with; with their parts (B, H)."""
+    """Add to the poses those that shape alone may confuse with the first few; return all with their parts (B, H)."""
     twins = shelf.twins[:, None, 1:]  # (B, 1, T, 4, 4)
     if not twins.shape[2]:
         return poses, part

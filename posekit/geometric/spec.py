@@ -1,4 +1,4 @@
-"""The geometric engine's row in the registry. Importing it is cheap: torch comes with `load` and `kernels`."""
+"""The geometric engine's row in the registry. Importing it is cheap: `load` and `kernels` import torch."""
 
 from __future__ import annotations
 

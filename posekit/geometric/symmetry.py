@@ -1,4 +1,4 @@
-"""Symmetries of a sampled surface: finding them, and measuring poses modulo them."""
+"""Find the symmetries of a sampled surface, and measure poses modulo symmetries."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from posekit.geometry import nearest_rotation, rotation_angle_deg, rotation_from
 
 Indices = npt.NDArray[np.intp]
 
-TESTED = 2048  # samples that a symmetry is judged on
-FEW = 256  # samples that a candidate is screened on
-FIRST_ORDERS = (2, 3, 4, 5, 6)  # fractions of a turn that are tried about every axis,
+TESTED = 2048  # samples on which a symmetry is judged
+FEW = 256  # samples on which a candidate is screened
+FIRST_ORDERS = (2, 3, 4, 5, 6)  # fractions of a turn tried about every axis,
 ORDERS = tuple(range(2, 25))  # and about the axes that are left
-SURE = 0.012  # of the diameter: how far 99 % of the surface may be off in a symmetry,
-SURE_AT_MOST = 0.035  # and how far any of it
-TWIN = 0.03  # of the diameter: mean distance at which a turned object is confusable
-TWIN_DEG = 15.0  # between twins: what lies nearer is found by refinement
+SURE = 0.012  # share of the diameter that 99 % of the surface may be off in a symmetry,
+SURE_AT_MOST = 0.035  # and that any of it may be off
+TWIN = 0.03  # mean distance, as a share of the diameter, up to which a turned object is confusable
+TWIN_DEG = 15.0  # between twins; refinement finds nearer ones
 MAX_TWINS = 16
 MAX_GROUP = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """A sampled surface: what a turn is judged on. Metres, any frame."""
+    """A sampled surface on which turns are judged. Metres, any frame."""
 
     points: Float64  # (S, 3)
     normals: Float64  # (S, 3), of either sign
@@ -43,21 +43,21 @@ class Surface:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Centred frame: exact symmetries, and all motions after which shape alone may confuse the object with itself."""
+    """Symmetries in the centred frame: exact ones, and motions that shape alone cannot tell from the identity."""
 
     symmetries: Symmetries
-    twins: Float64  # (T, 4, 4), identity first; holds what colour or small features break
+    twins: Float64  # (T, 4, 4), identity first; includes motions that colour or small features break
 
 
 def find(surface: Surface) -> Found:
     """Search the turns about the surface's centroid: a symmetry leaves the centroid where it is.
 
-    Exact symmetries keep shape and, where there are colours, colours.
+    Exact symmetries preserve shape and, where there are colours, colours.
     """
     judge = _Judge(surface)
     axes = _axes(judge)
     round_axes = _without_parallel([axis for axis in axes if judge.is_round(axis)])
-    if len(round_axes) > 1:  # a second one makes it a ball
+    if len(round_axes) > 1:  # a second axis makes it a ball
         round_axes = list(np.eye(3))
     continuous = [axis for axis in round_axes if all(judge.keeps_colours(_turn(axis, a)) for a in _ROUND_ANGLES)]
 
@@ -69,7 +69,7 @@ def find(surface: Surface) -> Found:
         usual = float(judge.means([_turn(axis, angle) for angle in _ROUND_ANGLES]).max())
         is_round = any(abs(axis @ other) > 0.99 for other in round_axes)
         for order, R, mean in reversed(list(zip(ORDERS, turns, means, strict=True))):
-            # Of neighbouring orders (a gear of 16 teeth, turned by a 17th) only the best is meant.
+            # Of neighbouring orders (a gear of 16 teeth, turned by a 17th) keep only the best.
             meant = not is_round and mean < 0.6 * usual and mean < 1.5 * means.min() + 2e-4
             if meant and mean < SURE and judge.is_sure(R) and judge.keeps_colours(R):
                 exact = _closed(exact, R, continuous)
@@ -92,7 +92,7 @@ def find(surface: Surface) -> Found:
 
 
 def moved(symmetries: Symmetries, offset_m: Float64) -> Symmetries:
-    """The same symmetries in a frame where every point has `offset_m` added."""
+    """Return the same symmetries in a frame where every point has `offset_m` added."""
     T = np.eye(4)
     T[:3, 3] = offset_m
     T_back = np.eye(4)
@@ -104,9 +104,9 @@ def moved(symmetries: Symmetries, offset_m: Float64) -> Symmetries:
 
 
 def pose_difference(T_a: Float64, T_b: Float64, symmetries: Symmetries) -> tuple[float, float]:
-    """How far two poses T_cam_obj are apart modulo symmetries: degrees, and metres between the objects' places.
+    """Return the distance of two poses T_cam_obj modulo symmetries: degrees, and metres between the objects' places.
 
-    Of all symmetric readings of `T_b`, the one nearest in rotation counts.
+    Of all symmetric versions of `T_b`, the one nearest in rotation counts.
     """
     best = (np.inf, np.inf)
     for S in _group(symmetries):
@@ -131,7 +131,7 @@ def pose_difference(T_a: Float64, T_b: Float64, symmetries: Symmetries) -> tuple
 
 # ------------------------------------------------------------------------------------------------------- candidates
 
-_ROUND_ANGLES = (0.4, 1.1, 1.7, 1.9, 2.9)  # radians: no small fractions of a turn among them
+_ROUND_ANGLES = (0.4, 1.1, 1.7, 1.9, 2.9)  # radians: none is a small fraction of a turn
 
 
 class _Judge:
@@ -152,14 +152,14 @@ class _Judge:
         return _about(R, self.pivot)
 
     def means(self, turns: list[Float64]) -> Float64:
-        """Mean distance of the turned surface to itself, of the diameter, roughly: (T,)."""
+        """Return the approximate mean distance of the turned surface to itself, as a share of the diameter: (T,)."""
         few = self.surface.points[self.few] - self.pivot
         turned = np.einsum("tij,nj->tni", np.asarray(turns), few) + self.pivot
         distance = self._distances(turned.reshape(-1, 3), self.surface.nearest(turned.reshape(-1, 3)))
         return np.asarray(np.minimum(distance, 0.15).reshape(len(turns), FEW).mean(axis=1))
 
     def is_sure(self, R: Float64) -> bool:
-        """Whether the turned surface lies on itself, but for sampling."""
+        """Return True if the turned surface lies on itself, up to sampling."""
         turned, nearest = self._matched(R)
         distance = self._distances(turned, nearest)
         return bool(np.quantile(distance, 0.99) < SURE and distance.max() < SURE_AT_MOST)
@@ -176,7 +176,7 @@ class _Judge:
         return bool(change.mean() < 2 * self.colour_step + 0.03 and (change > 0.2).mean() < 0.05 + 2 * self.colour_step)
 
     def refined(self, R: Float64, steps: int = 6) -> Float64:
-        """The turn near R that fits best: a few point-to-plane steps about the centroid."""
+        """Return the best-fitting turn near R, found by a few point-to-plane steps about the centroid."""
         surface = self.surface
         for _ in range(steps):
             turned = (surface.points[self.picked[::4]] - self.pivot) @ R.T
@@ -196,7 +196,10 @@ class _Judge:
         return turned, nearest
 
     def _distances(self, turned: Float64, nearest: Indices) -> Float64:
-        """Distance to the surface, of the diameter; within a spacing only what is off the plane counts."""
+        """Return distances to the surface as shares of the diameter.
+
+        Within a spacing, only the distance off the plane counts.
+        """
         away = turned - self.surface.points[nearest]
         off_plane = (away * self.surface.normals[nearest]).sum(axis=1)
         along = np.sqrt(np.maximum((away**2).sum(axis=1) - off_plane**2, 0))
@@ -205,7 +208,7 @@ class _Judge:
 
 
 def _axes(judge: _Judge) -> list[Float64]:
-    """Axes about which some fraction of a turn nearly maps the object onto itself, sharpened, the likely ones first."""
+    """Find the axes about which a fraction of a turn nearly maps the object onto itself; refined, likeliest first."""
     centred = judge.surface.points - judge.pivot
     _, principal = np.linalg.eigh(centred.T @ centred)
     likely = [*np.eye(3), *principal.T]
@@ -217,7 +220,7 @@ def _axes(judge: _Judge) -> list[Float64]:
     for index in np.argsort(rough, kind="stable"):
         if rough[index] > 2 * TWIN or len(kept) == 30:
             break
-        # Neighbouring axes of the spiral are 8 degrees apart: a turn near a better one leads to the same place.
+        # Neighbouring axes of the spiral are 8 degrees apart: a turn near a better one leads to the same axis.
         if _is_new(turns[index], kept, [], 20.0):
             kept.append(turns[index])
     axes = []
@@ -229,13 +232,13 @@ def _axes(judge: _Judge) -> list[Float64]:
         axis = vector / angle
         close = [np.sign(other @ axis) * other for other in likely if abs(other @ axis) > np.cos(np.radians(3))]
         fits = judge.means([_turn(choice, angle) for choice in [*close, axis]])
-        # An axis of the CAD or of inertia is taken for meant where it is as good.
+        # Prefer an axis of the CAD or of inertia where it is as good.
         axes.append([*close, axis][int(np.flatnonzero(fits <= 1.2 * fits.min() + 5e-4)[0])])
     return _without_parallel([*axes, *likely])
 
 
 def _closed(group: list[Float64], R: Float64, round_axes: list[Float64]) -> list[Float64]:
-    """The group generated by `group` and R, turns about `round_axes` not counting; unchanged past MAX_GROUP."""
+    """Return the group generated by `group` and R, ignoring turns about `round_axes`; unchanged past MAX_GROUP."""
     if not _is_new(R, group, round_axes):
         return group
     grown = [*group, R]
@@ -252,7 +255,7 @@ def _closed(group: list[Float64], R: Float64, round_axes: list[Float64]) -> list
 
 
 def _is_new(R: Float64, known: list[Float64], round_axes: list[Float64], apart_deg: float = 6.0) -> bool:
-    """Whether R differs from all of `known`, turns about `round_axes` not counting."""
+    """Return True if R differs from all of `known`, ignoring turns about `round_axes`."""
     if len(round_axes) > 1:
         return False
     for other in known:
@@ -289,7 +292,7 @@ def _turn(axis: Float64, angle: float) -> Float64:
 
 
 def _log(R: Float64) -> Float64:
-    """Rotation vector of R, also near half a turn."""
+    """Return the rotation vector of R; accurate near half a turn too."""
     cosine = np.clip((np.trace(R) - 1) / 2, -1, 1)
     angle = np.arccos(cosine)
     skew = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) / 2

@@ -1,1 +1,1 @@
-"""Pictures, masks and meshes from sources that are not trusted."""
+"""Read pictures, masks and meshes from untrusted sources."""

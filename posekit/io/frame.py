@@ -1,4 +1,4 @@
-"""An RGB-D picture pair as it was sent, decoded and checked: colours, raw depth, and the camera that took both."""
+"""Decode and check an RGB-D image pair: colours, raw depth, and the camera that took both."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Frame:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width, pixels."""
+        """Return height and width in pixels."""
         return self.rgb.shape[0], self.rgb.shape[1]
 
     def depth_mm(self, window: tuple[slice, slice]) -> Float32:
-        """Millimetres, 0 where there is no reading or the scaled value is no number."""
+        """Return the depth in millimetres, 0 where there is no reading or the scaled value is not a number."""
         with np.errstate(over="ignore", invalid="ignore"):
             depth_mm = self.depth_raw[window].astype(np.float32) * np.float32(self.depth_scale_mm)
         return np.where(np.isfinite(depth_mm), depth_mm, np.float32(0))
@@ -48,10 +48,10 @@ def decode_frame(
 ) -> Frame:
     """Decode both pictures.
 
-    K: 9 numbers, row-major. `depth_scale_mm`: a raw depth value times this is millimetres; None = 1.0, but not for a
-    float TIFF, which must say. `bare_depth_size`: height and width of a depth that is little-endian float32 without a
-    file format around it. Raises BadData, TooLarge or InvalidInput with the field at fault, the latter
-    also where the sizes differ.
+    K: 9 numbers, row-major. `depth_scale_mm`: factor from a raw depth value to millimetres; None = 1.0, which a float
+    TIFF refuses: its scale must be given. `bare_depth_size`: height and width of a depth image that is bare
+    little-endian float32 without a file format. Raises BadData, TooLarge or InvalidInput with the field at fault;
+    InvalidInput also where the two sizes differ.
     """
     if bare_depth_size is not None:
         depth_raw: npt.NDArray[Any] = images.decode_depth_raw_f32(depth, *bare_depth_size, depth_field)
@@ -76,7 +76,7 @@ def decode_frame(
 
 
 def camera_warnings(frame: Frame) -> list[str]:
-    """Say what is odd about the camera: a principal point outside of the image."""
+    """Return warnings about an odd camera: a principal point outside the image."""
     (height, width), cx, cy = frame.size, frame.K[0, 2], frame.K[1, 2]
     if 0 <= cx <= width and 0 <= cy <= height:
         return []

@@ -1,9 +1,9 @@
-"""Colour and depth images: from the bytes of a client to arrays, refusing what is broken, too large or lossy.
+"""Decode colour and depth images from a client's bytes; refuse what is broken, too large or lossy.
 
-OpenCV does the decoding, but it is lenient: it returns an image for files whose checksums are wrong. So each file is
-checked first: header, then size limits, then the structure (every PNG checksum, the exact inflated length, JPEG's end
-marker, TIFF's strips inside the file), and only then decoded. Inflating is most of the work of decoding a PNG, so the
-bytes that the check inflated are what OpenCV gets, stored without compression.
+OpenCV decodes, but it is lenient: it returns an image for files whose checksums are wrong. So each file is checked
+first: header, then size limits, then the structure (every PNG checksum, the exact inflated length, JPEG's end marker,
+TIFF's strips inside the file). Inflating is most of the work of decoding a PNG, so OpenCV receives the bytes that the
+check inflated, stored without compression.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_SIDE = 1 << 20  # pixels; OpenCV's own limit
 MAX_JPEG_SCANS = 100  # a usual progressive file has ten; each scan costs a pass over the whole image
 
-# What is wrong with a file is told to the client in the answer; OpenCV's lines on stderr would tell nobody anything.
+# The answer tells the client what is wrong with a file. OpenCV's lines on stderr would reach nobody.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInfo:
-    """What an image's header says of it."""
+    """The facts in an image's header."""
 
     format: Literal["png", "jpeg", "tiff"]
     width: int
     height: int
-    channels: int  # of the decoded image: a palette counts as 3, alpha is one
-    bit_depth: int  # per channel, as stored: 1, 2, 4, 8, 16, 32, 64
+    channels: int  # of the decoded image: a palette counts as 3, alpha as one
+    bit_depth: int  # bits per channel, as stored: 1, 2, 4, 8, 16, 32, 64
     dtype: str  # of the decoded image: "uint8", "uint16", "float32", ...
 
     @property
     def pixels(self) -> int:
-        """Width times height."""
+        """Return width times height."""
         return self.width * self.height
 
 
@@ -55,9 +55,9 @@ class ImageInfo:
 
 
 def inspect(data: bytes, field: str | None = None) -> ImageInfo:
-    """Read format and size from the header of a PNG, JPEG or TIFF; decodes nothing, so that any size is safe.
+    """Read format and size from the header of a PNG, JPEG or TIFF. Decodes nothing, so any size is safe.
 
-    Raises BadData for empty bytes, for what is none of the three, and for a header that is cut short.
+    Raises BadData for empty bytes, for any other format, and for a header that is cut short.
     """
     if not data:
         raise BadData("the image is empty (0 bytes)", field)
@@ -71,12 +71,12 @@ def inspect(data: bytes, field: str | None = None) -> ImageInfo:
 
 
 def depth_is_float(data: bytes) -> bool:
-    """Whether a depth image is a float TIFF, whose scale the client has to give; False for anything else."""
+    """Return True if a depth image is a float TIFF, whose scale the client has to give; False for anything else."""
     return data[:4] in (b"II*\0", b"MM\0*")
 
 
 def check_size(info: ImageInfo, max_megapixels: float, field: str | None = None) -> None:
-    """Raise TooLarge where the decoded image would pass the limit."""
+    """Raise TooLarge if the decoded image would exceed the limit."""
     size = f"the image is {info.width} x {info.height} pixels"
     if info.pixels > max_megapixels * 1e6:
         raise TooLarge(f"{size}, more than the limit of {max_megapixels:g} megapixels", field)
@@ -90,8 +90,8 @@ def check_size(info: ImageInfo, max_megapixels: float, field: str | None = None)
 def decode_color(data: bytes, max_megapixels: float, field: str | None = None) -> UInt8:
     """Decode a colour image to (H, W, 3) uint8 RGB.
 
-    Takes 8-bit PNG (palette and fewer bits too) and JPEG; grey is repeated, alpha dropped, EXIF rotation not applied
-    (masks and depth know nothing of it). Raises BadData, TooLarge, InvalidInput (16-bit, TIFF).
+    Takes JPEG and 8-bit PNG (palettes and fewer bits too). Grey is repeated and alpha dropped. EXIF rotation is not
+    applied: masks and depth do not have it. Raises BadData, TooLarge, InvalidInput (16-bit, TIFF).
     """
     info = inspect(data, field)
     check_size(info, max_megapixels, field)
@@ -146,7 +146,7 @@ def decode_depth(data: bytes, max_megapixels: float, field: str | None = None) -
 def decode_depth_raw_f32(data: bytes, height: int, width: int, field: str | None = None) -> Float32:
     """Read bare little-endian float32 depth of a known size to (H, W) float32; NaN, infinities and negatives become 0.
 
-    Raises BadData where there are no bytes, InvalidInput where their number is not 4 x height x width.
+    Raises BadData if there are no bytes, InvalidInput if their number is not 4 x height x width.
     """
     if not data:
         raise BadData("the depth image is empty (0 bytes)", field)
@@ -159,8 +159,11 @@ def decode_depth_raw_f32(data: bytes, height: int, width: int, field: str | None
 
 
 def decode_png(data: bytes, field: str | None = None) -> Image:
-    """Decode any PNG as it is stored: (H, W) or (H, W, 3 or 4 in BGR(A) order), uint8 or uint16; palettes expanded,
-    transparency of a palette or a key colour ignored. The caller checks the size before (`inspect`, `check_size`)."""
+    """Decode any PNG as it is stored: (H, W) or (H, W, 3 or 4 in BGR(A) order), uint8 or uint16.
+
+    Palettes are expanded; the transparency of a palette or a key colour is ignored. Call `inspect` and `check_size`
+    first: the size is not checked here.
+    """
     info = inspect(data, field)
     if info.format != "png":
         raise InvalidInput(f"the image is a {info.format.upper()}; send a PNG", field)
@@ -170,7 +173,7 @@ def decode_png(data: bytes, field: str | None = None) -> Image:
 def encode_png(array: Image, compression: int = 1) -> bytes:
     """Encode (H, W) uint8, uint16 or bool (True = 255), or (H, W, 3 or 4) uint8 RGB(A) as PNG.
 
-    `compression` is zlib's level, 0 to 9; 1 is by far the fastest that still compresses.
+    `compression` is zlib's level, 0 to 9. Level 1 is by far the fastest that compresses at all.
     """
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
@@ -201,7 +204,7 @@ def _decode(data: bytes | bytearray, flags: int, info: ImageInfo, field: str | N
 
 
 def _without_nonsense(depth: Float32) -> Float32:
-    """Zero where a reading is NaN, infinite or negative; a copy, in the machine's byte order."""
+    """Return a copy with 0 for readings that are NaN, infinite or negative, in the machine's byte order."""
     return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0)).astype(np.float32, copy=False)
 
 
@@ -210,9 +213,9 @@ def _without_nonsense(depth: Float32) -> Float32:
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # samples per stored pixel, by colour type
 _PNG_BIT_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-_STEP = 1 << 20  # bytes inflated at a time while the pixels are only being counted
-_STORED_STEP = (1 << 16) - 1  # bytes inflated at a time where they are passed on: the most that one stored block holds
-_STORED_BELOW = 8  # times that pixels may be larger than their compressed data, to be passed on inflated
+_STEP = 1 << 20  # bytes inflated at a time where pixels are only counted
+_STORED_STEP = (1 << 16) - 1  # bytes inflated at a time where pixels are passed on: the limit of one stored block
+_STORED_BELOW = 8  # pixels are passed on inflated only if they are less than this many times their compressed size
 
 
 class _PngHeader(NamedTuple):
@@ -221,7 +224,7 @@ class _PngHeader(NamedTuple):
     interlaced: bool
 
     def passes(self) -> Iterator[tuple[int, int]]:
-        """(bytes per row with its filter byte, rows) of each pass that has pixels."""
+        """Yield (bytes per row with its filter byte, rows) for each pass that has pixels."""
         bits = _PNG_CHANNELS[self.color_type] * self.info.bit_depth
         steps = _ADAM7 if self.interlaced else ((0, 0, 1, 1),)
         for x0, y0, dx, dy in steps:
@@ -260,11 +263,11 @@ def _png_header(data: bytes, field: str | None) -> _PngHeader:
 
 
 def _checked_png(data: bytes, field: str | None) -> bytearray:
-    """The PNG with nothing in it but its pixels, after checking every checksum and the exact inflated length.
+    """Return the PNG reduced to its pixels, after checking every checksum and the exact inflated length.
 
-    What goes: metadata, colour profiles, rotation, animation frames, transparency keys. None may change the pixels,
+    Dropped are metadata, colour profiles, rotation, animation frames and transparency keys. None may change the pixels,
     and each is one more parser that could be fed nonsense. The pixels are passed on inflated, as the check has them,
-    so that OpenCV need not inflate them again. Those that compression makes far smaller stay compressed: inflating
+    so that OpenCV need not inflate them again. Pixels that compression makes far smaller stay compressed: inflating
     them twice costs no more than copying, and a small file that claims a huge image stays small.
     """
     header = _png_header(data, field)
@@ -306,9 +309,9 @@ def _checked_png(data: bytes, field: str | None) -> bytearray:
 
 
 def _add_checked_pixels(kept: bytearray, header: _PngHeader, stream: bytes, field: str | None) -> None:
-    """Inflate the pixel data in bounded steps, to count it and to see every row's filter byte; add its chunks.
+    """Inflate the pixel data in bounded steps, count it, check every row's filter byte, and add its chunks to `kept`.
 
-    Where it is added inflated, each step becomes a chunk that holds one stored block (RFC 1951, 3.2.4).
+    Where pixels are added inflated, each step becomes a chunk that holds one stored block (RFC 1951, 3.2.4).
     """
     broken = BadData("the PNG is broken: its pixel data does not inflate to the size of the image", field)
     passes = list(header.passes())
@@ -342,11 +345,11 @@ def _add_checked_pixels(kept: bytearray, header: _PngHeader, stream: bytes, fiel
                 raise broken
             if stored and size:
                 _add_png_chunk(kept, b"IDAT", struct.pack("<BHH", 0, size, 0xFFFF - size), inflated)
-            more = size == step  # else zlib holds nothing back
+            more = size == step  # a full step: zlib may hold back more
     if count != expected or not inflater.eof:
         raise broken
     taken -= len(inflater.unused_data)
-    if stored:  # an empty last block, and the checksum that the inflated bytes were found to have
+    if stored:  # an empty last block, and the checksum of the inflated bytes
         _add_png_chunk(kept, b"IDAT", b"\1\0\0\xff\xff", stream[taken - 4 : taken])
     else:
         _add_png_chunk(kept, b"IDAT", stream[:taken])
@@ -368,7 +371,7 @@ _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def _jpeg_segments(data: bytes, field: str | None) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, stop) of each segment up to and including the end marker (which is empty)."""
+    """Yield (marker, start, stop) of each segment, up to and including the end marker (which is empty)."""
     position = 2
     while True:
         while data[position : position + 2] == b"\xff\xff":  # fill bytes
@@ -442,7 +445,7 @@ _MAX_TIFF_TAGS = 1000
 
 
 class _Tiff:
-    """The first directory of a TIFF: enough to know the image's size and that its strips lie inside the file."""
+    """The first directory of a TIFF: enough to find the image's size and check that its strips lie inside the file."""
 
     def __init__(self, data: bytes, field: str | None) -> None:
         self.data, self.field = data, field
@@ -477,7 +480,7 @@ class _Tiff:
         )
 
     def checked(self) -> bytes:
-        """The file, its rotation tag neutral, after checking that all strips or tiles lie inside it."""
+        """Return the file with its rotation tag neutral, after checking that all strips or tiles lie inside it."""
         if self._one(259, 1) not in _TIFF_COMPRESSIONS:
             raise InvalidInput(
                 "the TIFF uses an unusual compression; write it uncompressed, LZW or deflate", self.field

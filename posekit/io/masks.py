@@ -1,6 +1,6 @@
 """Instance masks in every form that clients send, decoded safely.
 
-The forms, told apart by what they are:
+The form is recognised from the value:
 - an object `{"size": [h, w], "counts": ...}`: COCO RLE, counts as COCO's compressed string or as a list of run lengths;
 - a string: a base64 PNG; bytes that start as a PNG does: that PNG; any other bytes: JSON text of one of the forms;
 - a list of lists that hold nothing but the integers 0 and 1 (or booleans): a nested list, which must be h rows of w
@@ -30,9 +30,9 @@ Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
-_RLE_CHARACTERS = 7  # per run, five bits each: more than any run of an image needs
-_POLYGON_WORK = 400_000_000  # what the polygons of one mask may cost, in pixels filled: a second or two
-_CROSSING_COST = 10  # of an edge with a row, in pixels
+_RLE_CHARACTERS = 7  # per run, five bits each: no run of an image needs more
+_POLYGON_WORK = 400_000_000  # limit on the polygons of one mask, in pixels filled: a second or two
+_CROSSING_COST = 10  # cost of an edge crossing a row, in pixels filled
 _CROSSINGS_AT_ONCE = 1 << 20
 _BINARY = "the rows of a mask that is a nested list hold 0 and 1 only"
 _ROWS_AT_LEAST = 4  # of a nested list of 0 and 255: fewer may be polygons around a corner of 255 pixels
@@ -44,9 +44,9 @@ _ROWS_AT_LEAST = 4  # of a nested list of 0 and 255: fewer may be polygons aroun
 def decode_mask(spec: object, height: int, width: int, field: str | None, max_pixels: float) -> Bool:
     """Decode one mask of any form to (height, width) bool, True inside.
 
-    `spec` is the mask as JSON text (bytes), as a parsed value, or the bytes of a PNG; `max_pixels` bounds what may be
-    decoded for it. A mask without a single pixel is a valid mask. Raises BadData where it does not parse, TooLarge
-    before decoding, InvalidInput where it parses and does not fit the image.
+    `spec` is the mask as JSON text (bytes), as a parsed value, or the bytes of a PNG. `max_pixels` limits the decoded
+    size. An empty mask is valid. Raises BadData if the mask does not parse, TooLarge before decoding, InvalidInput if
+    it parses but does not fit the image.
     """
     value = parse(spec, field)
     pixels = _pixels(value, height, width, field)
@@ -67,7 +67,7 @@ def decode_mask(spec: object, height: int, width: int, field: str | None, max_pi
 
 
 def parse(spec: object, field: str | None = None) -> object:
-    """The mask as a value, undecoded: a dict (RLE), a list, or bytes (a PNG out of base64). Idempotent."""
+    """Return the mask as an undecoded value: a dict (RLE), a list, or bytes (a PNG, base64 removed). Idempotent."""
     if isinstance(spec, (bytearray, memoryview)):
         spec = bytes(spec)
     if isinstance(spec, bytes):
@@ -91,7 +91,7 @@ def _from_base64(text: str, field: str | None) -> bytes:
         text = text.partition(",")[2]
     try:
         data = binascii.a2b_base64("".join(text.split()), strict_mode=True)
-    except ValueError:  # binascii.Error is one
+    except ValueError:  # includes binascii.Error
         raise BadData(
             'the mask is a string that is not valid base64; an RLE is {"size": [h, w], "counts": "..."}', field
         ) from None
@@ -183,7 +183,7 @@ def _decode_rle(value: dict[Any, Any], height: int, width: int, field: str | Non
 
 
 def _runs_from_string(text: str, field: str | None) -> Int64:
-    """The run lengths of a compressed string (`pem.rle` says how they are written), from a source not trusted."""
+    """Return the run lengths of an untrusted compressed string (`pem.rle` describes the format)."""
     try:
         raw = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64) - 48
     except UnicodeEncodeError:
@@ -192,7 +192,7 @@ def _runs_from_string(text: str, field: str | None) -> Int64:
         return raw
     if raw.min() < 0 or raw.max() > 63:
         raise InvalidInput("the RLE's counts hold characters that COCO's encoding does not use", field)
-    last = (raw & 32) == 0  # of its number
+    last = (raw & 32) == 0  # the character ends its number
     ends = np.flatnonzero(last) + 1
     starts = np.concatenate(([0], ends[:-1]))
     if not last[-1] or int((ends - starts).max()) > _RLE_CHARACTERS:
@@ -218,7 +218,7 @@ def _binary_rows(value: list[Any], field: str | None) -> list[bytes] | None:
         return None
     try:
         rows = [bytes(row) for row in value]
-    except (TypeError, ValueError):  # not whole numbers; not below 256
+    except (TypeError, ValueError):  # not whole numbers, or not in 0..255
         return None
     if all(max(row, default=0) <= 1 for row in rows):
         return rows
@@ -236,7 +236,7 @@ def _decode_rows(rows: list[bytes], height: int, width: int, field: str | None) 
 
 
 def _decode_polygons(value: list[Any], height: int, width: int, field: str | None) -> Bool:
-    """The union of the polygons; a pixel is inside where its centre is, by the even-odd rule."""
+    """Return the union of the polygons. A pixel is inside where its centre is, by the even-odd rule."""
     if value and all(isinstance(number, (int, float)) for number in value):
         value = [value]
     if len(value) == height and all(isinstance(row, list) and len(row) == width for row in value):
@@ -276,8 +276,10 @@ def _polygon_points(numbers: object, index: int, field: str | None) -> Float64:
 
 
 def _fill_polygon(points: Float64, tops: Int64, bottoms: Int64, x0: int, y0: int, x1: int, y1: int) -> Bool:
-    """Fill inside the window; edge i crosses the centres of rows tops[i] to bottoms[i]. Every crossing flips the
-    pixels to its right, so the running sum along a row is odd inside."""
+    """Fill a polygon inside the window. Edge i crosses the centres of rows tops[i] to bottoms[i].
+
+    Every crossing flips the pixels to its right, so the running sum along a row is odd inside.
+    """
     flips = np.zeros((y1 - y0) * (x1 - x0 + 1), dtype=np.uint8)
     following = np.roll(points, -1, axis=0)
     crossings = bottoms - tops
@@ -303,7 +305,7 @@ def _fill_polygon(points: Float64, tops: Int64, bottoms: Int64, x0: int, y0: int
 
 
 def mask_box(mask: Bool) -> tuple[int, int, int, int] | None:
-    """The smallest box around an (H, W) mask as (x, y, width, height) in whole pixels; None where it is empty."""
+    """Return the smallest box around an (H, W) mask: (x, y, width, height), whole pixels; None if the mask is empty."""
     columns = np.flatnonzero(mask.any(axis=0))
     if not columns.size:
         return None

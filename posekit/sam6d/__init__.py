@@ -1,3 +1,3 @@
 """The pose estimation network of SAM-6D (Lin et al., CVPR 2024), run from its released weights."""
 
-VERSION = "1"  # of the stored models; a new one onboards every object anew
+VERSION = "1"  # version of the stored models; a new one onboards every object anew

@@ -1,7 +1,7 @@
-"""From pixels to what the network looks at: a square picture of 224 x 224 and points that know their pixel in it.
+"""Turn pixels into the network's input: a picture of 224 x 224 and points that know their pixel in it.
 
 An instance and a template view go the same way: the square around the mask, the colours under the mask in that
-square, and a fixed number of points drawn from it. How it is done decides what the network sees, so every step is the
+square, and a fixed number of points drawn from it. The details decide what the network sees, so every step is the
 one that the released weights were trained with.
 """
 
@@ -17,10 +17,10 @@ from posekit.engine import Bool, Float32, Float64, Instance, Int32, Rejection, U
 from posekit.errors import InvalidInput
 from posekit.sam6d.templates import View
 
-SIDE_PX = 224  # of the network's picture
-LEAST_READINGS = 33  # depth readings under the mask
-LEAST_POINTS = 4  # of them, near enough to their middle
-REACH = 1.2  # object radii from the middle of the readings: farther ones are of something else
+SIDE_PX = 224  # side of the network's picture
+LEAST_READINGS = 33  # depth readings needed under the mask
+LEAST_POINTS = 4  # readings needed near enough to their middle
+REACH = 1.2  # object radii from the middle of the readings: farther readings belong to something else
 
 Indices = npt.NDArray[np.intp]
 
@@ -28,13 +28,13 @@ Indices = npt.NDArray[np.intp]
 class NetworkInput(NamedTuple):
     """One picture with its points, as the network takes them."""
 
-    rgb: UInt8  # (224, 224, 3), blue first as the network learnt it, 0 outside of the mask
-    points_m: Float32  # (N, 3): an instance's in the camera frame, a view's in the CAD frame
+    rgb: UInt8  # (224, 224, 3), blue first, as in the network's training; 0 outside the mask
+    points_m: Float32  # (N, 3): camera frame for an instance, CAD frame for a view
     choose: Int32  # (N,), flat pixel of each point in `rgb`
 
 
 class Box(NamedTuple):
-    """A square of pixels. Its corner may lie outside of the array that it was made for, never outside of the image."""
+    """A square of pixels. Its corner may lie outside the array that it was made for, never outside the image."""
 
     top: int
     left: int
@@ -44,11 +44,11 @@ class Box(NamedTuple):
 def instance_input(
     instance: Instance, radius_m: float, rng: np.random.Generator, points: int = 2048
 ) -> NetworkInput | Rejection:
-    """What the network sees of a detection, or why that is too little.
+    """Return the network's input for a detection, or the reason why it shows too little.
 
     `radius_m`: how far the object reaches from the origin of its CAD. `rng` alone decides which points are drawn: with
-    replacement where there are no more than `points`. What counts are pixels under the mask with a depth reading; one
-    that is NaN or infinite is none.
+    replacement if there are no more than `points`. Only pixels under the mask with a depth reading count; NaN and
+    infinity are no readings.
     """
     mask = instance.mask & (instance.depth_m > 0) & np.isfinite(instance.depth_m)
     if (reason := _why_not(instance.mask, mask)) is not None:
@@ -65,14 +65,14 @@ def instance_input(
             detail=f"{near.sum()} of {len(near)} depth readings under the mask lie within {reach_m * 1000:.1f} mm "
             f"({REACH:g} radii of the object) of their middle, {LEAST_POINTS} needed: is it this object's mask?",
         )
-    # The picture keeps the pixels whose readings are too far away: only points are filtered.
+    # Only points are filtered: the picture keeps pixels whose readings are too far away.
     return _drawn(instance.rgb, mask, box, row[near], column[near], cloud[near], rng, points)
 
 
 def template_input(view: View, rng: np.random.Generator, points: int = 5000) -> NetworkInput:
-    """What the network sees of a template view.
+    """Return the network's input for a template view.
 
-    Raises InvalidInput where the square around the mask holds none of its pixels: a mask of a few scattered ones.
+    Raises InvalidInput if the square around the mask holds none of its pixels: a mask of a few scattered ones.
     """
     if not view.mask.any():
         raise InvalidInput("the mask of a template view has no pixel")
@@ -86,11 +86,11 @@ def template_input(view: View, rng: np.random.Generator, points: int = 5000) -> 
 
 
 def crop_box(mask: Bool, origin_px: tuple[int, int] = (0, 0), image_size_px: tuple[int, int] | None = None) -> Box:
-    """The square around a mask that has a pixel, relative to the mask's array.
+    """Return the square around a mask, relative to the mask's array. The mask must have at least one pixel.
 
-    `origin_px`: column and row of the array's first pixel in its image, which is (width, height) `image_size_px`; None
-    = the array is the image. The square is moved into the image, never shrunk, and no larger than the image's shorter
-    side. An odd side loses one pixel, so that a row and a column of the mask may fall out.
+    `origin_px`: column and row of the array's first pixel in its image, whose size is (width, height) `image_size_px`;
+    None = the array is the image. The square is moved into the image, never shrunk, and no larger than the image's
+    shorter side. An odd side loses one pixel, so that a row and a column of the mask may fall out.
     """
     height, width = mask.shape
     image_width, image_height = image_size_px or (width, height)
@@ -118,20 +118,20 @@ def _why_not(mask: Bool, usable: Bool) -> Rejection | None:
 
 
 def _inside(box: Box, shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """The part of an array that the box holds."""
+    """Return the part of an array that the box holds."""
     rows = slice(max(0, box.top), min(shape[0], box.top + box.side))
     return rows, slice(max(0, box.left), min(shape[1], box.left + box.side))
 
 
 def _pixels(mask: Bool, box: Box) -> tuple[Indices, Indices]:
-    """Rows and columns of the mask's pixels in the box, row by row."""
+    """Return rows and columns of the mask's pixels in the box, row by row."""
     rows, columns = _inside(box, mask.shape)
     row, column = np.nonzero(mask[rows, columns])
     return row + rows.start, column + columns.start
 
 
 def _backproject(row: Indices, column: Indices, depth_m: Float32, K: Float64) -> Float64:
-    """Points (n, 3) in the camera frame; pixel centres are whole numbers."""
+    """Return points (n, 3) in the camera frame; pixel centres are whole numbers."""
     z = depth_m.astype(np.float64)
     y = (row - K[1, 2]) * z / K[1, 1]
     x = ((column - K[0, 2]) * z - K[0, 1] * y) / K[0, 0]
@@ -148,7 +148,7 @@ def _drawn(
     rng: np.random.Generator,
     points: int,
 ) -> NetworkInput:
-    """The picture in the box, and `points` of the (n, 3) points whose pixels are `row` and `column`; n > 0."""
+    """Return the picture in the box with `points` of the (n, 3) points, whose pixels are `row` and `column`; n > 0."""
     picked = rng.choice(len(row), points, replace=len(row) <= points)
     cell_row = (row[picked] - box.top) * SIDE_PX // box.side
     cell_column = (column[picked] - box.left) * SIDE_PX // box.side
@@ -160,9 +160,9 @@ def _drawn(
 
 
 def _picture(rgb: UInt8, mask: Bool, box: Box) -> UInt8:
-    """The colours under the mask, blue first. Blended with black at the mask's rim, since the mask comes first."""
+    """Return the colours under the mask, blue first. Masking precedes resizing, so the rim blends with black."""
     rows, columns = _inside(box, mask.shape)
-    square = np.zeros((box.side, box.side, 3), dtype=np.uint8)  # what lies outside of the array is not of the mask
+    square = np.zeros((box.side, box.side, 3), dtype=np.uint8)  # pixels outside the array are not in the mask
     here = square[rows.start - box.top : rows.stop - box.top, columns.start - box.left : columns.stop - box.left]
     here[...] = rgb[rows, columns, ::-1] * mask[rows, columns, None]
     return np.asarray(cv2.resize(square, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_LINEAR), dtype=np.uint8)

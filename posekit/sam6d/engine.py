@@ -1,4 +1,4 @@
-"""SAM-6D's network as an engine: templates once for each object, then poses of whatever was segmented."""
+"""SAM-6D's network as an engine: it renders templates once for each object, then estimates poses of detections."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from posekit.sam6d.templates import View, render_views
 from posekit.surface import diameter_of, sample_surface
 
 PRACTICE_PX = 64
-RENDERING = 0.1  # of the time that onboarding takes, for the progress
+RENDERING = 0.1  # share of the onboarding time, for the progress
 
 
 class Sam6dEngine:
-    """The network behind `posekit.engine.Engine`.
+    """SAM-6D's network; implements `posekit.engine.Engine`.
 
-    On a CPU each instance is worked on by itself, several at a time, and an answer has the same bits whatever else is
-    in the pass. On a GPU all instances of a pass go through the network together.
+    On a CPU, each instance is computed by itself, several at a time, and its answer has the same bits whatever else is
+    in the pass. On a GPU, all instances of a pass go through the network together.
     """
 
     name = "sam6d"
@@ -62,11 +62,11 @@ class Sam6dEngine:
         precision: str = "float32",
         views: int = Config.views,
     ) -> None:
-        """Load the weights; raises BrokenCheckpoint where they do not fit.
+        """Load the weights; raise BrokenCheckpoint if they do not fit.
 
-        `threads`: cores that a CPU may use, None = all; torch is set to one thread for the whole process and uses more
-        only while a single instance is worked on. `exact`: the reference's arithmetic, in float32. `precision`, of the
-        other setting: "float32", "tf32" (for a CPU the same) or "bf16". `views`: of the 42, how many are rendered.
+        `threads`: CPU cores to use, None = all. Torch is set to one thread for the whole process, and uses more only
+        while a single instance is computed. `exact`: the reference's arithmetic, in float32. `precision` of the faster
+        arithmetic: "float32", "tf32" (on a CPU the same) or "bf16". `views`: how many of the 42 views are rendered.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"there is no precision {precision!r}; there are: {', '.join(PRECISIONS)}")
@@ -101,9 +101,9 @@ class Sam6dEngine:
     # ---------------------------------------------------------------------------------------------------- onboarding
 
     def onboard(self, object_id: str, mesh: Mesh, symmetries: Symmetries | None, progress: Progress) -> ObjectModel:
-        """Render the views, extract their features and keep all that depends on the CAD alone: some 25 s on a core.
+        """Render the views, extract their features and keep all that depends on the CAD alone: some 25 s on one core.
 
-        Symmetries are those declared: the network looks for none.
+        Only declared symmetries are stored: the network searches for none.
         """
         rendered = render_views(mesh, lambda share: progress(share * RENDERING), self.config.views)
         return self.onboard_views(
@@ -113,9 +113,10 @@ class Sam6dEngine:
     def onboard_views(
         self, object_id: str, mesh: Mesh, views: Iterable[View], symmetries: Symmetries | None, progress: Progress
     ) -> ObjectModel:
-        """The same from views that somebody else made. Raises InvalidInput for a view that shows nothing.
+        """Onboard from given views. Raises InvalidInput for a view that shows nothing.
 
-        On the CPU and in the reference's arithmetic, whatever poses are computed in: what is kept serves all settings.
+        Runs on the CPU in the reference's arithmetic, whatever poses are computed in: the stored model serves all
+        settings.
         """
         rng = np.random.default_rng(int(object_id[:8], 16))
         inputs = [template_input(view, rng, self.config.view_points) for view in views]
@@ -139,9 +140,9 @@ class Sam6dEngine:
         )
 
     def practice_model(self, object_id: str, mesh: Mesh) -> ObjectModel:
-        """A model as large as any, from one view that is no picture: points of the surface in a square, all grey.
+        """Return a model of normal size from one artificial view: points of the surface in a square, all grey.
 
-        Rendering would bring Open3D into the process that estimates.
+        Rendering would load Open3D into the process that estimates.
         """
         points_m = sample_surface(mesh, PRACTICE_PX**2)[0].astype(np.float32)
         xyz_m = points_m.reshape(PRACTICE_PX, PRACTICE_PX, 3)
@@ -151,11 +152,11 @@ class Sam6dEngine:
     # ------------------------------------------------------------------------------------------------------- poses
 
     def prepare(self, model: ObjectModel) -> int:
-        """Put a model onto the device and add what is faster computed than read; returns the bytes it takes there."""
+        """Put a model onto the device, add what is computed faster than read, and return the bytes it takes there."""
         return self._prepared(model).model.nbytes
 
     def estimate(self, instances: Sequence[Instance], models: Mapping[str, ObjectModel]) -> list[Outcome]:
-        """One outcome per instance, in order."""
+        """Return one outcome per instance, in order."""
         if not self._on_cpu:
             return self._estimate(instances, models)
         in_company = len(instances) - len(instances) % self._threads if self._pool else 0
@@ -192,7 +193,7 @@ class Sam6dEngine:
         return outcomes
 
     def _poses(self, scene: Scene, models: Sequence[Model]) -> Poses:
-        """On the host: copied once, since each copy waits for the device."""
+        """Return poses on the host, copied once: each copy waits for the device."""
         poses = self._passes(scene, models) if self._passes else self.network(scene, together(models))
         return Poses(*(values.cpu() for values in poses))
 
@@ -209,7 +210,7 @@ class Sam6dEngine:
         )
 
     def _prepared(self, model: ObjectModel) -> _Prepared:
-        key = f"{self.name}:{self.device}:{type(self.network).__name__}"  # exact and fast keep structures differently
+        key = f"{self.name}:{self.device}:{type(self.network).__name__}"  # exact and fast store structures differently
         if key not in model.data:
             with torch.inference_mode():
                 stored = {name: torch.from_numpy(np.asarray(value)) for name, value in model.arrays.items()}
@@ -229,7 +230,7 @@ class Sam6dEngine:
 
     @contextlib.contextmanager
     def _all_threads(self) -> Iterator[None]:
-        """Let torch use all cores for what is done alone."""
+        """Let torch use all cores for a single instance."""
         if not self._on_cpu:
             yield
             return
@@ -247,7 +248,7 @@ class _Prepared:
     model: Model
     points_m: Float32  # (2048, 3), CAD frame
     radius_m: float
-    reach_m: float  # how far the surface reaches from the CAD's origin
+    reach_m: float  # distance from the CAD's origin to the farthest point of the surface
 
 
 class _Task(NamedTuple):

@@ -1,4 +1,4 @@
-"""What speaks for a pose of the network: the few thousand model points, held against the depth that was read."""
+"""Evidence for a pose of the network: compare its few thousand model points with the depth that was read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from scipy.spatial import cKDTree
 
 from posekit.engine import Bool, Evidence, Float32, Float64, Instance
 
-NEAR = 0.1  # radii: nearer than this a reading and the model's points agree; these lie some 0.08 apart
-LOOKED_AT = 512  # readings
+NEAR = 0.1  # radii: a reading this near to a model point agrees with it; model points are some 0.08 apart
+LOOKED_AT = 512  # readings, at most
 
 
 def evidence(
@@ -17,7 +17,7 @@ def evidence(
     """Compare a pose with the picture.
 
     points_obj_m: (M, 3), spread over the model's surface; seen_m: (N, 3) readings in the camera frame. Model points
-    that are turned away from the camera, outside of the crop or without a reading tell nothing.
+    that face away from the camera, lie outside the crop or have no reading are ignored.
     """
     tolerance_m = NEAR * radius_m
     R, t = T_cam_obj[:3, :3], T_cam_obj[:3, 3]
@@ -44,13 +44,13 @@ def evidence(
 
 
 def _in_front(points_cam: Float64, depth_m: float) -> Bool:
-    """Which points no other one hides: those nearest to the camera in each cell of a coarse grid, or just behind."""
+    """Return True for points that no other hides: in each cell of a coarse grid the nearest, or just behind it."""
     z = points_cam[:, 2]
-    if not (z > depth_m).all():  # around the camera: nothing to tell
+    if not (z > depth_m).all():  # the points surround the camera: no answer possible
         return np.zeros(len(z), dtype=np.bool_)
     cell = (points_cam[:, :2] / z[:, None] * z.mean() / (1.5 * depth_m)).astype(np.int64)
     cell -= cell.min(axis=0)
     _, group = np.unique(cell[:, 0] * (cell[:, 1].max() + 1) + cell[:, 1], return_inverse=True)
-    nearest = np.full(len(z), np.inf)  # by cell that has any: the grid itself may be as large as a camera says
+    nearest = np.full(len(z), np.inf)  # only cells with points: the whole grid may be as large as K makes it
     np.minimum.at(nearest, group, z)
     return np.asarray(z < nearest[group] + 2 * depth_m)

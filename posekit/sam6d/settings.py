@@ -1,4 +1,4 @@
-"""The settings of SAM-6D's network: the table `[sam6d]`."""
+"""The settings table `[sam6d]` of SAM-6D's network."""
 
 from __future__ import annotations
 

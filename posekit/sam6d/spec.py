@@ -1,4 +1,4 @@
-"""The network's row in the registry. Importing it is cheap: torch comes with `load` and `kernels`."""
+"""The network's row in the registry. Importing it is cheap: `load` and `kernels` import torch."""
 
 from __future__ import annotations
 

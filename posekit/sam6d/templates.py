@@ -1,4 +1,4 @@
-"""Template views of an object: rendered here, or read from a folder that another renderer made."""
+"""Template views of an object: rendered here, or read from a folder that another renderer wrote."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from posekit.render import Caster, Rendered, pixel_rays
 VIEWS = 42  # corners of an icosahedron, and the middles of its edges
 SIDE_PX = 512
 FOV_RAD = 0.691111
-DISTANCE = 4.0  # of the camera from the CAD's origin, in the largest coordinate of the CAD
-LIGHT = 2.5  # how much farther the light is than the camera
+DISTANCE = 4.0  # distance of the camera from the CAD's origin, as a multiple of the CAD's largest coordinate
+LIGHT = 2.5  # distance of the light, as a multiple of the camera's
 AMBIENT = 0.05
 GAMMA = 2.2
-LEAST_PX = 4  # a view of fewer pixels shows nothing
+LEAST_PX = 4  # a view with fewer pixels shows nothing
 MAX_MEGAPIXELS = 50.0
-MARGIN = 0.1  # of the CAD's longest side: how far outside of its box a template's point may lie
-COVERED = 0.5  # of the CAD's longest side: what the templates' points must span at least
+MARGIN = 0.1  # share of the CAD's longest side: how far outside its box a template's point may lie
+COVERED = 0.5  # share of the CAD's longest side that the templates' points must span
 
 
 class View(NamedTuple):
@@ -34,26 +34,27 @@ class View(NamedTuple):
 
     rgb: UInt8  # (h, w, 3), red first
     mask: Bool  # (h, w), the object's pixels
-    xyz_m: Float32  # (h, w, 3), where each of them is in the CAD's frame; 0 elsewhere
+    xyz_m: Float32  # (h, w, 3), place of each of these pixels in the CAD's frame; 0 elsewhere
 
 
 # ------------------------------------------------------------------------------------------------------ rendering them
 
 
 def render_views(mesh: Mesh, progress: Progress, count: int = VIEWS) -> Iterator[View]:
-    """Render `count` of the 42 views, one at a time; `progress` hears of each once its taker comes for the next.
+    """Render `count` of the 42 views, one at a time; `progress` is told of each once the caller asks for the next.
 
-    As in the original's templates: 512 x 512 pixels, a field of view of 0.691 rad, the principal point in the middle of
-    the picture; cameras all around the CAD's origin, 2 away from an object that is scaled so that its largest
+    As in the original's templates: 512 x 512 pixels, a field of view of 0.691 rad, and the principal point in the
+    middle of the picture; cameras all around the CAD's origin, 2 away from an object that is scaled so that its largest
     coordinate is 0.5 (a CAD far from its origin is small in its views); one point light behind each camera, 2.5 times
     as far away; the CAD's own colours, or grey.
-    Not as there, where a path tracer made the pictures: the surface is Lambertian under a little ambient light, so
-    nothing shines, casts shadows or lights another surface, and no film curve flattens the contrast; one ray a pixel,
-    so edges are not smoothed; the cameras' order, roll and turn about z are ours. Coordinates are float32: the
-    original's float16 of millimetres only rounds them, by up to 0.03 mm within 128 mm of the origin.
 
-    The largest coordinate is the mesh's, not that of random samples of it: the same in every run, never too small.
-    A view of fewer than 4 pixels (a sheet seen edge-on) is left out; raises InvalidInput where all are.
+    Unlike the original, which used a path tracer: the surface is Lambertian under a little ambient light, so nothing
+    shines, casts shadows or lights another surface, and no film curve flattens the contrast. There is one ray a pixel,
+    so edges are not smoothed. The cameras' order, roll and turn about z are ours. Coordinates are float32: the
+    original's float16 millimetres only round them, by up to 0.03 mm within 128 mm of the origin.
+
+    The largest coordinate is the mesh's, not that of random samples of it: the same in every run, never too small. A
+    view of fewer than 4 pixels (a sheet seen edge-on) is left out. Raises InvalidInput if all views are.
     """
     distance_m = DISTANCE * float(np.abs(mesh.vertices_m[mesh.faces]).max())
     caster = Caster([mesh])
@@ -73,20 +74,20 @@ def render_views(mesh: Mesh, progress: Progress, count: int = VIEWS) -> Iterator
 
 
 def camera_directions() -> Float64:
-    """From the object to its 42 cameras: (42, 3), unit; the 12 corners of an icosahedron, then its 30 edges' middles.
+    """Return the directions from the object to its 42 cameras: (42, 3), unit.
 
-    A corner is on +z and one on -z.
+    First the 12 corners of an icosahedron, then the middles of its 30 edges. A corner is on +z and one on -z.
     """
     fifth = np.arange(5) * 2 * np.pi / 5
     rings = [(np.cos(a), np.sin(a), 0.5) for a in fifth] + [(np.cos(a), np.sin(a), -0.5) for a in fifth + np.pi / 5]
     corners = np.array([(0, 0, np.sqrt(1.25)), *rings, (0, 0, -np.sqrt(1.25))]) / np.sqrt(1.25)
-    edges = [a + b for a, b in itertools.combinations(corners, 2) if a @ b > 0]  # next to each other: 63 degrees
+    edges = [a + b for a, b in itertools.combinations(corners, 2) if a @ b > 0]  # neighbours: 63 degrees apart
     middles = np.array(edges) / np.linalg.norm(edges, axis=1, keepdims=True)
     return np.concatenate((corners, middles))
 
 
 def looking_from(direction: Float64, distance_m: float) -> Float64:
-    """T_cam_obj (4, 4) of a camera that looks at the CAD's origin from `direction` (unit, object frame).
+    """Return T_cam_obj (4, 4) of a camera that looks at the CAD's origin from `direction` (unit, object frame).
 
     The object's z axis points up in the picture; seen along that axis, its y axis does.
     """
@@ -101,7 +102,7 @@ def looking_from(direction: Float64, distance_m: float) -> Float64:
 
 
 def camera_matrix() -> Float64:
-    """K of the views. Pixel centres are whole numbers, so the middle of the picture lies between two of them."""
+    """Return K of the views. Pixel centres are whole numbers, so the middle of the picture lies between two of them."""
     focal_px = SIDE_PX / 2 / np.tan(FOV_RAD / 2)
     middle = (SIDE_PX - 1) / 2
     return np.array([[focal_px, 0, middle], [0, focal_px, middle], [0, 0, 1]])
@@ -120,16 +121,16 @@ def _render(caster: Caster, T_cam_obj: Float64) -> View:
 
 
 def _lit(seen: Rendered, mask: Bool, points_cam: Float64, distance_m: float) -> UInt8:
-    """Colours (n, 3) of the mask's pixels under the light, which stands behind the camera."""
+    """Return the colours (n, 3) of the mask's pixels under the light, which stands behind the camera."""
     to_light = np.array([0, 0, (1 - LIGHT) * distance_m]) - points_cam
     facing = np.einsum("nc,nc->n", to_light, seen.normals_cam[mask]) / np.linalg.norm(to_light, axis=1)
     shade = AMBIENT + (1 - AMBIENT) * np.clip(facing, 0, 1)
-    # A picture's values are light to the power of 1 / gamma, so what is a factor of the light is that power of it here.
+    # A picture's values are light to the power of 1 / gamma, so a factor of the light is raised to that power too.
     return np.asarray(np.rint(seen.rgb[mask] * (shade ** (1 / GAMMA))[:, None]), dtype=np.uint8)
 
 
 def _chosen(total: int, count: int) -> list[int]:
-    """Which of `total` views make `count`."""
+    """Return the indices of `count` out of `total` views."""
     return [int(total / count * view) for view in range(count)]
 
 
@@ -137,16 +138,16 @@ def _chosen(total: int, count: int) -> list[int]:
 
 
 def read_folder(folder: Path, count: int = VIEWS, mesh: Mesh | None = None) -> Iterator[View]:
-    """Views that another renderer made: rgb_i.png, mask_i.png and xyz_i.npy, i from 0 on; of more, `count` are taken.
+    """Read views that another renderer made: rgb_i.png, mask_i.png, xyz_i.npy, i from 0. Of more, `count` are taken.
 
-    Colours in any 8-bit mode (alpha is dropped, grey repeated), masks that are 255 on the object, and where each of its
-    pixels is in the CAD's frame, (h, w, 3) floats in millimetres. `mesh`: what they should show; a folder of another
-    object, in another frame or in metres is refused.
+    Colours may have any 8-bit mode (alpha is dropped, grey repeated). Masks are 255 on the object. xyz is the place of
+    each pixel in the CAD's frame, (h, w, 3) floats in millimetres. `mesh`: the object they should show; a folder of
+    another object, in another frame or in metres is refused.
 
-    The whole folder is read and checked before the first view is handed out, and then again view by view: looking at
-    one takes a network far longer, and all at once take memory. Raises BadData for files that do not parse and
-    InvalidInput for what is missing or does not fit, each with the file's name. A view of fewer than 4 pixels is left
-    out; all of them are InvalidInput.
+    The whole folder is read and checked before the first view is returned, and then read again view by view: the
+    network takes far longer, and all views at once would take memory. Raises BadData for files that do not parse and
+    InvalidInput for files that are missing or do not fit, each with the file's name. A view of fewer than 4 pixels is
+    left out; if all are, InvalidInput.
     """
     indices = _numbers(folder, count)
     boxes = []
@@ -164,7 +165,7 @@ def read_folder(folder: Path, count: int = VIEWS, mesh: Mesh | None = None) -> I
 
 
 def _numbers(folder: Path, count: int) -> list[int]:
-    """The numbers of the views to take; all of their files exist."""
+    """Return the numbers of the views to take, after checking that all of their files exist."""
     found = [re.fullmatch(r"rgb_(0|[1-9]\d{0,5})\.png", path.name) for path in folder.glob("rgb_*.png")]
     total = max([count, *(int(name[1]) + 1 for name in found if name)])
     indices = _chosen(total, count)
@@ -197,7 +198,7 @@ def _read(folder: Path, index: int) -> View:
             f"{xyz_name} holds {xyz.dtype} of shape {xyz.shape}; floats of shape ({height}, {width}, 3) are needed"
         )
     xyz_m = np.zeros((height, width, 3), dtype=np.float32)
-    with np.errstate(over="ignore"):  # found below
+    with np.errstate(over="ignore"):  # checked below
         xyz_m[mask] = xyz[mask].astype(np.float32) / np.float32(1000)
     if not np.isfinite(xyz_m).all():
         raise InvalidInput(f"{xyz_name} holds values that are no number under {mask_name}")
@@ -214,12 +215,12 @@ def _read_png(path: Path) -> UInt8:
 
 
 def _read_npy(path: Path) -> npt.NDArray[Any]:
-    """An array file, mapped: a header may claim any size. Objects, which could hold code, cannot be mapped."""
+    """Map an array file: its header may claim any size. Objects, which could hold code, cannot be mapped."""
     try:
         return np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         _unreadable(path, error)
-    except Exception as error:  # a broken header is a TypeError, an OverflowError, a RecursionError and more
+    except Exception as error:  # a broken header gives a TypeError, an OverflowError, a RecursionError and more
         raise BadData(f"{path.name} is no array file of numpy, or is cut short") from error
 
 
@@ -228,7 +229,7 @@ def _unreadable(path: Path, error: OSError) -> NoReturn:
 
 
 def _check_same_object(boxes: Sequence[tuple[Float32, Float32]], mesh: Mesh) -> None:
-    """Whether the templates' points lie where the CAD has its surface, as far as boxes tell."""
+    """Raise InvalidInput unless the templates' points lie where the CAD has its surface, judged by boxes."""
     low, high = np.min([box[0] for box in boxes], axis=0), np.max([box[1] for box in boxes], axis=0)
     corners = mesh.vertices_m[mesh.faces]
     mesh_low, mesh_high = corners.min(axis=(0, 1)), corners.max(axis=(0, 1))

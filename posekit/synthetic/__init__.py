@@ -1,1 +1,1 @@
-"""Objects and scenes whose poses are known."""
+"""Synthetic objects and scenes with known poses."""

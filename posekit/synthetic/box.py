@@ -1,4 +1,4 @@
-"""A box and pictures of it, quickly made with numpy alone: what an engine practises on before its first request."""
+"""A box and pictures of it, made quickly with numpy alone, for an engine's warm-up before its first request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIDE_PX = 112
 
 
 def box_mesh() -> Mesh:
-    """A box of 100 x 60 x 40 mm about the origin."""
+    """Return a box of 100 x 60 x 40 mm about the origin."""
     corners = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)]) * _BOX_M
     quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
     faces = [face for a, b, c, d in quads for face in ((a, b, c), (a, c, d))]
@@ -19,7 +19,7 @@ def box_mesh() -> Mesh:
 
 
 def box_instance(seed: int, object_id: str) -> Instance:
-    """The box as a camera 0.6 m away sees it, turned at random: rays against its three pairs of sides."""
+    """Return the box, randomly turned, as a camera 0.6 m away sees it: rays against its three pairs of sides."""
     rng = np.random.default_rng(seed)
     R_cam_obj, _ = np.linalg.qr(rng.normal(size=(3, 3)))
     R_cam_obj[:, 0] *= np.linalg.det(R_cam_obj)

@@ -1,7 +1,7 @@
-"""Synthetic RGB-D scenes whose every pose and mask is known: objects on a table, seen by a depth camera.
+"""Synthetic RGB-D scenes with known poses and masks: objects on a table, seen by a depth camera.
 
-A scene is a function of its seed: the same seed gives the same bits. Masks can be spoilt on purpose
-(`degrade_mask`), found again from the depth alone (`segment_by_depth`), and poses compared (`pose_errors`).
+A scene is a function of its seed: the same seed gives the same bits. `degrade_mask` spoils masks on purpose,
+`segment_by_depth` finds them from the depth alone, and `pose_errors` compares poses.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ MaskQuality = Literal["exact", "noisy", "under", "merged"]
 MIN_VISIBLE_PX = 300  # an instance with fewer pixels is in the picture but not in the list
 MIN_VISIBILITY = 0.3
 PROJECTOR_OFFSET_M = 0.05  # the depth camera's pattern comes from its right
-MAX_RANGE_M = 4.0  # of the depth camera
+MAX_RANGE_M = 4.0  # range of the depth camera
 _TO_LINEAR = ((np.arange(256) / 255) ** 2.2).astype(np.float32)
 CLUTTER_TONES = ((142, 138, 130), (96, 104, 112), (176, 166, 148), (120, 104, 92))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneInstance:
-    """One object of a scene, with the truth about it."""
+    """One object of a scene, with its true pose and mask."""
 
     shape: Shape
     T_cam_obj: Float64  # (4, 4), metres
     mask: Bool  # (H, W), the pixels that show it
-    visibility: float  # of its whole silhouette, also outside the picture: the share that is visible
+    visibility: float  # visible share of its whole silhouette, which may reach beyond the picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A picture, its raw depth, and what stands in it."""
+    """A picture, its raw depth, and the objects in it."""
 
     rgb: UInt8  # (H, W, 3)
     depth_raw: UInt16  # (H, W), 0 = no reading
@@ -52,7 +52,7 @@ class Scene:
 
     @property
     def depth_m(self) -> Float32:
-        """Depth in metres, (H, W), 0 = no reading."""
+        """Return the depth in metres, (H, W), 0 = no reading."""
         return (self.depth_raw * (self.depth_scale_mm / 1000)).astype(np.float32)
 
 
@@ -66,11 +66,11 @@ def make_scene(
     occlusion: bool = True,
     depth_scale_mm: float = 1.0,
 ) -> Scene:
-    """A random scene: up to `count` objects and some clutter, 0.5 to 1.2 m away.
+    """Make a random scene: up to `count` objects and some clutter, 0.5 to 1.2 m away.
 
-    `shapes`: what to choose from, all of SHAPES by default; each is used once before any is used twice.
-    `noise`: the depth sensor's errors and the colour camera's; without it the depth is only rounded.
-    `occlusion`: whether objects stand close together, seen from low, or apart, seen from above.
+    `shapes`: shapes to choose from, all of SHAPES by default; each is used once before any is used twice.
+    `noise`: errors of the depth sensor and the colour camera; without it the depth is only rounded.
+    `occlusion`: objects stand close together, seen from low; without it apart, seen from above.
     """
     rng = np.random.default_rng(seed)
     pool = list(shapes) if shapes is not None else [make() for make in SHAPES.values()]
@@ -96,7 +96,7 @@ def make_scene(
 
 @functools.cache
 def demo_scene() -> Scene:
-    """The scene of the demo and of its picture: a pump housing (the first instance) among its neighbours."""
+    """Make the scene of the demo and its picture: a pump housing (the first instance) among its neighbours."""
     rng = np.random.default_rng(7)
     stand = [  # name, x and y in metres, turn about the vertical and tilt before it in degrees
         ("housing", 0.0, 0.0, 24.0, 0.0),
@@ -122,7 +122,7 @@ def demo_scene() -> Scene:
 
 
 def many_detections_scene(seed: int, n: int = 40) -> Scene:
-    """A scene for load tests with exactly `n` instances: rows of small objects, then the same masks again."""
+    """Make a scene for load tests with exactly `n` instances: rows of small objects, then the same masks again."""
     rng = np.random.default_rng(seed)
     pool = [SHAPES[name]() for name in ("bolt", "gear", "bracket", "wedge")]
     columns, rows, pitch = 8, 5, 0.125
@@ -155,12 +155,12 @@ def degrade_mask(
     rng: np.random.Generator,
     neighbours: Sequence[Bool] = (),
 ) -> Bool:
-    """The mask as a segmenter of some quality would give it; same size, always a new array.
+    """Return the mask as a segmenter of a given quality would: same size, always a new array.
 
-    "noisy": a wavering border and a few pits, overlapping the true mask to 0.7 .. 0.9 (intersection over union),
-    whatever its size. "under": under-segmented, a fifth of every neighbour within 12 pixels is part of it, the pixels
-    nearest to the mask; without a neighbour it spills over its border by a fifth of its own pixels. "merged": it
-    swallows the neighbour whole that it meets most within 12 pixels; without one it spills over its border.
+    "noisy": a wavering border and a few pits, overlapping the true mask to 0.7 .. 0.9 (intersection over union) at any
+    size. "under": under-segmented. It includes a fifth of every neighbour within 12 pixels, the pixels nearest to the
+    mask; without a neighbour it spills over its border by a fifth of its own pixels. "merged": it includes the whole
+    neighbour that it touches most within 12 pixels; without one it spills over its border.
     """
     if quality == "exact" or not mask.any():
         return mask.copy()
@@ -181,7 +181,7 @@ def degrade_mask(
 
 
 def _wavering(mask: Bool, overlap: float, rng: np.random.Generator) -> Bool:
-    """The mask with a border that wavers so far that the intersection over union is about `overlap`."""
+    """Return the mask with a border that wavers until the intersection over union is about `overlap`."""
     outside = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
     inside = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
     waver = _smooth_noise(rng, mask.shape, max(2.0, 0.1 * float(np.sqrt(np.count_nonzero(mask)))))
@@ -196,7 +196,7 @@ def _wavering(mask: Bool, overlap: float, rng: np.random.Generator) -> Bool:
 
 
 def _nearest(mask: Bool, other: Bool, count: int) -> Bool:
-    """The `count` pixels of another mask that lie nearest to this one."""
+    """Return the `count` pixels of another mask that lie nearest to this one."""
     distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, 5)
     pixels = np.flatnonzero(other)
     chosen = np.zeros(mask.shape, dtype=np.bool_)
@@ -205,10 +205,10 @@ def _nearest(mask: Bool, other: Bool, count: int) -> Bool:
 
 
 def segment_by_depth(depth_m: Float32, K: Float64, min_height_m: float = 0.01, min_area_px: int = 300) -> list[Bool]:
-    """Masks of what stands on the largest plane, left to right; from the depth (H, W) metres alone.
+    """Find masks of things on the largest plane, left to right, from the depth (H, W) in metres alone.
 
-    The plane is found by RANSAC with a fixed seed. What rises above it is dropped onto it, cell by cell, and split
-    where the footprints are apart; things closer than about 1 cm become one. Without a plane the list is empty.
+    The plane is found by RANSAC with a fixed seed. Points above it are projected onto it, cell by cell, and split where
+    the footprints are apart; things closer than about 1 cm become one. Without a plane the list is empty.
     """
     points = depth_to_points(depth_m, K).astype(np.float64)
     seen = depth_m > 0
@@ -219,7 +219,7 @@ def segment_by_depth(depth_m: Float32, K: Float64, min_height_m: float = 0.01, m
     rises = points @ normal + offset
     above = seen & (rises > min_height_m) & (rises < 0.5)
 
-    # Readings at depth jumps lie between things, so they take no part in deciding what hangs together.
+    # Readings at depth jumps lie between things, so they must not connect them.
     kernel = np.ones((3, 3), np.uint8)
     nearest_m = cv2.erode(np.where(seen, depth_m, 99).astype(np.float32), kernel)
     cores = above & (cv2.dilate(depth_m.astype(np.float32), kernel) - nearest_m < 0.02)
@@ -237,7 +237,7 @@ def segment_by_depth(depth_m: Float32, K: Float64, min_height_m: float = 0.01, m
     labels = np.zeros(depth_m.shape, dtype=np.int64)
     labels[cores] = cell_owner[cells[:, 0], cells[:, 1]]
 
-    # Pixels left out at the jumps go to the nearest part within a few pixels.
+    # Assign pixels left out at the jumps to the nearest part within a few pixels.
     distance, nearest = cv2.distanceTransformWithLabels(
         (labels == 0).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
     )
@@ -250,7 +250,7 @@ def segment_by_depth(depth_m: Float32, K: Float64, min_height_m: float = 0.01, m
 
 
 def pose_errors(T_est: Float64, T_true: Float64, symmetries: Symmetries) -> tuple[float, float]:
-    """(rotation in degrees, translation in millimetres) between two (4, 4) poses in metres, modulo symmetries.
+    """Return (rotation in degrees, translation in millimetres) between two (4, 4) poses in metres, modulo symmetries.
 
     The truth is first replaced by its symmetric equivalent nearest in rotation (in translation where rotations tie).
     """
@@ -269,7 +269,7 @@ def pose_errors(T_est: Float64, T_true: Float64, symmetries: Symmetries) -> tupl
 
 
 def _nearest_turn(T_est: Float64, T: Float64, axis: Float64, offset_m: Float64) -> Float64:
-    """The turn about an axis through `offset_m` that brings T's rotation closest to the estimate's."""
+    """Return the turn about an axis through `offset_m` that brings T's rotation closest to the estimate's."""
     a = np.asarray(axis, dtype=np.float64) / np.linalg.norm(axis)
     M = T_est[:3, :3].T @ T[:3, :3]
     cross = np.array([[0, -a[2], a[1]], [a[2], 0, -a[0]], [-a[1], a[0], 0]])
@@ -282,7 +282,7 @@ def _nearest_turn(T_est: Float64, T: Float64, axis: Float64, offset_m: Float64) 
 
 
 def _largest_plane(points: Float64) -> tuple[Float64, float] | None:
-    """(unit normal towards the camera, offset) of the plane that most points lie on, None without enough points."""
+    """Return (unit normal towards the camera, offset) of the plane with most points, None if points are too few."""
     if len(points) < 500:
         return None
     rng = np.random.default_rng(0)
@@ -306,11 +306,11 @@ def _largest_plane(points: Float64) -> tuple[Float64, float] | None:
     return normal, float(-middle @ normal)
 
 
-# Putting things on the table. The world's z points up, the table's top is z = 0.
+# Put things on the table. The world's z points up, the table's top is z = 0.
 
 
 class _Table:
-    """Where there is room left: a grid of 4 mm cells, 0.8 m wide."""
+    """The free space on the table: a grid of 4 mm cells, 0.8 m wide."""
 
     CELL_M = 0.004
     HALF_M = 0.4
@@ -321,7 +321,7 @@ class _Table:
         self._gap = gap_m
 
     def place(self, shape: Shape, rng: np.random.Generator) -> Float64 | None:
-        """A resting pose T_world_obj, as near to the middle as there is room; None where there is none."""
+        """Return a resting pose T_world_obj as near to the middle as there is room; None without room."""
         rotations = _resting_rotations(shape.mesh)
         R = rotation((0, 0, 1), float(rng.uniform(0, 360))) @ rotations[int(rng.integers(len(rotations)))]
         return self.put(shape.mesh, R, rng)
@@ -348,7 +348,7 @@ class _Table:
 
 
 def _resting_rotations(mesh: Mesh) -> list[Float64]:
-    """Rotations (3, 3) that put the mesh down on a face of its hull with the centre of mass over that face."""
+    """Return rotations (3, 3) that put the mesh down on a face of its hull with the centre of mass over that face."""
     from scipy.spatial import ConvexHull
 
     corners = mesh.vertices_m[mesh.faces].astype(np.float64)
@@ -375,14 +375,14 @@ def _resting_rotations(mesh: Mesh) -> list[Float64]:
 
 
 def _turned_down(normal: Float64) -> Float64:
-    """A rotation that takes a unit vector to -z."""
+    """Return a rotation that takes a unit vector to -z."""
     side = np.cross(normal, (1.0, 0, 0) if abs(normal[0]) < 0.9 else (0, 1.0, 0))
     side /= np.linalg.norm(side)
     return np.stack([side, np.cross(side, normal), -normal])
 
 
 def _clutter(rng: np.random.Generator, table: _Table) -> tuple[Mesh, Float64] | None:
-    """A plain block that belongs to nobody."""
+    """Return a plain block that is no object of the scene."""
     size = rng.uniform((0.03, 0.03, 0.02), (0.1, 0.08, 0.07))
     corner = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)])
     quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
@@ -394,7 +394,7 @@ def _clutter(rng: np.random.Generator, table: _Table) -> tuple[Mesh, Float64] | 
 
 
 def _look_at(target: Float64, distance: float, azimuth_deg: float, elevation_deg: float, roll_deg: float) -> Float64:
-    """T_cam_world of a camera at `distance` from its target, seen from a direction above the table."""
+    """Return T_cam_world of a camera at `distance` from its target, seen from a direction above the table."""
     azimuth, elevation = np.radians(azimuth_deg), np.radians(elevation_deg)
     towards = np.array([np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)])
     z = -towards
@@ -407,14 +407,14 @@ def _look_at(target: Float64, distance: float, azimuth_deg: float, elevation_deg
     return T
 
 
-# Taking the picture.
+# Take the picture.
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Look:
-    """How much work goes into the colours."""
+    """The effort spent on the colours."""
 
-    supersampling: int = 1  # per side of a pixel
+    supersampling: int = 1  # rays per side of a pixel
     shadow_rays: int = 1
     ambient_rays: int = 0
     light_m: tuple[float, float, float] = (0.5, -0.4, 1.3)
@@ -466,7 +466,7 @@ def _photograph(
 
 
 def _silhouette_px(caster: Caster, mesh: Mesh, T_cam_obj: Float64, K: Float64) -> int:
-    """Pixels that the object would fill if it stood alone and the picture had no borders."""
+    """Return the pixels that the object would fill if it stood alone and the picture had no borders."""
     points = (mesh.vertices_m @ T_cam_obj[:3, :3].T + T_cam_obj[:3, 3]) @ K.T
     uv = points[:, :2] / np.maximum(points[:, 2:], 1e-3)
     low, high = np.floor(uv.min(axis=0)).astype(int) - 1, np.ceil(uv.max(axis=0)).astype(int) + 2
@@ -484,7 +484,7 @@ def _colors(
     rng: np.random.Generator,
     look: _Look,
 ) -> Float64:
-    """The picture under one soft lamp and an even sky, (height, width, 3), 0..255 and still fractional."""
+    """Render the picture under one soft lamp and an even sky: (height, width, 3), 0..255, not yet rounded."""
     n = look.supersampling
     R = T_cam_world[:3, :3]
     eye = -R.T @ T_cam_world[:3, 3]
@@ -529,7 +529,7 @@ def _sensed(
     K: Float64,
     rng: np.random.Generator,
 ) -> Float32:
-    """Depth as a structured-light sensor reports it: noise of 1 to 3 mm, steps, shadows, holes, flying pixels."""
+    """Return depth as a structured-light sensor reports it: noise of 1-3 mm, steps, shadows, holes, flying pixels."""
     shape = depth_m.shape
     true = depth_m.astype(np.float64)
     points_cam = depth_to_points(depth_m, K).astype(np.float64)
@@ -561,13 +561,13 @@ def _sensed(
 
 
 def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma_px: float) -> Float64:
-    """Normal noise of unit variance whose neighbours agree over `sigma_px` pixels."""
+    """Return normal noise of unit variance that is smooth over `sigma_px` pixels."""
     noise = cv2.GaussianBlur(rng.normal(size=shape), (0, 0), sigma_px)
     return np.asarray(noise * (2 * np.sqrt(np.pi) * sigma_px), dtype=np.float64)
 
 
 def _wood(points: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A light, quiet wooden table top; (n, 3) colours of (n, 3) world points."""
+    """Colour a light, quiet wooden table top: (n, 3) colours of (n, 3) world points."""
     x, y = points[:, 0], points[:, 1]
     board = np.floor((y + 3) / 0.11)
     along = x + 0.37 * np.mod(board * 7, 5)

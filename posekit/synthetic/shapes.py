@@ -1,7 +1,7 @@
 """Procedural objects for demos, tests and benchmarks: small parts with colours and known symmetries.
 
-Parts are extruded outlines and surfaces of revolution, built here in millimetres and handed out in metres.
-Every part is watertight by itself; an object of several parts is their concatenation, overlaps included.
+Parts are extruded outlines and surfaces of revolution, built in millimetres and returned in metres. Every part is
+watertight by itself; an object of several parts is their concatenation, overlaps included.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from posekit.engine import Float64, Int32, Mesh, Symmetries, UInt8
 
-EDGE_MM = 3.5  # length of a typical triangle's edge: what vertex colours can resolve
+EDGE_MM = 3.5  # length of a typical triangle's edge: the resolution of vertex colours
 
 Rgb = tuple[int, int, int]
 Paint = Rgb | Callable[[Float64], npt.NDArray[Any]]  # one colour, or vertices (V, 3) mm -> colours (V, 3)
@@ -25,9 +25,9 @@ Paint = Rgb | Callable[[Float64], npt.NDArray[Any]]  # one colour, or vertices (
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """An object whose every property is known.
+    """An object with known geometry and symmetries.
 
-    `symmetries` of those in SHAPES are the geometry's; their colours may tell symmetric poses apart.
+    `symmetries` of the objects in SHAPES are the geometry's; their colours may tell symmetric poses apart.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A closed surface with its colours: what objects are assembled from."""
+    """A closed surface with its colours; objects are assembled from parts."""
 
     vertices: Float64  # (V, 3) mm
     faces: Int32  # (F, 3), counter-clockwise seen from outside
     colors: UInt8  # (V, 3)
 
     def moved(self, offset: Sequence[float] = (0, 0, 0), R: Float64 | None = None) -> Part:
-        """The part turned by R (3, 3) about the origin, then shifted by `offset` mm."""
+        """Return the part turned by R (3, 3) about the origin, then shifted by `offset` mm."""
         vertices = self.vertices if R is None else self.vertices @ R.T
         return Part(vertices=vertices + np.asarray(offset, dtype=np.float64), faces=self.faces, colors=self.colors)
 
@@ -53,14 +53,14 @@ class Part:
 
 
 def circle(radius: float, center: tuple[float, float] = (0, 0), segments: int | None = None) -> Float64:
-    """A circle; with few `segments` a regular polygon, its first corner towards +x."""
+    """Return a circle; with few `segments` a regular polygon, its first corner towards +x."""
     count = segments or max(24, int(np.ceil(2 * np.pi * radius / EDGE_MM)))
     angle = np.arange(count) * 2 * np.pi / count
     return np.asarray(center) + radius * np.stack([np.cos(angle), np.sin(angle)], axis=1, dtype=np.float64)
 
 
 def rectangle(width: float, height: float, center: tuple[float, float] = (0, 0), corner: float = 0) -> Float64:
-    """`width` along x and `height` along y, its corners rounded with the radius `corner`."""
+    """Return a rectangle, `width` along x and `height` along y, with corners rounded by the radius `corner`."""
     w, h = width / 2 - corner, height / 2 - corner
     centers = np.array([[w, h], [-w, h], [-w, -h], [w, -h]]) + center
     if not corner:
@@ -73,7 +73,7 @@ def rectangle(width: float, height: float, center: tuple[float, float] = (0, 0),
 
 
 def _resample(line: Float64, edge: float, closed: bool) -> Float64:
-    """Points along a polyline, its corners kept, no two further apart than `edge`."""
+    """Return points along a polyline, its corners kept, no two further apart than `edge`."""
     ends = np.roll(line, -1, axis=0) if closed else line[1:]
     pieces = []
     for a, b in zip(line, ends, strict=False):
@@ -85,7 +85,7 @@ def _resample(line: Float64, edge: float, closed: bool) -> Float64:
 
 
 def _inside(points: Float64, loops: Sequence[Float64]) -> npt.NDArray[np.bool_]:
-    """Even-odd rule over all loops, so that a hole is just one more loop."""
+    """Apply the even-odd rule over all loops, so that a hole is just one more loop."""
     odd = np.zeros(len(points), dtype=np.bool_)
     x, y = points[:, :1], points[:, 1:]
     for loop in loops:
@@ -103,7 +103,7 @@ def _inside(points: Float64, loops: Sequence[Float64]) -> npt.NDArray[np.bool_]:
 def extrude(
     outline: Float64, height: float, paint: Paint, holes: Sequence[Float64] = (), edge: float = EDGE_MM
 ) -> Part:
-    """A prism from z = 0 to `height`; holes are outlines inside `outline`, each in any direction."""
+    """Make a prism from z = 0 to `height`. Holes are outlines inside `outline`, each in any direction."""
     from scipy.spatial import Delaunay, cKDTree
 
     loops = [_resample(outline, edge, closed=True)]
@@ -150,7 +150,7 @@ def extrude(
 
 
 def revolve(profile: Sequence[tuple[float, float]], paint: Paint, edge: float = EDGE_MM) -> Part:
-    """Turn a profile of (radius, z) about z; it runs from the axis to the axis, with the outside to its right."""
+    """Turn a profile of (radius, z) about z. It starts and ends on the axis, with the outside to its right."""
     line = _resample(np.asarray(profile, dtype=np.float64), edge, closed=False)
     segments = max(48, int(np.ceil(2 * np.pi * line[:, 0].max() / edge)))
     angle = np.arange(segments) * 2 * np.pi / segments
@@ -175,7 +175,7 @@ def revolve(profile: Sequence[tuple[float, float]], paint: Paint, edge: float = 
 
 
 def bent(part: Part, radius: float) -> Part:
-    """Bend a part that stands along z around the y axis, its middle line becoming an arc of `radius` about x = 0.
+    """Bend a part that stands along z around the y axis; its middle line becomes an arc of `radius` about x = 0.
 
     Height z becomes the angle z / radius, from the +x axis towards +z.
     """
@@ -186,7 +186,7 @@ def bent(part: Part, radius: float) -> Part:
 
 
 def box(size: Sequence[float], paint: Paint, center: Sequence[float] = (0, 0, 0)) -> Part:
-    """A cuboid around `center`. A paint that asks for places sees it standing on z = 0, around the z axis."""
+    """Make a cuboid around `center`. A paint that depends on the place sees it on z = 0, around the z axis."""
     part = extrude(rectangle(size[0], size[1]), size[2], paint)
     return part.moved((center[0], center[1], center[2] - size[2] / 2))
 
@@ -198,13 +198,13 @@ def _clockwise(loop: Float64) -> Float64:
 
 
 def painted(vertices: Float64, faces: npt.NDArray[Any], paint: Paint) -> Part:
-    """A part from (V, 3) mm and (F, 3)."""
+    """Make a part from vertices (V, 3) in mm and faces (F, 3)."""
     colors = paint(vertices) if callable(paint) else np.tile(np.asarray(paint), (len(vertices), 1))
     return Part(vertices=vertices, faces=faces.astype(np.int32), colors=np.asarray(colors, dtype=np.uint8))
 
 
 def assembled(name: str, parts: Sequence[Part], symmetries: Symmetries | None = None) -> Shape:
-    """One object of several parts, in metres; `symmetries` in metres, None where there are none."""
+    """Join several parts into one object in metres; `symmetries` in metres, None if there are none."""
     offsets = np.cumsum([0, *(len(part.vertices) for part in parts)])
     faces = [part.faces + offset for part, offset in zip(parts, offsets, strict=False)]
     mesh = Mesh(
@@ -219,7 +219,7 @@ def assembled(name: str, parts: Sequence[Part], symmetries: Symmetries | None = 
 
 
 def bands(axis: int, width: float, *colors: Rgb) -> Paint:
-    """Stripes of `width` mm across an axis."""
+    """Paint stripes of `width` mm across an axis."""
 
     def paint(vertices: Float64) -> npt.NDArray[Any]:
         return np.take(np.asarray(colors), np.floor(vertices[:, axis] / width).astype(int) % len(colors), axis=0)
@@ -236,7 +236,7 @@ def _checks(width: float, *colors: Rgb) -> Paint:
 
 
 def _steps(axis: int, *colors_up_to: tuple[float, Rgb]) -> Paint:
-    """Each colour up to its height in mm along an axis, the last one beyond it too."""
+    """Paint each colour up to its height in mm along an axis, the last one beyond it too."""
     limits = [limit for limit, _ in colors_up_to[:-1]]
     colors = [color for _, color in colors_up_to]
 
@@ -250,7 +250,7 @@ def _steps(axis: int, *colors_up_to: tuple[float, Rgb]) -> Paint:
 
 
 def rotation(axis: Sequence[float], degrees: float) -> Float64:
-    """The (3, 3) rotation about an axis through the origin, right-handed."""
+    """Return the (3, 3) rotation about an axis through the origin, right-handed."""
     x, y, z = np.asarray(axis, dtype=np.float64) / np.linalg.norm(axis)
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
     angle = np.radians(degrees)
@@ -258,7 +258,7 @@ def rotation(axis: Sequence[float], degrees: float) -> Float64:
 
 
 def turns(axis: Sequence[float], count: int, point_mm: Sequence[float] = (0, 0, 0)) -> tuple[Float64, ...]:
-    """The `count - 1` rotations about an axis through a point that map the object onto itself."""
+    """Return the `count - 1` rotations about an axis through a point that map the object onto itself."""
     point = np.asarray(point_mm) / 1000
     found = []
     for turn in range(1, count):
@@ -437,7 +437,7 @@ SHAPES: dict[str, Callable[[], Shape]] = {
 
 
 def mesh_to_ply(mesh: Mesh, unit: Literal["mm", "m"] = "mm") -> bytes:
-    """A mesh as a binary PLY file, with its colours where it has any; lengths in `unit`."""
+    """Write a mesh as a binary PLY file, with its colours if it has any; lengths in `unit`."""
     fields: list[tuple[str, str]] = [("x", "<f4"), ("y", "<f4"), ("z", "<f4")]
     if mesh.vertex_colors is not None:
         fields += [("red", "u1"), ("green", "u1"), ("blue", "u1")]

@@ -1,1 +1,1 @@
-"""Mosec's processes: started, watched, called; and the run folder that they share."""
+"""Mosec's processes: start, watch and call them; and the run folder that they share."""

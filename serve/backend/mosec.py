@@ -1,8 +1,9 @@
 """One Mosec backend: its processes from start to stop, its workers' lives, and the calls into it.
 
-The backend runs in a process group of its own. It dies with this process (the kernel sees to it), is restarted when it
-dies by itself, and is killed as a group when it does not stop in time. A watcher per worker pid tells at once when one
-is gone; calls that it held end with `Interrupted`, for the caller to send again, instead of waiting for a time-out.
+The backend runs in a process group of its own. The kernel kills it when this process dies. It is restarted when it dies
+by itself, and killed as a group when it does not stop in time. A watcher per worker pid reports at once when a worker
+is gone. The calls that it held end with `Interrupted`, so that the caller can send them again without waiting for a
+time-out.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ROUTE_STAGES: Final = {
     "/inspect": {"inspect"},
     **{f"/{engine.onboard_stage}": {engine.onboard_stage} for engine in registry.by_effort()},
 }
-_MOSEC_TIMEOUT_MS = 3_600_000  # never the one that ends a call: deadlines are ours
+_MOSEC_TIMEOUT_MS = 3_600_000  # never ends a call: the deadlines are ours
 _CAPACITY = 4096
 _MAX_BODY = 1 << 30
 _SCAN_S = 0.1
@@ -47,7 +48,7 @@ _BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class BackendError(Exception):
-    """A call into the backend came to nothing."""
+    """A call into the backend failed."""
 
 
 class Interrupted(BackendError):
@@ -92,20 +93,20 @@ class Backend:
         self.stages = stages
         self.run_dir = run_dir
         self.state: State = "starting"
-        self.restarts = 0  # of the whole backend
-        self.worker_restarts = 0  # of single workers
+        self.restarts = 0  # restarts of the whole backend
+        self.worker_restarts = 0  # restarts of single workers
         self.workers: dict[int, WorkerState] = {}
         self.on_ready = on_ready
         self.on_worker_death = on_worker_death
-        self.on_fatal: Callable[[], None] = lambda: None  # something that looks after it has itself failed
-        self.on_hopeless: Callable[[str], None] = lambda _: None  # a worker cannot start, and says why
-        self.on_line: Callable[[bytes], None] = lambda _: None  # that its processes wrote on their standard error
+        self.on_fatal: Callable[[], None] = lambda: None  # a task that looks after it has itself failed
+        self.on_hopeless: Callable[[str], None] = lambda _: None  # a worker cannot start; the text is its reason
+        self.on_line: Callable[[bytes], None] = lambda _: None  # a line that its processes wrote to standard error
         self._process: asyncio.subprocess.Process | None = None
         self._port = 0
         self._session: aiohttp.ClientSession | None = None
         self._calls: dict[str, _Call] = {}
         self._pidfds: dict[int, int] = {}
-        self._busy: dict[int, tuple[float | None, float]] = {}  # pid -> its batch's mark, since when on our clock
+        self._busy: dict[int, tuple[float | None, float]] = {}  # pid -> its batch's mark, and since when on our clock
         self._staffed = False  # every stage of a pose request has a ready worker
         self._told_ready = False
         self._tasks: list[asyncio.Task[Any]] = []
@@ -116,7 +117,7 @@ class Backend:
     # ------------------------------------------------------------------------------------------------------ life
 
     async def start(self) -> None:
-        """Start it and the tasks that look after it; returns at once (see `wait_ready`)."""
+        """Start it and the tasks that look after it; return at once (see `wait_ready`)."""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
             timeout=aiohttp.ClientTimeout(total=None),
@@ -128,12 +129,12 @@ class Backend:
         ]
 
     async def wait_ready(self) -> None:
-        """Until every stage has a worker and every pose worker is warm."""
+        """Wait until every stage has a worker and every pose worker is warm."""
         await self._ready.wait()
 
     @property
     def is_ready(self) -> bool:
-        """Whether pose calls can be sent right now: it is up, and every stage of theirs has a worker."""
+        """Return True if pose calls can be sent now: it is up, and every stage of theirs has a worker."""
         return self._ready.is_set() and self._staffed
 
     def _fatal(self) -> None:
@@ -141,11 +142,11 @@ class Backend:
 
     @property
     def down_s(self) -> float:
-        """For how long it has not been ready."""
+        """Return how long it has not been ready, in seconds."""
         return 0.0 if self._down_since is None else time.monotonic() - self._down_since
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM, and after `grace_s` SIGKILL to the whole group. Nothing of it is left behind."""
+        """Send SIGTERM, and after `grace_s` SIGKILL to the whole group. Nothing of it is left behind."""
         self._stopping = True
         self._ready.clear()
         process = self._process
@@ -192,7 +193,7 @@ class Backend:
             await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
 
     def _is_stopping(self) -> bool:
-        return self._stopping  # a method, since it changes while `_supervise` waits
+        return self._stopping  # a method, because it changes while `_supervise` waits
 
     async def _launch(self) -> None:
         self._port = free_port()
@@ -267,14 +268,14 @@ class Backend:
         return True
 
     def _kill_group(self) -> None:
-        """SIGKILL to everything that the backend's main process has started (it leads their group), and to itself.
+        """Send SIGKILL to the backend's main process and to all that it has started: it leads their group.
 
-        But not to multiprocessing's resource tracker: it ends by itself when all others have, and removes their
-        semaphores from shared memory before.
+        Multiprocessing's resource tracker is spared: it ends by itself when all others have, after removing their
+        semaphores from shared memory.
         """
         if self._process is None:
             return
-        for pid in sorted(_group(self._process.pid)):  # the main process first: it starts no new ones
+        for pid in sorted(_group(self._process.pid)):  # the main process first, so that it starts no new ones
             with contextlib.suppress(OSError):
                 if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGKILL)
@@ -282,28 +283,28 @@ class Backend:
     # --------------------------------------------------------------------------------------------------- workers
 
     def worker_counts(self) -> dict[str, int]:
-        """Ready workers by stage."""
+        """Return the number of ready workers by stage."""
         counts = dict.fromkeys(("decode", "pose", "respond", "inspect", "onboard"), 0)
         for worker in self.workers.values():
             counts[worker.stage] = counts.get(worker.stage, 0) + worker.ready
         return counts
 
     def pose_info(self) -> dict[str, Any]:
-        """What the (first) pose worker says about itself."""
+        """Return the `info` of the first pose worker."""
         for worker in self.workers.values():
             if worker.stage == "pose" and worker.ready:
                 return worker.info
         return {}
 
     def lost(self) -> dict[str, str]:
-        """Engine -> why a worker could not start it; it does without."""
+        """Return engine -> why a worker could not start it; the worker runs without it."""
         found: dict[str, str] = {}
         for worker in self.workers.values():
             found |= worker.info.get("lost", {})
         return found
 
     async def _watch(self) -> None:
-        """Find new workers, and kill those stuck in one batch for longer than they may."""
+        """Find new workers, and kill those stuck in one batch beyond the limit."""
         while True:
             try:
                 for state in read_states(self.run_dir):
@@ -314,13 +315,13 @@ class Backend:
                     self._kill_if_stuck(state)
                 if self._take_stock() and self._told_ready and self.on_ready is not None:
                     await self.on_ready()
-            except OSError as error:  # out of file descriptors, say: they come back
+            except OSError as error:  # out of file descriptors, for example: they will be free again
                 log.error("worker_watch_failed", error=str(error))
                 await asyncio.sleep(1.0)
             await asyncio.sleep(_SCAN_S)
 
     def _take_stock(self) -> bool:
-        """Note whether every stage of a pose request has a worker; true when one has come back just now."""
+        """Record if every stage of a pose request has a worker; return True when one has just come back."""
         ready = {worker.stage for worker in self.workers.values() if worker.ready}
         before, self._staffed = self._staffed, ready >= ROUTE_STAGES["/pose"]
         if self.is_ready:
@@ -340,7 +341,7 @@ class Backend:
         asyncio.get_running_loop().add_reader(pidfd, self._worker_died, state.pid)
 
     def _kill_if_stuck(self, state: WorkerState) -> None:
-        """Seconds are counted here, on a clock that nobody sets."""
+        """Kill a worker stuck in one batch; seconds are counted here, on a clock that nobody sets."""
         if state.busy_since_unix is None:
             self._busy.pop(state.pid, None)
             return
@@ -369,7 +370,7 @@ class Backend:
             if call.call_id in last.holding:
                 call.interrupt(held=True)
             elif last.stage in call.stages and call.call_id not in held_by_others:
-                call.interrupt(held=False)  # perhaps on its way into the dead one: nothing else would ever tell
+                call.interrupt(held=False)  # perhaps on its way into the dead one: nothing else would ever report it
         self.worker_restarts += 1
         self._take_stock()
         log.error("worker_died", stage=last.stage, pid=pid, held=len(last.holding))
@@ -379,7 +380,7 @@ class Backend:
     def _everything_is_gone(self) -> None:
         try:
             states = read_states(self.run_dir)
-        except OSError:  # out of file descriptors: then all of it counts as never having arrived
+        except OSError:  # out of file descriptors: all of it counts as never having arrived
             states = []
         held = {i for state in states for i in state.holding}
         last = self.workers | {state.pid: state for state in states if state.pid in self.workers}
@@ -389,7 +390,7 @@ class Backend:
         for call in list(self._calls.values()):
             call.interrupt(held=call.call_id in held)
         if self.on_worker_death is not None and not self._stopping:
-            for worker in last.values():  # those that the watch has not found yet it will find dead
+            for worker in last.values():  # those that the watch has not found yet will be found dead
                 self.on_worker_death(worker)
 
     def _forget(self, pid: int) -> None:
@@ -434,7 +435,7 @@ class Backend:
             async with self._session.post(f"http://127.0.0.1:{self._port}{route}", data=payload) as response:
                 body = await response.read()
         except (aiohttp.ClientError, OSError):
-            await asyncio.sleep(_AWAY_S)  # Mosec's front is gone; its main process will notice, and then we do
+            await asyncio.sleep(_AWAY_S)  # Mosec's front is gone; first its main process notices, then this one
             raise Interrupted(held=False) from None
         if response.status in (408, 429, 503):
             await asyncio.sleep(_AWAY_S)
@@ -444,7 +445,7 @@ class Backend:
         return body
 
     async def metrics_text(self) -> str | None:
-        """Mosec's own metrics page; None where it does not answer at once."""
+        """Return Mosec's own metrics page; None if it does not answer at once."""
         if self._session is None or not self.is_ready:
             return None
         try:
@@ -455,7 +456,7 @@ class Backend:
             return None
 
     async def call_with_retries(self, route: str, call_id: str, payload: bytes, *, retries: int) -> bytes:
-        """`call`, sent again when a worker died with it, at most `retries` times where it was held by the dead one."""
+        """Send a message, and again if a worker died with it; at most `retries` times if the dead worker held it."""
         attempt = 0
         while True:
             await self.wait_ready()
@@ -469,7 +470,7 @@ class Backend:
 
 
 def _group(leader_pid: int) -> list[int]:
-    """The processes of a group."""
+    """Return the processes of a group."""
     pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -484,7 +485,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _die_with_this_process(parent_pid: int) -> Callable[[], None]:
-    """What the child runs before exec: the kernel kills it when the thread that started it (our only one) ends."""
+    """Return a function for the child to call before exec: the kernel kills the child when the parent's thread ends.
+
+    That is the thread that started it, the only one of this process.
+    """
     prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def in_child() -> None:

@@ -1,8 +1,8 @@
-"""Large requests on their way into the backend: files in shared memory, inline where there is no room.
+"""The run directory: large requests on their way into the backend, as files in shared memory.
 
-The run directory of this server holds Mosec's sockets, the workers' state files and these spooled requests. It lies in
-/dev/shm where that works, in the temporary folder otherwise, and is locked for as long as the server lives; what dead
-servers left behind is swept at start.
+It holds Mosec's sockets, the workers' state files and these spooled requests. Requests go inline if there is no room.
+The directory lies in /dev/shm if possible, else in the temporary folder, and is locked while the server lives. What
+dead servers left behind is swept at start.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class RunDir:
         raise OSError(errno.ENOSPC, "neither /dev/shm nor the temporary folder has room for the server's run directory")
 
     def put(self, name: str, data: bytes) -> str | None:
-        """Spool a request; its path, or None where it should go inline (small, or no room)."""
+        """Spool a request; return its path, or None if it should go inline (small, or no room)."""
         return write_large(self.jobs / name, data)
 
     def drop(self, path: str | None) -> None:
-        """The request is answered: forget its file."""
+        """Remove an answered request's file."""
         if path is not None:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -70,14 +70,14 @@ class RunDir:
                             os.unlink(self.jobs / name)
 
     def remove(self) -> None:
-        """At the very end."""
+        """Remove the directory, at the very end."""
         shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.close(self._lock)
 
 
 def _reserve_probe(path: Path) -> None:
-    """Whether a few hundred kilobytes can be written here: the workers' state files must fit."""
+    """Check that 2 MiB can be written here: the workers' state files must fit. Raises OSError if not."""
     probe = path / "probe"
     with probe.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, 2 * 2**20)
@@ -85,7 +85,7 @@ def _reserve_probe(path: Path) -> None:
 
 
 def sweep(base: Path) -> int:
-    """Remove run directories whose server is gone; returns how many."""
+    """Remove run directories whose server is gone; return how many."""
     removed = 0
     for folder in _bases(base):
         for path in folder.glob(f"{_PREFIX}*"):
@@ -113,6 +113,6 @@ def sweep(base: Path) -> int:
 
 
 def _owner_is_alive(path: Path) -> bool:
-    """A directory without a lock is being made right now by the process in its name, or was left by it."""
+    """Return True if the process in an unlocked directory's name lives: then it is just making the directory."""
     pid = path.name.removeprefix(_PREFIX).partition("-")[0]
     return pid.isdigit() and Path(f"/proc/{pid}").exists()

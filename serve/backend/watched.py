@@ -1,4 +1,4 @@
-"""Tasks that must not end without anybody noticing."""
+"""Tasks whose failure must not go unnoticed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = structlog.get_logger()
 
 
 def watched(work: Coroutine[Any, Any, Any], name: str, on_failure: Callable[[], None]) -> asyncio.Task[Any]:
-    """Run `work` as a task; when it fails, say so as loudly as the log can and call `on_failure`."""
+    """Run `work` as a task; if it fails, log it at the highest level and call `on_failure`."""
 
     def ended(task: asyncio.Task[Any]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

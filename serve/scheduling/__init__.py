@@ -1,1 +1,1 @@
-"""Who is let in, whose turn it is, and where the time went. Knows no task but by its face."""
+"""Admission, turns, and the time of each request. Knows a task only through the protocols in work.py."""

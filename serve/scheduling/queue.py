@@ -1,16 +1,16 @@
-"""The queue in front of the device stage: admission, turns, deadlines, retries. It knows a task by its face (work.py).
+"""The queue in front of the device stage: admission, turns, deadlines, retries. It knows tasks through work.py.
 
 Mosec gathers batches but knows neither clients nor deadlines, and a worker takes nothing new until its whole batch is
 back. So only a few passes' worth of work are inside Mosec at any time, and everything else waits here:
 
-- Clients take turns: the one that was served least goes next. Within a client the request with the least left to do
-  goes first, except that one that has waited for half its deadline gets every second turn.
-- A request larger than a pass is split into parts, whose answers its task puts together again. On a CPU, where a
-  worker does one thing after the other, a request that finds several workers idle is split between them.
-- While there is a worker without work, everything is sent at once. While all are busy, what comes is gathered until it
-  fills a pass, `pose.batch_wait_ms` at the longest: `on_dispatch` hears which it was ("idle", "full" or "window").
-- A request that could not be answered in time is refused at the door (429 with Retry-After, or 422 where even an idle
-  server could not). What has passed its deadline, or whose client has gone, is dropped before it starts.
+- Clients take turns: the one that was served least goes next. Within a client, the request with the least left to do
+  goes first, except that a request that has waited for half its deadline gets every second turn.
+- A request larger than a pass is split into parts; its task merges their answers. On a CPU, where a worker does one
+  thing after the other, a request that finds several workers idle is split between them.
+- While a worker is idle, everything is sent at once. While all are busy, new work is gathered until it fills a pass,
+  for at most `pose.batch_wait_ms`. `on_dispatch` is told which it was ("idle", "full" or "window").
+- A request that could not be answered in time is refused on arrival (429 with Retry-After, or 422 if even an idle
+  server could not). Work whose deadline has passed, or whose client has gone, is dropped before it starts.
 - A part whose worker died is sent again, alone this time, so that it cannot take others down twice.
 """
 
@@ -40,14 +40,14 @@ log = structlog.get_logger()
 
 A = TypeVar("A", bound=Answered)
 
-#: Before anything was measured: cautious for the ceiling, generous for `deadline_too_short`.
+#: Used before anything was measured: cautious for the ceiling, generous for `deadline_too_short`.
 _UNMEASURED_RATE = 5.0
-_PROMISED = 0.8  # share of a deadline that may be full of others' work: what is let in is to be answered, not late
+_PROMISED = 0.8  # share of a deadline that others' work may fill: admitted requests must be answered in time
 _LEAST_S = 0.01  # no answer is faster, whatever is measured
 _FORGET = 0.9  # share of the past that each pass leaves in the measured rate
-_SURE = 2.0  # how far off the measured rate may be before a deadline is called impossible
+_SURE = 2.0  # factor by which the measured rate may be off before a deadline is called impossible
 _SURE_AFTER = 3  # passes that must have been measured, and
-_SURE_FOR_S = 60.0  # how lately: a rate that lets nothing in would never be measured again
+_SURE_FOR_S = 60.0  # how recently: a rate that admits nothing would never be measured again
 _LONGEST_BACKEND_OUTAGE_S = 60.0
 _PAUSE_BEFORE_RETRY_S = 0.05
 _SLACK_S = 30.0
@@ -55,7 +55,7 @@ _SLACK_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered(Generic[A]):
-    """What the backend answered for all shares of a request, in order; where the encoded request still lies."""
+    """The backend's answers to all shares of a request, in order, and the place of the encoded request."""
 
     answers: list[A]
     path: str | None
@@ -88,8 +88,8 @@ class _Ticket:
     path: str | None
     inline: bytes
     done: asyncio.Future[None]
-    parts: list[_Part] = field(default_factory=list)  # all of them, in order
-    pending: list[_Part] = field(default_factory=list)  # those that wait here
+    parts: list[_Part] = field(default_factory=list)  # all parts, in order
+    pending: list[_Part] = field(default_factory=list)  # the parts that wait here
     answers: dict[_Part, Any] = field(default_factory=dict)
     running: int = 0
     closed: bool = False
@@ -100,7 +100,7 @@ class _Ticket:
 
 
 class _Rate:
-    """Cost per second of one engine on one device, as the passes report it; recent ones count more."""
+    """Measured cost per second of one engine on one device; recent passes count more."""
 
     def __init__(self) -> None:
         self._cost = 0.0
@@ -128,7 +128,7 @@ class _Rate:
 
 
 class Queue:
-    """Everything that waits for the device stage of one backend."""
+    """All work that waits for the device stage of one backend."""
 
     def __init__(
         self,
@@ -145,17 +145,17 @@ class Queue:
         self._settings = settings
         self._pass = pass_cost
         self._gather_s = backend.stages.pose.batch_wait_ms / 1000
-        self.on_part = on_part  # the answer, and the seconds that its part waited here
+        self.on_part = on_part  # called with the answer, and the seconds that its part waited here
         self._on_dispatch = on_dispatch
-        self._timer: asyncio.TimerHandle | None = None  # of what is being gathered
+        self._timer: asyncio.TimerHandle | None = None  # of the work being gathered
         self._waiting: dict[str, list[_Ticket]] = {}  # client -> tickets with pending parts
         self._served: dict[str, float] = {}  # client -> cost that it was served, on a common clock
-        self._clock = 0.0  # what a client's fair share came to, had it waited all the time
+        self._clock = 0.0  # fair share of a client that had waited all the time
         self._yielded: set[str] = set()  # clients whose last turn went to a starving request
         self._again: list[_Part] = []  # parts of dead workers: alone, and before everything else
-        self._alone = False  # such a part is inside
+        self._alone = False  # such a part is in the backend
         self._sent: Counter[str] = Counter()  # engine -> cost inside Mosec
-        self._parts = 0  # likewise
+        self._parts = 0  # number of parts inside Mosec
         self._tickets: set[_Ticket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._rates: dict[str, _Rate] = {}  # by engine
@@ -164,16 +164,16 @@ class Queue:
 
     @property
     def _workers(self) -> int:
-        """Pose workers that can take work, at least one: those that died count again when they are back."""
+        """Return the number of pose workers that can take work, at least one; dead ones count once they are back."""
         return max(1, self._backend.worker_counts()["pose"])
 
     @property
     def _window(self) -> int:
-        """Cost that may be inside Mosec."""
+        """Return the cost that may be inside Mosec."""
         return self._settings.passes_in_flight * self._pass * self._workers
 
     def per_second(self, engine: str) -> float:
-        """The cost that an engine works off in a second, as measured, with all workers that are there."""
+        """Return the cost that an engine works off in a second, as measured, with all current workers."""
         rate = self._rate(engine)
         rate.seed(float(self._backend.pose_info().get("detections_per_second", {}).get(engine, 0.0)))
         return max(rate.value * self._workers, 1e-3)
@@ -182,22 +182,22 @@ class Queue:
         return self._rates.setdefault(engine, _Rate())
 
     def _seconds(self, costs: Mapping[str, float]) -> float:
-        """Seconds that the cost given for each engine takes, one engine after the other."""
+        """Return the seconds that the cost given for each engine takes, one engine after the other."""
         return math.fsum(cost / self.per_second(engine) for engine, cost in costs.items() if cost)
 
     @property
     def requests(self) -> int:
-        """Requests waiting or running."""
+        """Return the number of requests waiting or running."""
         return len(self._tickets)
 
     @property
     def cost(self) -> int:
-        """Cost of what waits or runs."""
+        """Return the cost of what waits or runs."""
         return self._inside + self._queued
 
     @property
     def waiting(self) -> int:
-        """Cost of what waits here, outside the backend."""
+        """Return the cost of what waits here, outside the backend."""
         return self._queued
 
     @property
@@ -211,9 +211,9 @@ class Queue:
         )
 
     def admit(self, client: str, count: int, deadline_s: float, engine: str, unit: str) -> None:
-        """Raise where `count` more of this client's, for `engine`, could not be answered in `deadline_s`.
+        """Raise if `count` more of this client's, for `engine`, could not be answered in `deadline_s`.
 
-        `unit` is what the task counts, in the singular, for the words of a refusal.
+        `unit` is what the task counts, in the singular, for the text of a refusal.
         """
         rate = self.per_second(engine)
         is_sure = self._rate(engine).is_sure
@@ -238,7 +238,7 @@ class Queue:
                 retry_after_s=ahead_s + alone_s - promised_s,
             )
         ceiling = self._settings.ceiling_detections
-        share = ceiling / len(self._waiting.keys() | {client})  # a client that floods the queue does not close it
+        share = ceiling / len(self._waiting.keys() | {client})  # one flooding client does not close it
         if queued and queued + count > ceiling and self._queued_by(client) + count > share:
             raise ApiError(
                 "over_capacity",
@@ -247,7 +247,7 @@ class Queue:
             )
 
     def _alone_s(self, count: int, engine: str) -> float:
-        """How long a cost takes where nothing else is done: workers share the passes, on a CPU what is in them."""
+        """Return the seconds for a cost with nothing else running: workers share its passes, on a CPU its units."""
         pieces = max(1, -(-count // self._pass) if on_gpu(self._backend.stages) else count)
         rounds = -(-pieces // self._workers)
         return rounds * (count / pieces) * self._workers / self.per_second(engine)
@@ -256,9 +256,10 @@ class Queue:
         return sum(ticket.remaining for ticket in self._waiting.get(client, []))
 
     def _ahead(self, client: str, count: int) -> dict[str, float]:
-        """The cost, by engine, that will be worked off before the last of `count` more of this client's.
+        """Return the cost, by engine, that is worked off before the last of `count` more of this client's.
 
-        Turns are considered; what goes before of another client's is spread over its engines as they stand in line.
+        Turns are considered. The cost of another client that goes before is spread over its engines as they stand in
+        line.
         """
         ahead: defaultdict[str, float] = defaultdict(float, self._sent)
         for part in self._again:
@@ -279,7 +280,7 @@ class Queue:
         return ahead
 
     def _standing(self, client: str) -> float:
-        """What a client was served, on the common clock: one that comes (back) starts where the others are."""
+        """Return the cost that a client was served, on the common clock; newcomers start level with the others."""
         served = self._served.get(client, 0.0)
         return served if client in self._waiting else max(served, self._clock)
 
@@ -287,10 +288,10 @@ class Queue:
 
     @contextlib.asynccontextmanager
     async def worked_off(self, work: Work[A], client: str, deadline: float) -> AsyncIterator[Gathered[A]]:
-        """Everything that the backend answers for a request; `deadline` is monotonic, of the block as well.
+        """Yield all answers of the backend for a request; `deadline` is monotonic and limits the block as well.
 
-        Where the block is left the encoded request is gone. Cancelling drops what has not started.
-        Raises ApiError: what the pipeline found wrong, the deadline, or a worker lost for good.
+        The encoded request is removed when the block ends. Cancelling drops what has not started. Raises ApiError: for
+        errors that the pipeline found, for the deadline, or for a worker lost for good.
         """
         encoded = work.encoded()
         path = self._run_dir.put(f"{work.request_id}-{time.monotonic_ns():x}", encoded)
@@ -325,18 +326,18 @@ class Queue:
             self._close(ticket)
 
     async def call_again(self, route: str, call_id: str, payload: bytes) -> bytes:
-        """One more message for a request that was worked off, sent again where a worker died with it."""
+        """Send one more message for a request that was worked off, and again if a worker died with it."""
         return await self._backend.call_with_retries(route, call_id, payload, retries=self._settings.retries)
 
     def _wait(self, ticket: _Ticket) -> None:
-        """Into the line, unless it stands there already."""
+        """Put a ticket into the line, unless it is there already."""
         self._served[ticket.client] = self._standing(ticket.client)
         tickets = self._waiting.setdefault(ticket.client, [])
         if ticket not in tickets:
             tickets.append(ticket)
 
     def _share_size(self, cost: int) -> int:
-        """The most that one part of a request may cost: a pass, and on a CPU what each idle worker gets of it."""
+        """Return the largest cost of one part of a request: a pass, and on a CPU each idle worker's share of one."""
         return self._pass if on_gpu(self._backend.stages) else min(self._pass, -(-cost // self._idle_workers) or 1)
 
     def _pump(self) -> None:
@@ -354,16 +355,16 @@ class Queue:
                 self._send(part)
                 room -= part.cost
             if room == self._pass:
-                return  # nothing waits, or there is no room for it
+                return  # nothing waits, or there is no room
             self._on_dispatch(reason)
 
     @property
     def _idle_workers(self) -> int:
-        """How many pose workers nobody has work for, at least one."""
+        """Return the number of pose workers without work, at least one."""
         return max(1, self._workers - self._parts) if not self._waiting else 1
 
     def _why_now(self) -> str | None:
-        """Why what waits may be sent now; None where nothing waits or it is to be gathered for a moment longer."""
+        """Return why waiting work may be sent now; None if nothing waits, or while more work is to be gathered."""
         if not self._waiting:
             return None
         if self._parts < self._workers:
@@ -383,7 +384,7 @@ class Queue:
         self._pump()
 
     def _next(self) -> _Part | None:
-        """The part whose turn it is, taken off its queue; None where nothing waits or there is no room for it."""
+        """Take the next part off its client's queue; None if nothing waits or there is no room for it."""
         self._drop_expired()
         if not self._waiting:
             return None
@@ -444,7 +445,7 @@ class Queue:
             part.attempts += interruption.held
             await asyncio.sleep(_PAUSE_BEFORE_RETRY_S)
             self._retry(part, held=interruption.held)
-        except TimeoutError:  # long after its deadline: whoever held it is gone without a trace
+        except TimeoutError:  # long after its deadline: its holder is gone without a trace
             log.error("part_lost", request_id=ticket.work.request_id, part_id=part.share.share_id)
             self._fail(ticket, ApiError("deadline", "the deadline passed before the answer was ready"))
         except (BackendError, msgspec.DecodeError) as error:
@@ -489,11 +490,11 @@ class Queue:
     def _fail(self, ticket: _Ticket, error: ApiError) -> None:
         if not ticket.done.done():
             ticket.done.set_exception(error)
-            ticket.done.exception()  # looked at, also where nobody waits any more
+            ticket.done.exception()  # marks it as seen, also if nobody waits any more
         self._abandon(ticket)
 
     def _abandon(self, ticket: _Ticket) -> None:
-        """Nothing more of it is started."""
+        """Start nothing more of a ticket."""
         ticket.pending.clear()
         self._again = [part for part in self._again if part.ticket is not ticket]
         self._leave(ticket)
@@ -521,16 +522,16 @@ class Queue:
     # --------------------------------------------------------------------------------------------------- events
 
     def fail_all(self, error: ApiError) -> None:
-        """Answer everything with `error`, whatever it was doing."""
+        """Answer everything with `error`, whatever its state."""
         for ticket in list(self._tickets):
             self._fail(ticket, error)
 
     def wake(self) -> None:
-        """The backend is ready (again)."""
+        """Continue: the backend is ready (again)."""
         self._pump()
 
     async def keep_order(self) -> None:
-        """For ever: let waiting requests meet their deadlines, and give up on a backend that stays away."""
+        """Enforce the deadlines of waiting requests, for ever, and give up on a backend that stays away."""
         while True:
             await asyncio.sleep(0.25)
             self._drop_expired()

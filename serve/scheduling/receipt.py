@@ -1,4 +1,4 @@
-"""Where the time of a request went: parts that ran side by side count once, and the shares add up to the whole."""
+"""The receipt of a request: how its time was spent. Parts that ran side by side count once; the shares add up."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _Span = tuple[float, float]  # begin and end, seconds since the epoch
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """Milliseconds that have no moment in common.
+    """Disjoint shares of a request's time, in milliseconds.
 
-    While any part of the request was with the engine it is `pose_ms`; else, while any was decoded, `decode_ms`; else,
-    while any was being answered, `respond_ms`; all other time it waited, in the gateway or between stages: `queue_ms`.
+    Time counts as `pose_ms` while any part of the request was with the engine; else as `decode_ms` while any was being
+    decoded; else as `respond_ms` while any was being answered. All other time it waited, in the gateway or between
+    stages: `queue_ms`.
     """
 
     decode_ms: float
@@ -26,14 +27,14 @@ class Receipt:
 
 
 def receipt(answers: Sequence[PartAnswer], *, arrived_unix: float, done_unix: float) -> Receipt:
-    """The receipt of a request that came at `arrived_unix` and was done at `done_unix`, with what its parts tell.
+    """Make the receipt of a request that came at `arrived_unix` and was done at `done_unix`, from its parts' reports.
 
-    All stages run on this machine and read one clock. If somebody sets it meanwhile the shares are off, not their sum:
-    what lies outside of the request's time does not count.
+    All stages run on this machine and read one clock. If somebody sets it meanwhile, the shares are wrong, but not
+    their sum: time outside the request's does not count.
     """
 
     def within(spans: Iterable[tuple[float, float]]) -> list[_Span]:
-        """The parts of (begin, length in ms) between arrival and end."""
+        """Return the parts of (begin, length in ms) between arrival and end."""
         ends = [(begin, begin + length_ms / 1e3) for begin, length_ms in spans]
         return [(max(begin, arrived_unix), min(end, done_unix)) for begin, end in ends]
 
@@ -52,7 +53,7 @@ def receipt(answers: Sequence[PartAnswer], *, arrived_unix: float, done_unix: fl
 
 
 def _covered_s(spans: Iterable[_Span]) -> float:
-    """For how long any of these lasted. One that ends before it begins lasted no time."""
+    """Return how long any of these lasted. One that ends before it begins counts as 0."""
     covered_s, until = 0.0, -math.inf
     for begin, end in sorted(spans):
         covered_s += max(0.0, end - max(begin, until))

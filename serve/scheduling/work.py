@@ -1,4 +1,4 @@
-"""A task's face: what the queue needs of a request, whatever was asked. Jobs and recordings know it by that, too."""
+"""The interface between the queue and the tasks. Jobs and recordings use it too."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from workers.messages import Failure, PassRecord
 
 
 class Answered(Protocol):
-    """What the backend answers for one share of the work."""
+    """The backend's answer to one share of the work."""
 
     @property
     def passes(self) -> Sequence[PassRecord]:
-        """What was computed with it, each pass told once: the queue's measure of speed."""
+        """Return the passes computed for it, each counted once: the queue's measure of speed."""
 
 
 A = TypeVar("A", bound=Answered, covariant=True)
@@ -24,14 +24,14 @@ class Share(Protocol):
 
     @property
     def share_id(self) -> str:
-        """Names it in the workers' states and in the log; begins with the request's id and a slash."""
+        """Return its name in the workers' states and in the log: the request's id, a slash, and more."""
 
     @property
     def cost(self) -> int:
-        """In the task's own count, at least 1."""
+        """Return the cost in the task's own count, at least 1."""
 
     def message(self, *, path: str | None, inline: bytes) -> bytes:
-        """What is sent: the encoded request lies in the file `path`, or goes along as `inline`."""
+        """Return the message to send: the encoded request lies in the file `path`, or goes along as `inline`."""
 
 
 class Work(Protocol[A]):
@@ -39,25 +39,25 @@ class Work(Protocol[A]):
 
     @property
     def route(self) -> str:
-        """Of the backend."""
+        """Return the route of the backend."""
 
     @property
     def request_id(self) -> str:
-        """Ours, unlike any other's."""
+        """Return the server's own id of the request, which is unique."""
 
     @property
     def engine(self) -> str:
-        """Whose measured speed its cost counts in."""
+        """Return the engine in whose measured speed the cost counts."""
 
     @property
     def cost(self) -> int:
-        """All of it, in the task's own count; 0 where there is nothing to compute."""
+        """Return the total cost, in the task's own count; 0 if there is nothing to compute."""
 
     def encoded(self) -> bytes:
-        """The request as its stages read it. Asked for once: afterwards nobody holds its pictures."""
+        """Return the request as its stages read it. Call it once: afterwards nobody holds its pictures."""
 
     def split(self, most: int) -> Sequence[Share]:
-        """Its shares in order, none above `most`; at least one."""
+        """Return its shares in order, none above `most`; at least one."""
 
     def read(self, answer: bytes) -> A | Failure:
-        """The backend's answer to a share."""
+        """Decode the backend's answer to a share."""

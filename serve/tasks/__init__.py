@@ -1,1 +1,1 @@
-"""What one can ask, a folder for each task: question, cost, split and merge, answer."""
+"""The tasks that clients can ask for, one folder each: question, cost, split and merge, answer."""

@@ -1,4 +1,4 @@
-"""Who asks, since when and until when; and what the request's log line will say of the answer."""
+"""The client of a request, its moments, and the notes for the request's log line."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from serve.telemetry.tracing import Trace
 
 @dataclass
 class Notes:
-    """What a task tells the log, the metrics and the trace about a request; None where there is nothing to tell."""
+    """A task's notes about a request for the log, the metrics and the trace; None if there is nothing to note."""
 
     detections: int | None = None
     poses: int | None = None
     rejected: dict[str, int] | None = None  # detections without a pose, by reason
     timing: Timing | None = None
-    engine: str | None = None  # what answered
-    release: str | None = None  # likewise
+    engine: str | None = None  # the engine that answered
+    release: str | None = None  # the release of the engine that answered
 
 
 @dataclass(frozen=True)
 class Asker:
-    """A request as its task sees it, apart from what is asked. Moments are monotonic."""
+    """A request apart from its question, as the task sees it. Moments are monotonic."""
 
     request_id: str
-    client: str  # whose turn it is in the queue
+    client: str  # whose turn the queue counts
     body_received: float
     deadline: float
     trace: Trace

@@ -1,4 +1,4 @@
-"""A server that a really running Prometheus reads every second, and clients whose every answer is counted."""
+"""A server that a real Prometheus scrapes every second, and clients that count every answer."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from tests.serve.tiny import FULL, HEIGHT, NAMES, POSE, SEG, WIDTH, masks_of, on
 
 @dataclass
 class Watched:
-    """The server, what reads it, and what its clients saw."""
+    """The server, its Prometheus, and its clients' counts."""
 
     server: RunningServer
     prometheus: Prometheus
-    key: str  # without a rate of its own
-    slow_key: str  # one request in ten seconds
+    key: str  # API key without a rate limit of its own
+    slow_key: str  # API key with one request in ten seconds
     answers: Counter[tuple[str, int]] = field(default_factory=Counter)  # (route, status)
-    rows: Counter[str] = field(default_factory=Counter)  # `ok`, or the reason
-    sure: Counter[str] = field(default_factory=Counter)  # object -> its poses
+    rows: Counter[str] = field(default_factory=Counter)  # `ok`, or the reason of a rejection
+    sure: Counter[str] = field(default_factory=Counter)  # object -> its confident poses
 
     def send(self, method: str, path: str, *, key: str | None = None, **content: Any) -> httpx.Response:
-        """Any request; its answer is counted."""
+        """Send any request; its answer is counted."""
         headers = {"X-API-Key": self.key if key is None else key, **content.pop("headers", {})}
         answer = httpx.request(method, self.server.url + path, headers=headers, timeout=120, **content)
         self.answers[find(path).label, answer.status_code] += 1
         return answer
 
     def ask(self, tree: Any, route: str = POSE, **how: Any) -> httpx.Response:
-        """A pose request as MessagePack; its rows are counted."""
+        """Send a pose request as MessagePack; its rows are counted."""
         headers = {"Content-Type": "application/msgpack"}
         answer = self.send("POST", route, content=msgspec.msgpack.encode(tree), headers=headers, **how)
         for row in answer.json().get("poses") or []:
@@ -68,7 +68,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 
 def every_kind_of_request(watched: Watched) -> None:
-    """Some of everything: poses, detections without one, mistakes, refusals, other routes."""
+    """Send some of everything: poses, detections without one, mistakes, refusals, other routes."""
     nothing = np.zeros((HEIGHT, WIDTH), dtype=bool)
     speck = nothing.copy()
     speck[5, 5] = True

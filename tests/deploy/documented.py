@@ -1,4 +1,4 @@
-"""The families of the metrics page as docs/METRICS.md lists them."""
+"""The metric families as docs/METRICS.md lists them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _ROW = re.compile(r"^\| `(?P<name>[a-z_]+)` \| (?P<type>counter|gauge|histogram)
 class Family:
     """One row of the table."""
 
-    name: str  # as Prometheus calls it: a counter's with `_total`
+    name: str  # Prometheus's name: a counter's ends in `_total`
     type: str
     labels: frozenset[str]
 
     @property
     def series(self) -> tuple[str, ...]:
-        """The names of its time series."""
+        """Return the names of its time series."""
         endings = ("_bucket", "_count", "_sum") if self.type == "histogram" else ("",)
         return tuple(self.name + ending for ending in endings)
 
 
 def families() -> dict[str, Family]:
-    """Every documented family by name."""
+    """Return every documented family by name."""
     return {
         row["name"]: Family(row["name"], row["type"], frozenset(re.findall(r"`(\w+)`", row["labels"])))
         for row in _ROW.finditer(PAGE.read_text())
@@ -35,6 +35,6 @@ def families() -> dict[str, Family]:
 
 
 def family_of(series: str) -> str:
-    """The family that a time series belongs to, as far as its name tells."""
+    """Return the family of a time series, judged by the name."""
     known = {name: family.name for family in families().values() for name in family.series}
     return known.get(series, series)

@@ -1,4 +1,4 @@
-"""Shared by the operator tests: every device, and seeded clouds."""
+"""Fixtures of the operator tests: every device, and seeded clouds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def all_devices() -> list[str]:
 
 @pytest.fixture
 def with_threads() -> Iterator[Callable[[int], None]]:
-    """`with_threads(N)`: torch and the kernels use N threads, until the test ends."""
+    """`with_threads(N)`: torch and the kernels use N threads until the test ends."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

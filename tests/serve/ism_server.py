@@ -1,6 +1,6 @@
 """A small instance-segmentation server that speaks the ISM side of the contract and really segments.
 
-It looks at the depth picture alone: what stands on the largest plane is an instance, best seen first. For the tests of
+It uses the depth picture alone: what stands on the largest plane is an instance, best seen first. For the tests of
 the full pipeline, in a thread (`with IsmServer() as server: ... server.url`) or by itself
 (`python tests/serve/ism_server.py --port 8010`). `mode` makes it fail the way real ones do.
 """
@@ -25,8 +25,8 @@ from posekit.io.masks import mask_box
 from posekit.synthetic.scenes import segment_by_depth
 
 MODES: Final = (
-    "good",  # what it finds: RLE masks, xyxy boxes, scores, object ids
-    "nested",  # the same with nested 0/1 lists for masks
+    "good",  # its detections: RLE masks, xyxy boxes, scores, object ids
+    "nested",  # like "good", with nested 0/1 lists for masks
     "masks_only",  # no boxes, scores or ids
     "error_in_200",  # status 200, detections.error
     "unsuccessful",  # status 200, success false
@@ -50,7 +50,7 @@ class IsmServer:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode}")
         self.mode = mode
         self.asked: list[dict[str, Any]] = []
-        self.headers: list[Message] = []  # of those requests
+        self.headers: list[Message] = []  # headers of the requests in `asked`
         self.attempts = 0
         self.stopping = threading.Event()
         self._http = _Http(("127.0.0.1", port), _Handler)
@@ -59,11 +59,11 @@ class IsmServer:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """Return its address."""
         return f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def start(self) -> Self:
-        """Begin to answer."""
+        """Start to answer."""
         self._thread.start()
         return self
 
@@ -83,7 +83,7 @@ class IsmServer:
         self.stop()
 
     def answer(self, question: dict[str, Any]) -> tuple[int, bytes]:
-        """Status and body for one request, by mode; status 0 closes the connection."""
+        """Return status and body for one request, by mode; status 0 closes the connection."""
         self.asked.append(question)
         self.attempts += 1
         first = self.attempts == 1
@@ -158,7 +158,7 @@ class _Http(ThreadingHTTPServer):
     ism: IsmServer
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up is no event here."""
+        """Ignore clients that hang up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -194,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""A scene of two objects in a small picture, so that a request costs little, and a client that looks at every answer.
+"""A scene of two objects in a small picture, so that a request is cheap, and a client that checks every answer.
 
-The two objects' CAD is part of the demo scene, and so registered on the shared server.
+The two objects' CAD is part of the demo scene, so it is registered on the shared server.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ POSE, FULL, SEG, OBJECTS = (
     "/api/v1/pose-estimation",
     "/api/v1/objects",
 )
-#: What no client may ever read in an answer.
+#: Texts that no answer to a client may contain.
 SECRETS = ("Traceback", "site-packages", "/dev/shm", "/tmp/", ".safetensors", "serve/", "workers/", "posekit")
 
 
 @functools.cache
 def tiny_scene() -> Scene:
-    """Two parts 0.4 m away, before a wall, without noise; depth in tenths of a millimetre."""
+    """Make two parts 0.4 m away, before a wall, without noise; depth in tenths of a millimetre."""
     turns = (
         rotation((1, 0, 0), -40) @ rotation((0, 1, 0), 30),
         rotation((1, 0, 0), 35) @ rotation((0, 1, 0), -40) @ rotation((0, 0, 1), 20),
@@ -60,33 +60,33 @@ def tiny_scene() -> Scene:
 
 @functools.cache
 def tiny_question() -> Question:
-    """The scene as a request of a few kilobytes."""
+    """Return the scene as a request of a few kilobytes."""
     return Question(tiny_scene())
 
 
 def truth(index: int) -> dict[str, Any]:
-    """The true pose of an object in the scene, as `init_poses` has it: from there no search is needed."""
+    """Return the true pose of an object in the scene as an entry of `init_poses`: from there no search is needed."""
     T_cam_obj = tiny_scene().instances[index].T_cam_obj
     return {"rotation": T_cam_obj[:3, :3].tolist(), "translation": (T_cam_obj[:3, 3] * 1000).tolist()}
 
 
 def one(index: int = 1, **changes: Any) -> dict[str, Any]:
-    """A request for one object of the scene, its pose given to start from; `...` takes a field away."""
+    """Return a request for one object of the scene, with its pose given as a start; `...` removes a field."""
     return tiny_question().body(indices=[index], **{"init_poses": [truth(index)], **changes})
 
 
 def masks_of(*masks: Any, **columns: Any) -> dict[str, Any]:
-    """Detections of the wedge with these masks."""
+    """Return detections of the wedge with these masks."""
     return {"masks": list(masks), "object_ids": [NAMES[1]] * len(masks), **columns}
 
 
 def ply(index: int = 1, unit: Any = "mm") -> bytes:
-    """The CAD file of an object in the scene."""
+    """Return the CAD file of an object in the scene."""
     return mesh_to_ply(tiny_scene().instances[index].shape.mesh, unit)
 
 
 def tetrahedron(size_mm: float = 60.0) -> Float64:
-    """Corners (4, 3) of a small lopsided mesh; faces are FACES."""
+    """Return the corners (4, 3) of a small lopsided mesh; its faces are FACES."""
     return np.array([[0.0, 0, 0], [1, 0, 0], [0, 0.8, 0], [0.1, 0.2, 0.6]]) * size_mm
 
 
@@ -94,7 +94,7 @@ FACES = ((0, 2, 1), (0, 1, 3), (1, 2, 3), (0, 3, 2))
 
 
 def ascii_ply(vertices: Any, faces: Any = FACES) -> bytes:
-    """A PLY written by hand: whatever numbers one likes."""
+    """Write a PLY with any numbers."""
     lines = ["ply", "format ascii 1.0", f"element vertex {len(vertices)}"]
     lines += [f"property float {axis}" for axis in "xyz"]
     lines += [f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header"]
@@ -104,7 +104,7 @@ def ascii_ply(vertices: Any, faces: Any = FACES) -> bytes:
 
 
 def uploading(port: int, data: bytes, *, send: int | None = None) -> socket.socket:
-    """A connection on which (the beginning of) an upload was sent that would wait for its onboarding."""
+    """Open a connection and send (the beginning of) an upload that would wait for its onboarding."""
     body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.ply"\r\n\r\n' + data + b"\r\n--x--\r\n"
     head = (
         f"POST {OBJECTS}?wait=60 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
@@ -116,7 +116,7 @@ def uploading(port: int, data: bytes, *, send: int | None = None) -> socket.sock
 
 
 class Asker:
-    """Sends requests to one server, keeping its connection; every answer is checked for what holds of all."""
+    """Sends requests to one server on one connection; checks in every answer what holds for all."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -129,7 +129,7 @@ class Asker:
         self.http.close()
 
     def send(self, method: str, path: str, *, headers: dict[str, str] | None = None, **content: Any) -> httpx.Response:
-        """Any request; the answer has an id, a timing, and nothing of the server's inside in it."""
+        """Send any request; check that the answer has an id and a timing, and leaks nothing of the server's inside."""
         answer = self.http.request(method, path, headers=headers, **content)
         assert answer.headers["X-Request-Id"]
         assert "total;dur=" in answer.headers["Server-Timing"]
@@ -146,18 +146,18 @@ class Asker:
         as_json: bool = False,
         headers: dict[str, str] | None = None,
     ) -> httpx.Response:
-        """A request tree as MessagePack, or as JSON."""
+        """Send a request tree as MessagePack, or as JSON."""
         module = msgspec.json if as_json else msgspec.msgpack
         media = "application/json" if as_json else "application/msgpack"
         return self.send("POST", route, content=module.encode(tree), headers={"Content-Type": media, **(headers or {})})
 
     def poses(self, tree: Any, **how: Any) -> list[dict[str, Any]]:
-        """The rows of a request that succeeds."""
+        """Return the rows of a request that must succeed."""
         rows: list[dict[str, Any]] = self.ok(tree, **how)["poses"]
         return rows
 
     def ok(self, tree: Any, **how: Any) -> dict[str, Any]:
-        """The answer of a request that succeeds."""
+        """Return the answer of a request that must succeed."""
         response = self.post(tree, **how)
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
@@ -166,7 +166,7 @@ class Asker:
         return answer
 
     def refused(self, tree: Any, status: int, code: str, field: str | None = None, **how: Any) -> dict[str, Any]:
-        """The error of a request that fails in this way."""
+        """Return the error of a request that must fail in this way."""
         return refusal(self.post(tree, **how), status, code, field)
 
     def upload(
@@ -180,7 +180,7 @@ class Asker:
 
 
 def refusal(response: httpx.Response, status: int, code: str, field: str | None = None) -> dict[str, Any]:
-    """A failure as the contract has it: the schema of the answer, words, a code, and the field at fault."""
+    """Check a failure against the contract: the answer's schema, its words, its code, the field at fault."""
     assert (response.status_code, response.json().get("error", {}).get("code")) == (status, code), response.text
     answer = response.json()
     error: dict[str, Any] = answer["error"]

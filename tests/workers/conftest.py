@@ -1,4 +1,4 @@
-"""A store with one onboarded object, the stages in this process, and the pipeline as Mosec really runs it."""
+"""A store with one onboarded object, the stages in this process, and the pipeline as Mosec runs it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
 
 @pytest.fixture(scope="session")
 def shared(stages: Stages) -> Iterator[Stages]:
-    """The environment in which stages made in this process find those settings."""
+    """Set the environment in which stages made in this process find those settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(settings.ENVIRONMENT, settings.to_environment(stages)[settings.ENVIRONMENT])
         yield stages

@@ -1,4 +1,4 @@
-"""What the tests of the stages share: jobs to ask about one object, and the pipeline as Mosec really runs it."""
+"""Helpers for the tests of the stages: jobs for one object, and the pipeline as Mosec runs it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SHAPE = "bracket"
 
 
 def ascii_ply(vertices_mm: np.ndarray, faces: np.ndarray) -> bytes:
-    """A mesh as a client would send it."""
+    """Write a mesh as a client would send it."""
     lines = ["ply", "format ascii 1.0", f"element vertex {len(vertices_mm)}"]
     lines += [f"property float {axis}" for axis in "xyz"]
     lines += [f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header"]
@@ -58,7 +58,7 @@ def ascii_ply(vertices_mm: np.ndarray, faces: np.ndarray) -> bytes:
 
 @dataclass
 class Asker:
-    """Makes jobs about the scene's objects."""
+    """Makes jobs for the scene's objects."""
 
     scene: Scene
     reference: ObjectRef
@@ -93,7 +93,7 @@ def register(
     *,
     declared: dict[str, Any] | None = None,
 ) -> StoredObject:
-    """Bring the scene's mesh into a store the way the gateway does."""
+    """Bring the scene's mesh into a store as the gateway does."""
     mesh = SHAPES[SHAPE]().mesh
     staged = store.stage()
     (staged / "source" / "model.ply").write_bytes(ascii_ply(mesh.vertices_m * 1000.0, mesh.faces))
@@ -137,7 +137,7 @@ class Pipeline:
         self.environment = os.environ | settings.to_environment(stages)
 
     def start(self) -> None:
-        """Until every stage has a worker."""
+        """Start the pipeline; return when every stage has a worker."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -150,11 +150,11 @@ class Pipeline:
         self.wait_until(self.is_open, "the port opens")
 
     def remove_sockets(self) -> None:
-        """What a killed front leaves behind keeps the next one from starting: its supervisor removes it."""
+        """Remove the sockets of a killed front, as its supervisor does: they keep the next front from starting."""
         shutil.rmtree(self.log.parent / "mosec", ignore_errors=True)
 
     def is_open(self) -> bool:
-        """Whether the front takes connections: it does once every stage has a worker."""
+        """Return True if the front takes connections, which it does once every stage has a worker."""
         assert self.process.poll() is None, self.log.read_text()
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
@@ -166,7 +166,7 @@ class Pipeline:
             time.sleep(0.05)
 
     def post(self, route: str, body: bytes, timeout_s: float = 60.0) -> tuple[int, bytes]:
-        """The answer's status and body; 0 where the connection ended without one."""
+        """Return the answer's status and body; status 0 if the connection ended without an answer."""
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{route}", data=body, method="POST")
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
@@ -178,18 +178,18 @@ class Pipeline:
             return 0, b""
 
     def ask(self, part: Part) -> PartAnswer | Failure:
-        """One part through /pose."""
+        """Send one part through /pose."""
         status, body = self.post("/pose", msgspec.msgpack.encode(part))
         assert status == 200, (status, body)
         answer: PartAnswer | Failure = msgspec.msgpack.decode(body, type=Answer)
         return answer
 
     def workers(self, stage: str) -> list[WorkerState]:
-        """The living workers of a stage."""
+        """Return the living workers of a stage."""
         return [state for state in read_states(self.run_dir) if state.stage == stage and state.alive]
 
     def processes(self) -> list[int]:
-        """Every process of the pipeline that lives: they share the session that it was started in."""
+        """Return every living process of the pipeline: they share the session that it was started in."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -202,7 +202,7 @@ class Pipeline:
         return found
 
     def stop(self) -> None:
-        """Leave nothing behind, however the test ended."""
+        """Stop everything, however the test ended."""
         if self.process.poll() is None:
             self.process.terminate()
             try:

@@ -1,7 +1,7 @@
 """Decode stage. In: a part of a job, pictures still encoded. Out: its detections as crops, or a Failure. On the CPU.
 
 Colour and depth are decoded once, masks one at a time. Each detection becomes a crop: its mask's box with a margin.
-What cannot be used becomes a crop that says why; only what spoils the whole request is a Failure.
+A detection that cannot be used becomes a crop with the reason. Only an error of the whole request is a Failure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from workers.messages import Cut, CutFile, Failure, Part
 
 
 class DecodeStage(Stage):
-    """Several processes; each holds one image pair at a time."""
+    """Runs in several processes; each holds one image pair at a time."""
 
     stage_name = "decode"
     receives = Part
@@ -21,13 +21,13 @@ class DecodeStage(Stage):
     def __init__(self) -> None:
         super().__init__()
         with self.starting():
-            from workers import cropping  # OpenCV
+            from workers import cropping  # imports OpenCV
 
             limit_threads(self.settings.decode.threads)
             self.cut = cropping.cut
 
     def forward(self, part: Part) -> Cut | Failure:
-        """One part's crops."""
+        """Return one part's crops."""
         try:
             return self.cut(part)
         except PoseError as error:
@@ -40,7 +40,7 @@ class DecodeStage(Stage):
             return self.internal(part.part_id)
 
     def serialize_ipc(self, data: Cut | Failure) -> bytes:
-        """To the pose stage: in a file where it is large, so that Mosec's front does not hold it."""
+        """Encode for the pose stage; large results go into a file, so that Mosec's front does not hold them."""
         encoded = super().serialize_ipc(data)
         if isinstance(data, Cut) and (path := put_beside(data.part.path, encoded)) is not None:
             return self._encoder.encode(CutFile(part_id=data.part.part_id, path=path))

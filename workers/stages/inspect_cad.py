@@ -1,7 +1,6 @@
-"""Inspect stage. In: a folder with a client's mesh files. Out: what they are, or a Failure that says what is wrong.
+"""Inspect stage. In: a folder with a client's mesh files. Out: the mesh's properties, or a Failure with what is wrong.
 
-A mesh comes from anywhere, so it is parsed in this process, which may use so much memory and no more, and which
-nothing else depends on.
+Meshes are untrusted, so they are parsed in this process, whose memory is limited and on which nothing else depends.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class InspectStage(Stage):
             self.store = ObjectStore(objects_path(self.settings))
 
     def forward(self, task: InspectTask) -> Inspected | Failure:
-        """Parse, find the unit, judge the health; leaves the mesh in metres in the folder."""
+        """Parse, find the unit, judge the health; write the mesh in metres into the folder."""
         try:
             return self._inspect(task)
         except PoseError as error:
@@ -52,7 +51,7 @@ class InspectStage(Stage):
         folder = Path(task.folder)
         files = {path.name: path.read_bytes() for path in sorted((folder / "source").iterdir())}
         cad_format: str = task.cad_format
-        if cad_format == "zip":  # an object is its files, however they were packed
+        if cad_format == "zip":  # an object is identified by its files, however they were packed
             files, cad_format = self.meshes.expand(files)
         raw = self.meshes.load_mesh(files, cad_format, task.max_faces)
         unit, guessed = self.meshes.resolve_unit(raw, task.model_unit, cad_format)

@@ -1,8 +1,8 @@
 """Onboard stages. In: an object in the store. Out: its symmetries, once the engine's model is on disk, or a Failure.
 
-One stage per registered engine, so that an object is there for the geometric engine in a second while the network's
-templates of another one take their minute. On the CPU, on few threads and at low priority, so that a new object never
-stalls other clients' poses.
+There is one stage per registered engine, so that an object is ready for the geometric engine in a second while the
+network renders another one's templates for a minute. Stages run on the CPU, on few threads and at low priority, so
+that a new object never stalls other clients' poses.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NICENESS = 10
 
 
 class EngineOnboardStage(Stage):
-    """The only stage of an engine's route of onboarding: builds that engine's models."""
+    """The only stage of an engine's onboarding route: builds that engine's models."""
 
     engine_name: ClassVar[str]
     receives = OnboardTask
@@ -48,7 +48,7 @@ class EngineOnboardStage(Stage):
             self.store = ObjectStore(objects_path(self.settings))
 
     def forward(self, task: OnboardTask) -> Onboarded | Failure:
-        """Build what is missing; what is there already is left alone."""
+        """Build the model if it is missing; an existing one is left alone."""
         if self.engine is None:
             detail = f"the engine {self.engine_name!r} could not be started"
             return Failure(part_id=task.task_id, code="not_ready", detail=detail)
@@ -79,7 +79,7 @@ class EngineOnboardStage(Stage):
         )
 
     def _build(self, engine: Engine, stored: StoredObject) -> Symmetries:
-        """The symmetries of the engine's model, which is built where there is none that can be read."""
+        """Return the symmetries of the engine's model, after building the model if no readable one exists."""
         object_id = stored.object_id
         with contextlib.suppress(StoreError):
             return self.store.describe_model(object_id, engine.name, engine.version).symmetries
@@ -88,13 +88,13 @@ class EngineOnboardStage(Stage):
         begun = time.perf_counter()
         symmetries = known_symmetries(self.store, stored, engine.name, self.settings)
         model = engine.onboard(object_id, self.store.load_mesh(object_id), symmetries, progress)
-        with contextlib.suppress(StoreError):  # `pem objects templates` put one there meanwhile: it stays
+        with contextlib.suppress(StoreError):  # if `pem objects templates` stored a model meanwhile, that one stays
             return self.store.describe_model(object_id, engine.name, engine.version).symmetries
         self.store.save_model(model, seconds=time.perf_counter() - begun, threads=self.threads)
         return model.symmetries
 
     def _progress(self, object_id: str) -> Progress:
-        """Tell in a file how far the engine is, 0 to 1; nothing depends on it."""
+        """Write how far the engine is, 0 to 1, to a file; nothing depends on it."""
         path = progress_path(self.run_dir, object_id, self.engine_name)
 
         def tell(share: float) -> None:
@@ -110,7 +110,7 @@ class EngineOnboardStage(Stage):
 
 
 def known_symmetries(store: ObjectStore, stored: StoredObject, engine: str, tables: EngineTables) -> Symmetries | None:
-    """The user's symmetries; where there are none, those that another engine found, for an engine that takes them."""
+    """Return the user's symmetries, else those that another engine found, for an engine that takes them over."""
     if stored.declared_symmetries is not None:
         return symmetries_from_wire(msgspec.convert(stored.declared_symmetries, WireSymmetries))
     if (finder := registry.spec(engine).symmetries_from) is not None:
@@ -121,7 +121,7 @@ def known_symmetries(store: ObjectStore, stored: StoredObject, engine: str, tabl
 
 
 def _stage_of(spec: EngineSpec) -> type[EngineOnboardStage]:
-    """The stage of one engine: OnboardSam6dStage for the stage `onboard_sam6d`."""
+    """Make the stage class of one engine: OnboardSam6dStage for the stage `onboard_sam6d`."""
     name = "".join(word.capitalize() for word in spec.onboard_stage.split("_")) + "Stage"
     return type(
         name,
@@ -135,6 +135,6 @@ def _stage_of(spec: EngineSpec) -> type[EngineOnboardStage]:
     )
 
 
-#: Engine -> its stage. Each is also a name of this module: Mosec's processes import it by that name.
+#: Engine -> its stage. Each class is also a name of this module: Mosec's processes import it by that name.
 STAGES: Final = {each.name: _stage_of(each) for each in registry.by_effort()}
 globals().update({stage.__name__: stage for stage in STAGES.values()})

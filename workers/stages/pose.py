@@ -1,8 +1,8 @@
 """Pose stage. In: parts of requests, as crops. Out: their rows, or the Failure that explains why not.
 
-The only batched stage, one process per device. A batch holds parts of whichever requests were waiting; their crops run
+The only batched stage, one process per device. A batch holds parts of whichever requests were waiting. Their crops run
 in passes of bounded size, in order of arrival, so that several requests share a pass and a large one takes several.
-Nothing here raises for one part's sake: the others in the batch would fail with it.
+No error of a single part is raised: the others in the batch would fail with it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from workers.work import Item, Work, with_passes
 
 
 class PoseStage(Stage):
-    """Everything that one device computes."""
+    """Computes all poses of one device."""
 
     stage_name = "pose"
     receives = PoseInput
@@ -47,7 +47,7 @@ class PoseStage(Stage):
             for name in self.settings.engines:
                 with self.engine_start(name):
                     engine = load_engine(name, self.settings, device=device, threads=own.threads)
-                    limit_threads(1)  # of each of them
+                    limit_threads(1)  # for each of them
                     rates[name] = practise(engine, own.pass_detections, self.run_dir / "practice")
                     self.engines[name] = engine
             self.models = ModelCache(objects_path(self.settings), limit_bytes=own.object_cache_mb * 1_000_000)
@@ -62,7 +62,7 @@ class PoseStage(Stage):
             self._tell_cache()
 
     def deserialize_ipc(self, data: bytes) -> Cut | Failure:
-        """From decode, out of its file where it is large."""
+        """Decode a message of the decode stage, from its file if it is large."""
         message: Cut | CutFile | Failure = super().deserialize_ipc(data)
         if not isinstance(message, CutFile):
             return message
@@ -71,13 +71,13 @@ class PoseStage(Stage):
         except GivenUp:
             detail = "the request was given up before it was worked on"
             return Failure(part_id=message.part_id, code="internal", detail=detail)
-        except (OSError, msgspec.DecodeError):  # raised, it would fail the whole batch
+        except (OSError, msgspec.DecodeError):  # raising it would fail the whole batch
             return self.internal(message.part_id)
 
     def forward(self, batch: list[Cut | Failure] | Cut | Failure) -> list[Solved | Failure] | Solved | Failure:
-        """Every part's rows, in order; a failure of an earlier stage passes through.
+        """Return every part's rows, in order; a failure of an earlier stage passes through.
 
-        Mosec hands over a list, except where a batch has room for one part only.
+        Mosec passes a list, except if a batch has room for one part only.
         """
         return self._solve_parts(batch) if isinstance(batch, list) else self._solve_parts([batch])[0]
 
@@ -92,14 +92,14 @@ class PoseStage(Stage):
         return with_passes([self._answer(work) if isinstance(work, Work) else work for work in works], passes)
 
     def _for_an_engine_here(self, cut: Cut) -> Cut:
-        """A part for an engine that this worker could not start, sent before that was known: for its stand-in."""
+        """Redirect a part to the stand-in of its engine, if this worker lost that engine after the part was sent."""
         engine = registry.standing_in(cut.engine, self.state.state.info.get("lost", {}))
         if engine == cut.engine:
             return cut
         return msgspec.structs.replace(cut, engine=engine, refine=registry.spec(engine).refine)
 
     def _take(self, waiting: deque[Item]) -> list[Item]:
-        """The next pass: the first detections whose deadline has not passed."""
+        """Take the next pass: the first detections whose deadline has not passed."""
         taken: list[Item] = []
         while waiting and len(taken) < self.settings.pose.pass_detections:
             item = waiting.popleft()
@@ -124,7 +124,7 @@ class PoseStage(Stage):
         return record
 
     def _solve(self, engine: Engine, items: Sequence[Item]) -> list[Outcome]:
-        """One outcome per detection. Short of memory, or after an exception, smaller passes find whose fault it was."""
+        """Return one outcome per detection. Out of memory, or after an exception, smaller passes find the cause."""
         try:
             return self._estimate(engine, items)
         except out_of_memory() as error:
@@ -141,7 +141,7 @@ class PoseStage(Stage):
         return [out for start in range(0, len(items), size) for out in self._solve(engine, items[start : start + size])]
 
     def _estimate(self, engine: Engine, items: Sequence[Item]) -> list[Outcome]:
-        """The engine's outcomes; detections whose object has no usable model become `no_cad`."""
+        """Return the engine's outcomes; detections whose object has no usable model become `no_cad`."""
         instances = [item.instance() for item in items]
         refiner = registry.spec(engine.name).refiner
         if refiner is None:
@@ -161,7 +161,7 @@ class PoseStage(Stage):
             except StoreError as error:
                 why = {"reason": error.detail, "cause": repr(error.__cause__)}
                 self.log.warning("no_model", engine=engine.name, object_id=object_id, **why)
-                self._leave_if_the_device_is_lost()  # which fails the preparing of a model that is good, too
+                self._leave_if_the_device_is_lost()  # a lost device makes `prepare` fail for good models, too
         good = [instance for instance in instances if instance.object_id in models]
         outcomes = iter(engine.estimate(good, models) if good else [])
         return [next(outcomes) if instance.object_id in models else NO_MODEL for instance in instances]
@@ -179,7 +179,7 @@ class PoseStage(Stage):
         )
         try:
             memory = _device_memory()
-        except Exception as error:  # the batch's answers are good all the same
+        except Exception as error:  # the batch's answers are still good
             self.log.warning("device_memory_unknown", reason=str(error))
             self._leave_if_the_device_is_lost()
             return
@@ -187,7 +187,7 @@ class PoseStage(Stage):
             self.state.update(device_memory=memory)
 
     def _leave_if_the_device_is_lost(self) -> None:
-        """Some errors leave a GPU unusable for this process: a new one takes over, and the gateway asks it again."""
+        """Exit if the GPU has become unusable for this process: a new one takes over, and the gateway asks it again."""
         if not _device_works():
             self.log.error("device_lost")
             os._exit(1)
@@ -200,7 +200,7 @@ NO_MODEL = Rejection(
 
 
 def _device_memory() -> dict[str, int] | None:
-    """Bytes of the GPU's memory: `allocated` by tensors, `reserved` by torch, `total`; None on a CPU."""
+    """Return bytes of GPU memory: `allocated` by tensors, `reserved` by torch, `total`; None on a CPU."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None

@@ -1,7 +1,7 @@
-"""Respond stage. In: a part's rows. Out: the answer as the gateway reads it, with overlay and files where asked for.
+"""Respond stage. In: a part's rows. Out: the answer as the gateway reads it, with overlay and files if asked for.
 
-A request in one part comes from the pose stage with its rows; one that was split comes a second time, from the gateway
-with all of its rows (route /finish), for what can only be made of the whole. One at a time, on the CPU.
+A request in one part comes from the pose stage with its rows. One that was split comes a second time, from the gateway
+with all of its rows (route /finish), for outputs that need all rows. One request at a time, on the CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workers.settings import objects_path
 
 
 class RespondStage(Stage):
-    """First in /finish, last in /pose."""
+    """The first stage of /finish, the last of /pose."""
 
     stage_name = "respond"
     receives = RespondInput
@@ -34,7 +34,7 @@ class RespondStage(Stage):
             self.outputs = Outputs(objects_path(self.settings))
 
     def forward(self, message: RespondInput) -> PartAnswer | Failure:
-        """The answer; a failure of an earlier stage passes through."""
+        """Return the answer; a failure of an earlier stage passes through."""
         if isinstance(message, Failure):
             return message
         part_id, begun, begun_unix = item_id(message), time.perf_counter(), time.time()

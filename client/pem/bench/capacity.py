@@ -1,7 +1,7 @@
-"""How many robots a machine carries: the largest number of them for which a promise about latency holds.
+"""Find how many robots a machine can serve: the largest number for which a latency target holds.
 
-A robot asks a few times a second and does not wait for others to be answered, so N robots are an open loop of N times
-their rate. The search tries numbers of robots, each with a run of its own, and confirms the one it found for longer.
+A robot asks a few times a second and does not wait for earlier answers, so N robots are an open loop of N times their
+rate. The search tries numbers of robots, each with a run of its own, and confirms the result with a longer run.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pem.bench.result import Result, stage_times, summarise
 from pem.bench.sample import Run, Target, Usage
 from pem.bench.sweep import SHARES, percentiles
 
-_REQUESTS = 100  # at least, of a trial: with fewer p99 is the slowest one
-_LONGEST = 3.0  # times the usual length may a trial last to have that many
-_LIMITS = 10.0  # times the longest latency allowed it lasts at least: less would not show a queue that grows
-_CONFIRM = 3.0  # times as long as a trial
-_FINE = 50  # robots are told apart to one in so many: finer is the noise of the arrivals
-_STEP_DOWN = 0.05  # of the robots, where the longer run does not hold
+_REQUESTS = 100  # requests of a trial, at least: with fewer, p99 is the slowest one
+_LONGEST = 3.0  # a trial lasts at most this many times its usual length to have that many
+_LIMITS = 10.0  # a trial lasts at least this many times the longest allowed latency, to show a growing queue
+_CONFIRM = 3.0  # length of the confirming run, in trials
+_FINE = 50  # the search stops at one robot in this many: finer differences are noise of the arrivals
+_STEP_DOWN = 0.05  # share of the robots removed if the longer run does not hold
 _MOST_DOUBLINGS = 20
 _ALONE_S = 6.0
 
@@ -36,13 +36,13 @@ _LIMIT = re.compile(r"\s*p(\d{1,2}(?:\.\d+)?)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s)\s*"
 
 @dataclass(frozen=True, kw_only=True)
 class Slo:
-    """What is promised: of all requests, so large a share is answered within so many milliseconds."""
+    """A latency target. `p99=500ms`: 99 % of requests are answered within 500 ms."""
 
-    limits_ms: dict[str, float]  # by percentile as it was written, "p99" or "p99.9"
+    limits_ms: dict[str, float]  # by percentile as written: "p99", "p99.9"
 
     @classmethod
     def parse(cls, text: str) -> Slo:
-        """From `p99=500ms` or `p50=0.1s,p99.9=2s`. Raises ValueError with what is wrong."""
+        """Parse `p99=500ms` or `p50=0.1s,p99.9=2s`. Raises ValueError with the problem."""
         limits: dict[str, float] = {}
         for part in text.split(","):
             found = _LIMIT.fullmatch(part)
@@ -64,16 +64,16 @@ class Slo:
 
     @property
     def shares(self) -> dict[str, float]:
-        """The percentiles as shares of one."""
+        """Return the percentiles as shares of one."""
         return {name: float(name[1:]) / 100 for name in self.limits_ms}
 
     def broken(self, latency_ms: dict[str, float]) -> str:
-        """Which limit these latencies (by percentile) are over, in words; empty where all hold."""
+        """Describe the limits that these latencies (by percentile) exceed; "" if all hold."""
         over = self.over(latency_ms)
         return ", ".join(f"{name} is {latency_ms[name]:.0f} ms, over {self.limits_ms[name]:g} ms" for name in over)
 
     def over(self, latency_ms: dict[str, float]) -> list[str]:
-        """The percentiles that are over their limits, the one that is furthest over (as a ratio) first."""
+        """Return the percentiles over their limits, the one furthest over (as a ratio) first."""
         ratios = {name: latency_ms[name] / limit_ms for name, limit_ms in self.limits_ms.items() if name in latency_ms}
         return sorted((name for name, ratio in ratios.items() if ratio > 1), key=lambda name: -ratios[name])
 
@@ -83,46 +83,46 @@ class Slo:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One number of robots, tried out."""
+    """One number of robots, and the result of its run."""
 
     robots: int
-    rate_hz: float  # requests a second that they make together
+    rate_hz: float  # requests a second of all robots together
     seconds: float
     requests: int
-    latency_ms: dict[str, float]  # p50, p90, p99 and what the promise names; empty: none was answered
-    why_not: str  # empty: the promise held
-    stage_ms: dict[str, dict[str, float]] = field(default_factory=dict)  # STAGES, OUTSIDE -> percentiles as latency_ms
+    latency_ms: dict[str, float]  # p50, p90, p99 and the target's percentiles; empty: no request was answered
+    why_not: str  # the reason why the target was missed; empty: it held
+    stage_ms: dict[str, dict[str, float]] = field(default_factory=dict)  # by STAGES and OUTSIDE, as latency_ms
     busy: dict[str, float] = field(default_factory=dict)  # stage -> cores that its processes kept busy
-    wrongs: list[str] = field(default_factory=list)  # what is not right in the answers that came
+    wrongs: list[str] = field(default_factory=list)  # descriptions of wrong answers
 
     @property
     def held(self) -> bool:
-        """Whether the promise held, with every request answered, and answered rightly."""
+        """Return True if the target held, and every request was answered correctly."""
         return not self.why_not
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """The answer, with what led to it."""
+    """The result of the search, with its trials."""
 
     robots: int
     robots_hz: float  # requests a second of each robot
-    masks: float  # detections of a request, on average
+    masks: float  # mean detections of a request
     slo: Slo
-    limited_by: str  # what ends it: in words
-    trials: list[Trial]  # in the order they were made; the last one that held with `robots` robots is the proof
-    alone: Result | None = None  # of one client alone, where the search begins; None: nothing was answered even once
+    limited_by: str  # description of the limit
+    trials: list[Trial]  # in order; the last one that held with `robots` robots is the proof
+    alone: Result | None = None  # one client alone, where the search begins; None: not a single request was answered
 
     @property
     def detections_hz(self) -> float:
-        """Detections a second at this number of robots."""
+        """Return the detections a second at this number of robots."""
         return self.robots * self.robots_hz * self.masks
 
     @property
     def faults(self) -> list[str]:
-        """Why this is no success, in words: nobody is served, or an answer was wrong under whatever load.
+        """Describe why this is no success: no robot can be served, or an answer was wrong under any load.
 
-        A request that fails where there are too many robots is what the search looks for, and no fault.
+        A request that fails because there are too many robots is no fault: the search looks for it.
         """
         found = [] if self.robots else ["not even one robot can be served"]
         if self.alone is not None and self.alone.fault:
@@ -139,7 +139,7 @@ class Capacity:
         return f"{carries}; {self.limited_by}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For a machine: rates a second, latencies in milliseconds."""
+        """Return the result for a machine: rates a second, latencies in milliseconds."""
         return {
             "robots": self.robots,
             "robots_hz": self.robots_hz,
@@ -165,7 +165,7 @@ class Capacity:
         }
 
     def table(self) -> Table:
-        """The trials, in their order."""
+        """Return the trials in order."""
         names = [*SHARES, *(name for name in self.slo.limits_ms if name not in SHARES)]
         table = Table(["robots", "requests/s", "seconds", "requests", *(f"{name} ms" for name in names), "verdict"])
         for trial in self.trials:
@@ -187,19 +187,19 @@ def find(
     judge: Judge | None = None,
     on_progress: Callable[[str, drive.Progress], None] | None = None,
 ) -> Capacity:
-    """The largest whole number of robots, each asking `robots_hz` times a second, that the target carries.
+    """Find the largest whole number of robots, each asking `robots_hz` times a second, that the target can serve.
 
-    It carries them when every request is answered, no pose is wrong and the promise holds, latency counted from when a
-    request is due. The search starts at half of what one client alone gets through, doubles or halves until it has one
-    number that holds and one that does not, and halves the gap between them down to one robot or one in 50. The number
-    found must then hold for three times as long; while it does not, it is lowered by a twentieth.
+    It can serve them if every request is answered, no pose is wrong and the latency target holds; latency counts from
+    when a request is due. The search starts at half of what one client alone achieves. It doubles or halves until it
+    has one number that holds and one that does not, and halves the gap between them down to one robot or one in 50. The
+    number found must then hold for three times as long; while it does not, it is lowered by a twentieth.
 
-    A trial measures for `seconds`; longer where that is needed for 100 requests or for ten times the longest latency
-    allowed (a queue that grows by a tenth would not break the promise sooner), but never for more than three times as
-    long. With fewer requests p99 is the slowest of them. `tell` gets a line after each trial, `on_progress` what runs
-    now and how far it is; `warmup_s`, `timeout_s` and `judge` are those of the loops.
+    A trial measures for `seconds`, or longer if that is needed for 100 requests or for ten times the longest allowed
+    latency (a queue that grows by a tenth would not exceed the limit sooner), but never for more than three times as
+    long. With fewer requests p99 is the slowest of them. `tell` gets a line after each trial, `on_progress` the current
+    run and its progress; `warmup_s`, `timeout_s` and `judge` are those of the loops.
 
-    0 robots: not even one can be served, and `limited_by` says why, also where the server answers nothing at all.
+    0 robots: not even one can be served, and `limited_by` gives the reason, also if the server answers nothing at all.
     Raises ValueError for a rate that is not positive.
     """
     if robots_hz <= 0:
@@ -246,10 +246,10 @@ class _Search:
     on_progress: Callable[[str, drive.Progress], None] | None
     trials: list[Trial] = field(default_factory=list)
     alone: Result | None = None
-    _alone_ms: dict[str, dict[str, float]] = field(default_factory=dict)  # as Trial.stage_ms
+    _alone_ms: dict[str, dict[str, float]] = field(default_factory=dict)  # as in Trial.stage_ms
 
     def largest(self) -> int:
-        """By trials of the usual length."""
+        """Find the number with trials of the usual length."""
         robots = self._start()
         holds, fails = 0, 0
         for _ in range(_MOST_DOUBLINGS):
@@ -266,14 +266,14 @@ class _Search:
         return holds
 
     def confirmed(self, robots: int) -> int:
-        """This number, or the next lower one for which the promise holds for longer; 0 where none does."""
+        """Return this number, or the next lower one that holds in a longer run; 0 if none does."""
         step = max(1, round(_STEP_DOWN * robots))
         while robots > 0 and not self._holds(robots, _CONFIRM):
             robots -= step
         return max(robots, 0)
 
     def limited_by(self, robots: int) -> str:
-        """What grew on the way to the first number that failed, or why not even one robot is served."""
+        """Describe what grew up to the first number that failed, or why not even one robot can be served."""
         failed = min((trial for trial in self.trials if not trial.held), key=lambda t: t.robots, default=None)
         if failed is None:
             return "nothing limited it in the trials made"
@@ -290,7 +290,7 @@ class _Search:
         return told
 
     def _start(self) -> int:
-        """Half of what one client alone gets through."""
+        """Return half of what one client alone achieves."""
         run = asyncio.run(
             drive.closed_loop(
                 self.target,
@@ -361,7 +361,7 @@ def _robots(count: int) -> str:
 
 
 def _failures(run: Run, result: Result) -> str:
-    """What went wrong besides latency, in words; empty: every request was answered, and none wrongly."""
+    """Describe failures other than latency; "" if every request was answered correctly."""
     if not run.samples:
         return "no request fell due: the trial was too short"
     failed = Counter(f"{sample.status} {sample.error}".strip() for sample in run.samples if not sample.ok)
@@ -372,13 +372,13 @@ def _failures(run: Run, result: Result) -> str:
 
 
 def _stage_ms(run: Run, shares: dict[str, float]) -> dict[str, dict[str, float]]:
-    """These percentiles of each stage's time, OUTSIDE among them; empty where the answers do not tell it."""
+    """Return these percentiles of each stage's time, OUTSIDE included; empty if the answers do not report it."""
     times = stage_times([sample for sample in run.samples if sample.ok])
     return {stage: percentiles(values_ms, shares) for stage, values_ms in times.items()}
 
 
 def _busy(usage: list[Usage], seconds: float) -> dict[str, float]:
-    """Stage -> cores that its processes kept busy."""
+    """Return stage -> cores that its processes kept busy."""
     busy: defaultdict[str, float] = defaultdict(float)
     for process in usage:
         busy[process.name] += process.cpu_s / seconds

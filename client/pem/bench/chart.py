@@ -1,7 +1,7 @@
-"""The picture of a sweep, as SVG: latency against offered load, what was answered of it, and the knee.
+"""Draw a sweep as SVG: latency against offered load, the answered share, and the knee.
 
-Drawn by hand: a few lines, dots and words need no plotting library. Colours follow the reader's light or dark theme,
-the background is the picture's own, so it reads the same on any page. Coordinates are pixels, y downwards.
+It is drawn by hand: a few lines, dots and words need no plotting library. Colours follow the reader's light or dark
+theme; the background is the picture's own, so it looks the same on any page. Coordinates are pixels, y downwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 800, 560
 LEFT, RIGHT = 76, 776  # of both panels
 LATENCY_TOP, LATENCY_BOTTOM = 84, 346
 ANSWERED_TOP, ANSWERED_BOTTOM = 382, 502
-_LABEL_PX = 290  # that the words at the knee may take
+_LABEL_PX = 290  # width limit of the words at the knee
 
 _STYLE = """
 svg { font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
@@ -51,10 +51,10 @@ text { paint-order: stroke; stroke: #ffffff; stroke-width: 4px; }
 
 
 def draw(sweep: Sweep) -> str:
-    """The picture of a sweep, WIDTH x HEIGHT pixels. A latency that a step does not have is a gap in its line: all of
-    them without an answer, p99 with too few.
+    """Draw a sweep, WIDTH x HEIGHT pixels. A latency that a step lacks is a gap in its line.
 
-    Raises ValueError where not one step was answered: there is nothing to draw.
+    A step without answers has no latency, one with too few has no p99. Raises ValueError if no step was answered: there
+    is nothing to draw.
     """
     answered = [point for point in sweep.points if point.latency_ms]
     if not answered:
@@ -84,7 +84,7 @@ def draw(sweep: Sweep) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Values onto pixels; both of a logarithmic one's ends are decimal logarithms."""
+    """Maps values to pixels; both ends of a logarithmic scale are decimal logarithms."""
 
     low: float
     high: float
@@ -98,7 +98,7 @@ class _Scale:
 
 
 def _log_scale(least_ms: float, most_ms: float) -> _Scale:
-    """From the next 1, 2 or 5 times a power of ten below to the one above, so that both ends carry a number."""
+    """Make a scale from the next 1, 2 or 5 times a power of ten below to the next above, so both ends have a number."""
     ticks = [factor * 10.0**power for power in range(-3, 8) for factor in (1, 2, 5)]
     low = max(tick for tick in ticks if tick <= max(least_ms, ticks[0]))
     high = min((tick for tick in ticks if tick > 1.05 * most_ms), default=ticks[-1])
@@ -112,13 +112,13 @@ def _log_ticks(scale: _Scale) -> list[float]:
 
 
 def _round_up(value: float) -> float:
-    """The end of an axis: a little above, where a tick falls."""
+    """Return the end of an axis: a little above the value, on a tick."""
     step = _step(1.02 * value)
     return math.ceil(1.02 * value / step) * step
 
 
 def _step(value: float) -> float:
-    """Between ticks of an axis to `value`: 1, 2 or 5 times a power of ten, for five to ten of them."""
+    """Return the distance of ticks on an axis to `value`: 1, 2 or 5 times a power of ten, for five to ten ticks."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(factor * power for factor in (0.1, 0.2, 0.5, 1.0) if value / (factor * power) <= 10)
 
@@ -128,7 +128,7 @@ def _ticks(scale: _Scale, step: float) -> list[float]:
 
 
 def _frame(load: _Scale, latency: _Scale, rate: _Scale) -> list[str]:
-    """Paper, grid, numbers and titles of the axes."""
+    """Draw the paper, the grid, the numbers and the axis titles."""
     parts = [f'<rect class="paper" x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="8"/>']
     step = _step(load.high)
     for value in _ticks(load, step):
@@ -154,7 +154,7 @@ def _frame(load: _Scale, latency: _Scale, rate: _Scale) -> list[str]:
 
 
 def _knee(sweep: Sweep, load: _Scale) -> list[str]:
-    """A line through both panels, its words above the curves before it or, without room there, below those after it."""
+    """Draw a line through both panels, its words above the curves before it or, without room, below those after it."""
     if sweep.knee is None:
         return []
     x = load(sweep.knee.offered_hz)
@@ -168,7 +168,7 @@ def _knee(sweep: Sweep, load: _Scale) -> list[str]:
 
 
 def _offered(load: _Scale, rate: _Scale) -> list[str]:
-    """Where all that is offered is answered."""
+    """Draw the line on which every offered request is answered."""
     return [_line("offered", load(0), rate(0), load(load.high), rate(load.high))]
 
 
@@ -177,12 +177,12 @@ def _latency_y(scale: _Scale, name: str) -> Callable[[Point], float | None]:
 
 
 def _tail(point: Point) -> str:
-    """Its highest percentile in words."""
+    """Name its highest percentile."""
     return f"{point.tail} {point.latency_ms[point.tail]:.3g} ms"
 
 
 def _series(name: str, points: Sequence[Point], load: _Scale, y_of: Callable[[Point], float | None]) -> list[str]:
-    """A line through its dots; broken where a point has no value."""
+    """Draw a line through its dots, broken where a point has no value."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for point in points:
         y = y_of(point)
@@ -200,7 +200,7 @@ def _series(name: str, points: Sequence[Point], load: _Scale, y_of: Callable[[Po
 
 
 def _words(sweep: Sweep) -> list[str]:
-    """Title and legend."""
+    """Write title and legend."""
     seconds = sorted({round(point.seconds) for point in sweep.points})
     lasted = f"{seconds[0]} to {seconds[-1]} s" if len(seconds) > 1 else f"{_number(sweep.points[0].seconds)} s"
     told = f"Poisson arrivals, {lasted} at each rate, latency from when a request is due"
@@ -224,7 +224,7 @@ def _words(sweep: Sweep) -> list[str]:
 
 
 def _summary(sweep: Sweep) -> str:
-    """The picture in one sentence, for those who do not see it."""
+    """Describe the picture in one sentence, for readers who do not see it."""
     least, most = sweep.points[0], sweep.points[-1]
     told = f"Latency against offered load from {least.offered_hz:.3g} to {most.offered_hz:.3g} requests/s"
     if sweep.knee is None:
@@ -242,5 +242,5 @@ def _text(kind: str, x: float, y: float, text: str, anchor: str = "start", turne
 
 
 def _number(value: float) -> str:
-    """Without exponents or zeros at the end."""
+    """Format a number without exponent or trailing zeros."""
     return f"{value:.6g}" if value < 1e6 else f"{value:.0f}"

@@ -1,4 +1,4 @@
-"""`pem bench`, behind its options: whom to ask and what, one run after the other, and what is said of them."""
+"""Run `pem bench` for given options: choose the server and the questions, run one load after the other, and report."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ if TYPE_CHECKING:
     from pem.bench.capacity import Capacity, Slo
     from pem.bench.sweep import Sweep
 
-CLIENTS: Final = (1, 8, 32)  # where nothing else is asked for
-_MOST_NAMED: Final = 5  # detections that are wrong without load, in the output for people
-_EVERY_S: Final = 10.0  # between lines of progress where there is no terminal
+CLIENTS: Final = (1, 8, 32)  # by default
+_MOST_NAMED: Final = 5  # detections that are wrong without load and are listed for people
+_EVERY_S: Final = 10.0  # between lines of progress without a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that `pem bench` can be asked for."""
+    """All options of `pem bench`."""
 
-    url: str | None = None  # None: a server of one's own
+    url: str | None = None  # None: start a server for this run
     api_key: str | None = None
-    pid: int | None = None  # of a server on this machine, whose processes are to be watched
-    settings: dict[str, str] = field(default_factory=dict)  # of the server of one's own
+    pid: int | None = None  # pid of a server on this machine whose processes are to be watched
+    settings: dict[str, str] = field(default_factory=dict)  # of the server that this run starts
     mix: Mix
-    request: Path | None = None  # a ready one, in place of the mix
-    clients: tuple[int, ...] = ()  # a closed loop for each
-    rates_hz: tuple[float, ...] = ()  # an open loop for each
+    request: Path | None = None  # a ready request, instead of the mix
+    clients: tuple[int, ...] = ()  # numbers of clients, a closed loop for each
+    rates_hz: tuple[float, ...] = ()  # rates, an open loop for each
     seconds: float = 20.0
     warmup_s: float = 3.0
     timeout_s: float = drive.TIMEOUT_S
     limits: Limits
     compare_alone: bool = True
-    most_wrong_alone: float = 0.2  # share of the detections; more, and it is no success
+    most_wrong_alone: float = 0.2  # share of the detections; a larger share is no success
     json: str | None = None
-    picture: Path | None = None  # of latency against offered load
-    slo: str | None = None  # how many robots the machine carries while it keeps this promise
+    picture: Path | None = None  # file for the picture of latency against offered load
+    slo: str | None = None  # latency target for which to find the number of robots
     robots_hz: float = 0.5
 
     def __post_init__(self) -> None:
-        """ValueError for what cannot be done, before anything is."""
+        """Raise ValueError for impossible options, before anything is done."""
         if self.url is not None:
             Address.of(self.url)
         for name in self.settings:
@@ -81,17 +81,17 @@ class Plan:
 
 @dataclass(kw_only=True)
 class _Report:
-    """What there is to say in the end."""
+    """The final report."""
 
     about: dict[str, Any]  # server, machine, mix
-    wrong_alone: list[str] = field(default_factory=list)  # the detections that are wrong without load, in words
-    wrong_alone_share: float = 0.0  # of the detections whose pose is known
+    wrong_alone: list[str] = field(default_factory=list)  # descriptions of the detections that are wrong without load
+    wrong_alone_share: float = 0.0  # share of the detections with a known pose
     results: list[Result] = field(default_factory=list)
     sweep: Sweep | None = None
     capacity: Capacity | None = None
 
     def faults(self, most_wrong_alone: float) -> list[str]:
-        """Why this is no success, in words; empty where it is one."""
+        """Describe why this is no success; empty if it is one."""
         found = [f"{_label(result)}: {result.fault}" for result in self.results if result.fault]
         if self.wrong_alone_share > most_wrong_alone:
             found.append(f"{self.wrong_alone_share:.0%} of the detections get a wrong pose or none even without load")
@@ -100,7 +100,7 @@ class _Report:
         return found
 
     def public(self, faults: list[str]) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report for JSON."""
         return {
             "ok": not faults,
             "faults": faults,
@@ -114,10 +114,10 @@ class _Report:
 
 
 def run(plan: Plan) -> int:
-    """Do what the plan says and tell of it; 0 where every answer came and was right (429 is an answer), else 1.
+    """Run the plan and report; return 0 if every answer came and was right (429 is an answer), else 1.
 
-    ValueError for what cannot be done as it was asked for, PemError where the server refuses the objects, NoServerHere
-    where it takes an installed pem-server and there is none.
+    Raises ValueError for an impossible plan, PemError if the server refuses the objects, NoServerHere if the plan needs
+    an installed pem-server and there is none.
     """
     slo = _slo(plan)
     load = _load(plan)
@@ -145,7 +145,7 @@ def run(plan: Plan) -> int:
 
 @contextmanager
 def _registered(target: Target, load: Load) -> Iterator[None]:
-    """The server knows the objects of the load for as long as the block runs."""
+    """Register the load's objects with the server while the block runs."""
     with ExitStack() as stack:
         with common.step("registering the objects") as tell:
             stack.enter_context(server.registered(target, load, tell))
@@ -172,7 +172,7 @@ def _load(plan: Plan) -> Load:
 
 @contextmanager
 def _target(plan: Plan) -> Iterator[Target]:
-    """The server to be asked, which stops with the block where it is one of our own."""
+    """Yield the server to be asked; one that this run started stops with the block."""
     if plan.url is not None:
         yield Target(url=plan.url.rstrip("/"), api_key=plan.api_key, pid=plan.pid)
         return
@@ -183,7 +183,7 @@ def _target(plan: Plan) -> Iterator[Target]:
 
 
 def _about(plan: Plan, target: Target, load: Load) -> dict[str, Any]:
-    """What the figures are of: the machine that asks, the server, the questions."""
+    """Return the context of the figures: the asking machine, the server, the questions."""
     return {
         "machine": machine(),
         "server": {"url": target.url, "own": plan.url is None, "settings": plan.settings, **_status(target)},
@@ -197,7 +197,7 @@ def _about(plan: Plan, target: Target, load: Load) -> dict[str, Any]:
 
 
 def _status(target: Target) -> dict[str, Any]:
-    """What the server says of itself; nothing where it has no status, as other pose servers."""
+    """Return the server's status; empty for other pose servers, which have none."""
     try:
         with Client(target.url, target.api_key or "", timeout_s=10.0, retries=0) as client:
             status = client.status()
@@ -288,19 +288,19 @@ def _run(load: Coroutine[Any, Any, Run], watch: _Watch, what: str) -> Result:
 
 @dataclass(kw_only=True)
 class _Watch:
-    """What runs now, for whoever waits: a line that is rewritten on a terminal, elsewhere one every ten seconds."""
+    """Shows what runs now: a line that is rewritten on a terminal, else a new line every ten seconds."""
 
     console: Console
     status: Status | None  # None: no terminal
     said_s: float = field(default_factory=time.monotonic)
 
     def line(self, words: str) -> None:
-        """Words that stay."""
+        """Print a line that stays."""
         self.console.print(escape(words))
         self.said_s = time.monotonic()
 
     def now(self, what: str, now: drive.Progress) -> None:
-        """How far a run is."""
+        """Show the progress of a run."""
         done = f"{now.requests} answers, {now.poses_hz:.1f} rows/s, {now.errors} errors"
         words = f"{what} ({now.seconds_left:.0f} s left, {done})"
         if self.status is not None:
@@ -309,7 +309,7 @@ class _Watch:
             self.line(words)
 
     def of(self, what: str) -> Callable[[drive.Progress], None]:
-        """`now` of one run."""
+        """Return `now` for one run."""
         return lambda now: self.now(what, now)
 
 
@@ -355,7 +355,7 @@ def _heading(about: dict[str, Any]) -> str:
 
 
 def _figures(results: list[Result]) -> Table:
-    """One row for each run: how much, how fast, how right."""
+    """Make one row for each run: load, speed, correctness."""
     latencies_ms = ("p50\nms", "p90\nms", "p99\nms", "p99.9\nms", "max\nms")
     shared = ("rows\na pass", "requests\na pass")
     table = _table("load", "requests\n/s", "poses\n/s", *latencies_ms, "429", "errors", "wrong", *shared, "steady")
@@ -379,7 +379,7 @@ def _figures(results: list[Result]) -> Table:
 
 
 def _stages(results: list[Result]) -> Table:
-    """Where the time of a request goes, median and 99th percentile of each stage."""
+    """Tabulate where a request's time goes: median and 99th percentile of each stage."""
     stages = [stage for stage in (*STAGES, OUTSIDE) if any(stage in result.stage_ms for result in results)]
     table = _table("load", *(f"{stage}\np50 / p99 ms" for stage in stages))
     for result in results:
@@ -389,7 +389,7 @@ def _stages(results: list[Result]) -> Table:
 
 
 def _processes(results: list[Result]) -> Table:
-    """CPU of each kind of process in each run, as a share of one core, and the most memory that all of a kind took."""
+    """Tabulate CPU of each kind of process in each run, as a share of one core, and the peak memory of each kind."""
     names = list(dict.fromkeys(usage.name for result in results for usage in result.usage))
     table = _table("processes", "count", *(f"CPU\n{_label(result)}" for result in results), "memory\nat most")
     for name in names:
@@ -398,7 +398,7 @@ def _processes(results: list[Result]) -> Table:
             sum(usage.cpu_s for usage in group) / result.seconds for group, result in zip(groups, results, strict=True)
         ]
         if max(cpu) < 0.005:
-            continue  # those that only wait
+            continue  # processes that only wait
         peak_mb = max(sum(usage.rss_peak_mb for usage in group) for group in groups)
         count = max(len(group) for group in groups)
         table.add_row(name, str(count), *(f"{share:.0%}" for share in cpu), f"{peak_mb:.0f} MB")
@@ -408,7 +408,7 @@ def _processes(results: list[Result]) -> Table:
 
 
 def _remarks(results: list[Result]) -> Iterator[str]:
-    """What the tables have no room for."""
+    """Yield remarks that do not fit into the tables."""
     for result in results:
         if result.errors:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in result.errors.items())
@@ -427,7 +427,7 @@ def _remarks(results: list[Result]) -> Iterator[str]:
 
 
 def _wrong_alone(report: _Report) -> Iterator[str]:
-    """What the engine gets wrong without load; nothing where it gets all right."""
+    """Yield what the engine gets wrong without load, if anything."""
     if report.wrong_alone:
         yield f"wrong without any load, and counted apart ({report.wrong_alone_share:.1%}):"
         yield from (f"  {words}" for words in report.wrong_alone[:_MOST_NAMED])

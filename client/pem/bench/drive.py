@@ -1,7 +1,7 @@
-"""Load on a server: so many clients that each wait for their answers, or requests that come when they come.
+"""Generate load on a server: a closed loop of clients that wait for answers, or an open loop of random arrivals.
 
-In a closed loop a server that is slow is asked less, so the clients themselves hide its queue; in an open loop requests
-come as a Poisson process does, whatever the server does, and latency counts from when each was due.
+In a closed loop a slow server is asked less, so the clients themselves hide its queue. In an open loop requests arrive
+as a Poisson process, whatever the server does, and latency counts from when each was due.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from pem.bench.wire import Address, Answer, Connection, NoAnswer, Pool, Timeout
 TIMEOUT_S: Final = 60.0  # for one answer
 PATH: Final = "/api/v1/pose_estimation"
 _LONGEST_WAIT_S: Final = 1.0  # of a client that was told to come back later
-_AFTER_ERROR_S: Final = 0.1  # so that a server that refuses everything is not asked in a busy loop
+_AFTER_ERROR_S: Final = 0.1  # pause, so that a server that refuses everything is not asked in a busy loop
 _TELL_S: Final = 0.5
 _ALONE_TRIES: Final = 5
-_MOST_OPEN: Final = 4096  # requests at a time; those due beyond that wait, and their latency says so
-_GRACE_S: Final = 1.0  # beyond one time-out that an open loop's last requests are waited for
+_MOST_OPEN: Final = 4096  # requests at a time; more must wait, and their latency includes the wait
+_GRACE_S: Final = 1.0  # time after one time-out during which an open loop waits for its last requests
 
 
 class CannotBegin(Exception):
-    """The server does not answer the questions even one by one; the message has its words."""
+    """The server does not answer the questions even one by one; the message holds its words."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run is; told about twice a second."""
+    """Progress of a run, reported about twice a second."""
 
     seconds_left: float  # of warm-up and measured part together
     requests: int  # answered with 200 in the measured part so far
@@ -57,12 +57,11 @@ async def closed_loop(
     judge: Judge | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Run:
-    """`clients` that each send their next request `think_s` after the answer to the last.
+    """Run `clients` clients that each send their next request `think_s` after the answer to the last.
 
-    The samples are of requests that were answered in the measured part, and of those that fail after its end: they
-    were asked in it. A client that is told to come back later (429) does as it is told, but waits a second at most.
-    `judge`: one made of the same questions that earlier runs have used, so that they are not asked alone again. Raises
-    CannotBegin.
+    The samples are the requests that were answered in the measured part, and those that fail after its end: they were
+    sent in it. A client that is told to come back later (429) waits as told, but a second at most. `judge`: one for the
+    same questions from earlier runs, so that the questions are not asked alone again. Raises CannotBegin.
     """
     if clients < 1 or seconds <= 0:
         raise ValueError("a closed loop needs at least one client and some time")
@@ -108,12 +107,12 @@ async def open_loop(
     judge: Judge | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Run:
-    """Requests that come as a Poisson process does, `rate_hz` on average, any number open at a time.
+    """Send requests as a Poisson process, `rate_hz` on average, with any number open at a time.
 
-    The samples are of all requests that were due in the measured part; what is still open at its end is waited for, as
-    long as one answer may take and a second. Of what waited for its turn behind 4096 others, `never_sent` is what had
-    none within `timeout_s`, and `cut_off` what had one so late that its answer was not waited for to the end. `seed`:
-    of the moments and the order of the questions. Otherwise as `closed_loop`.
+    The samples are all requests that were due in the measured part. Those still open at its end are awaited for one
+    time-out and a second. Requests that waited behind 4096 others count as `never_sent` if they had no turn within
+    `timeout_s`, and as `cut_off` if their turn came so late that the wait ended before the answer. `seed`: of the
+    moments and the order of the questions. Otherwise as `closed_loop`.
     """
     if rate_hz <= 0 or seconds <= 0:
         raise ValueError("an open loop needs a rate above 0 and some time")
@@ -171,7 +170,7 @@ async def open_loop(
         while open_ and (left := given_up - time.monotonic()) > 0:
             await asyncio.wait(open_, timeout=min(_TELL_S, left))
             work.tell(on_progress, part.ended, part.begun)
-        # what is open even now notes its end when it is cancelled, which it is with this block
+        # requests that are still open record their end when this block cancels them
         if broken:
             raise broken[0]
     pool.close()
@@ -183,7 +182,7 @@ async def open_loop(
 
 @asynccontextmanager
 async def _cancelled_at_the_end(*groups: list[asyncio.Task[Any]] | set[asyncio.Task[Any]]) -> AsyncIterator[None]:
-    """Whatever happens in the block, none of the tasks outlives it."""
+    """Make sure that no task outlives the block, whatever happens in it."""
     try:
         yield
     finally:
@@ -194,7 +193,7 @@ async def _cancelled_at_the_end(*groups: list[asyncio.Task[Any]] | set[asyncio.T
 
 
 def _wait_s(answered: _Answered) -> float:
-    """How long a client is patient after an answer."""
+    """Return how long a client waits after an answer."""
     if answered.status == 200:
         return 0.0
     return min(answered.retry_after_s or _AFTER_ERROR_S, _LONGEST_WAIT_S)
@@ -205,7 +204,7 @@ def _wait_s(answered: _Answered) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Answered:
-    """One exchange as it is kept until the run is over."""
+    """One exchange, as kept until the run is over."""
 
     index: int
     client: int
@@ -232,7 +231,7 @@ _Ask = Callable[[bytes, bytes], Coroutine[Any, Any, Answer]]
 
 @dataclass(kw_only=True)
 class _Work:
-    """One run: its questions ready to be sent, and everything that came back."""
+    """One run: its questions, ready to be sent, and all answers."""
 
     target: Target
     address: Address
@@ -242,13 +241,13 @@ class _Work:
     timeout_s: float
     observer: Observer
     answered: list[_Answered] = field(default_factory=list)
-    done: int = 0  # with 200
+    done: int = 0  # answered with 200
     rows: int = 0
     errors: int = 0
 
     @classmethod
     async def ready(cls, target: Target, questions: Sequence[Question], judge: Judge | None, timeout_s: float) -> _Work:
-        """Everything made ready, and every question asked alone once."""
+        """Prepare everything, and ask every question once, alone."""
         if not questions:
             raise ValueError("there is nothing to ask")
         address = Address.of(target.url)
@@ -299,7 +298,7 @@ class _Work:
             connection.close()
 
     async def _ask_until_answered(self, connection: Connection, index: int) -> Answer:
-        """The answer to one question; asked again where the server says that this may help."""
+        """Return the answer to one question; ask again if the server says that this may help."""
         for left in range(_ALONE_TRIES, 0, -1):
             answer = await connection.ask(self.heads[index], self.questions[index].body)
             if answer.retry_after_s is None or left == 1:
@@ -308,7 +307,7 @@ class _Work:
         return answer
 
     async def ask(self, send: _Ask, index: int, client: int, due: float | None = None) -> _Answered:
-        """Ask one question and keep what came of it."""
+        """Ask one question and keep the result."""
         sent = time.monotonic()
         try:
             answer = await send(self.heads[index], self.questions[index].body)
@@ -346,7 +345,7 @@ class _Work:
         retry_after_s: float | None = None,
         heard: Heard | None = None,
     ) -> _Answered:
-        """Note what came of a request; `due` None: when it was sent, `done` None: now."""
+        """Record the result of a request; `due` None: when it was sent, `done` None: now."""
         answered = _Answered(
             index=index,
             client=client,
@@ -371,7 +370,7 @@ class _Work:
         on_progress: Callable[[Progress], None] | None,
         running: Sequence[asyncio.Task[Any]],
     ) -> _Measured:
-        """The warm-up, then the measured part, while `running` makes the load; an exception there comes out here."""
+        """Run warm-up and measured part while `running` makes the load; re-raise an exception of `running`."""
         begin = time.monotonic() + warmup_s
         await self._wait(begin, begin + seconds, None, on_progress, running)
         await self.observer.begin()
@@ -389,7 +388,7 @@ class _Work:
         on_progress: Callable[[Progress], None] | None,
         running: Sequence[asyncio.Task[Any]],
     ) -> None:
-        """Until then, telling of it: `end` is the measured part's, `begun` None while that has not begun."""
+        """Wait until `until`, reporting progress: `end` is the measured part's end, `begun` None before its start."""
         while (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(_TELL_S, left))
             for task in running:
@@ -398,7 +397,7 @@ class _Work:
             self.tell(on_progress, end, begun)
 
     def tell(self, on_progress: Callable[[Progress], None] | None, end: float, begun: float | None) -> None:
-        """How far the run is now; `end` and `begun` as of `_wait`."""
+        """Report the run's progress; `end` and `begun` as in `_wait`."""
         if on_progress is None:
             return
         now = time.monotonic()
@@ -413,7 +412,7 @@ class _Work:
         )
 
     def samples(self) -> list[Sample]:
-        """Everything that came back, judged."""
+        """Return all samples, judged."""
         return [self._sample(answered) for answered in self.answered]
 
     def _sample(self, answered: _Answered) -> Sample:
@@ -450,7 +449,7 @@ class _Work:
         carried: Sequence[Sample] = (),
         rate_hz: float | None = None,
     ) -> Run:
-        """The run as it is handed out."""
+        """Build the run's result."""
         return Run(
             mode=mode,
             clients=clients,

@@ -1,6 +1,6 @@
-"""What an installed pem-server lends to the load generator; without it a server elsewhere and a ready request do.
+"""Access to an installed pem-server for the load generator. Without it, use a server elsewhere and a ready request.
 
-Found by the entry point that also adds its commands, and made on first use: nothing heavy is imported for `pem status`.
+It is found by the entry point that also adds its commands, and loaded on first use: `pem status` imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 Float64 = npt.NDArray[np.float64]
-SERVER: Final = "pem.server"  # the entry points by which pem-server adds its half
+SERVER: Final = "pem.server"  # entry points by which pem-server adds its half
 
 
 class NoServerHere(Exception):
@@ -27,16 +27,16 @@ class Symmetries(Protocol):
 
     @property
     def discrete(self) -> Sequence[Float64]:
-        """(4, 4) each."""
+        """Return discrete symmetries, (4, 4) each."""
 
     @property
     def continuous(self) -> Sequence[tuple[Float64, Float64]]:
-        """(axis (3,), offset_m (3,)) each."""
+        """Return continuous symmetries, (axis (3,), offset_m (3,)) each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Instance:
-    """An object in a picture, with the truth about it."""
+    """An object in a picture, with its true pose and mask."""
 
     name: str
     T_cam_obj: Float64  # (4, 4), metres
@@ -46,7 +46,7 @@ class Instance:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A rendered RGB-D frame and what stands in it."""
+    """A rendered RGB-D frame and the objects in it."""
 
     rgb_png: bytes
     depth_png: bytes
@@ -56,36 +56,36 @@ class Picture:
 
 
 class Here(Protocol):
-    """What the server's half lends."""
+    """The interface that pem-server provides."""
 
     def object_names(self) -> Sequence[str]:
-        """Every object that pictures can show."""
+        """Return every object that pictures can show."""
 
     def ply(self, name: str) -> bytes:
-        """An object's CAD, millimetres."""
+        """Return an object's CAD, millimetres."""
 
     def picture(self, seed: int, names: Sequence[str], *, count: int, width: int, height: int) -> Picture:
-        """Up to `count` of these objects, standing apart; a function of its arguments."""
+        """Render up to `count` of these objects, standing apart. The same arguments give the same picture."""
 
     def pose_errors(self, T_est: Float64, T_true: Float64, symmetries: Symmetries) -> tuple[float, float]:
-        """(degrees, millimetres) between two poses (4, 4) in metres, modulo symmetries."""
+        """Return (degrees, millimetres) between two poses (4, 4) in metres, modulo symmetries."""
 
     def variables(self) -> Collection[str]:
-        """The environment variables that set something of a server."""
+        """Return the environment variables that set something of a server."""
 
     def stage_names(self, server_pid: int) -> dict[int, str]:
-        """pid -> stage of the workers of a server on this machine; empty where they cannot be read."""
+        """Return pid -> stage of the workers of a server on this machine; empty if they cannot be read."""
 
 
 def commands() -> Any | None:
-    """The server's half of the command line: the module of pem-server's entry point; None where there is none."""
+    """Return the module of pem-server's entry point, its half of the command line; None if there is none."""
     for entry in importlib.metadata.entry_points(group=SERVER):
         return entry.load()
     return None
 
 
 def find() -> Here:
-    """What pem-server lends; NoServerHere where it is not installed."""
+    """Return pem-server's interface; raise NoServerHere if it is not installed."""
     lent = _lent()
     if lent is None:
         raise NoServerHere("pem-server is not installed here")
@@ -93,7 +93,7 @@ def find() -> Here:
 
 
 def stage_names(server_pid: int) -> dict[int, str]:
-    """As Here.stage_names; empty without pem-server, too."""
+    """Return `Here.stage_names`; empty without pem-server, too."""
     lent = _lent()
     return {} if lent is None else lent.stage_names(server_pid)
 

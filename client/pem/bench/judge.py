@@ -1,8 +1,8 @@
-"""Whether answers under load are right: close to the known pose, and what the same question got when it was alone.
+"""Judge answers under load: close to the known pose, and the same as when the question was asked alone.
 
-While the load runs an answer is only opened and its rows are kept, once for each different answer; they are judged
-afterwards, or when very many have gathered. An engine that is deterministic gives few different answers, so this costs
-next to nothing.
+While the load runs, an answer is only opened and its rows are kept, once for each different answer. They are judged
+afterwards, or when very many have gathered. A deterministic engine gives few different answers, so this costs next to
+nothing.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pem.bench.sample import Question, Truth
 
 Float64 = npt.NDArray[np.float64]
 T = TypeVar("T")
-_MOST_KEPT: Final = 2000  # different answers that wait for their verdict
-_MOST_QUOTED: Final = 500  # bytes of an answer that cannot be read
+_MOST_KEPT: Final = 2000  # different answers that may wait for their verdict
+_MOST_QUOTED: Final = 500  # bytes quoted of an answer that cannot be read
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """From where on a pose is wrong, and a pose in company another one than alone."""
+    """Limits beyond which a pose is wrong, or differs from the one given alone."""
 
     mm: float = 5.0
     deg: float = 5.0
@@ -38,36 +38,36 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What the rows of one answer are worth."""
+    """The verdict on the rows of one answer."""
 
     detections: int = 0
     poses: int = 0  # rows with a pose
     rejected: int = 0  # rows without one
-    wrong: int = 0  # poses that are not the known one, though alone they were
-    wrong_alone: int = 0  # poses that are not the known one alone either: the engine's matter
-    changed: int = 0  # rows that are others than alone
-    lost: int = 0  # rows without a pose that have one alone, and not a wrong one
+    wrong: int = 0  # poses that differ from the known one, but were right alone
+    wrong_alone: int = 0  # poses that differ from the known one, alone too: an error of the engine
+    changed: int = 0  # rows that differ from those given alone
+    lost: int = 0  # rows without a pose that had one alone, and not a wrong one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heard:
-    """What is kept of an answer until it is judged."""
+    """The part of an answer that is kept until it is judged."""
 
-    rows: bytes  # a digest: which of the different answers it was
+    rows: bytes  # digest that identifies the answer among the different ones
     stage_ms: dict[str, float]
     batch_detections: int
     batch_requests: int
 
 
 class UnreadableAnswer(Exception):
-    """The answer is not what a pose server answers."""
+    """The answer is not that of a pose server."""
 
 
 class Judge:
-    """Knows the right answers to a list of questions; give the same one to all runs with these questions.
+    """Knows the right answers to a list of questions. Use the same judge for all runs with these questions.
 
-    `compare_alone`: whether rows are compared with those that `learn` was told, too. Without truths that is all there
-    is to compare. A pose that load loses altogether is counted either way.
+    `compare_alone`: also compare rows with those given to `learn`. Without truths there is nothing else to compare. A
+    pose that is missing under load counts either way.
     """
 
     def __init__(
@@ -77,18 +77,18 @@ class Judge:
         self.limits = limits or Limits()
         self.compare_alone = compare_alone
         self._alone: dict[int, list[Float64 | None]] = {}  # question -> poses (4, 4) in metres
-        self._wrong_alone: dict[int, dict[int, str]] = {}  # question -> detection -> how far it is off
+        self._wrong_alone: dict[int, dict[int, str]] = {}  # question -> detection -> description of the error
         self._kept: dict[tuple[int, bytes], bytes] = {}
         self._verdicts: dict[tuple[int, bytes], Verdict] = {}
 
     @property
     def knows_alone(self) -> bool:
-        """Whether every question was asked alone."""
+        """Return True if every question was asked alone."""
         return len(self._alone) == len(self.questions)
 
     @property
     def wrong_alone(self) -> list[str]:
-        """The detections that the server gets wrong without any load, each in words."""
+        """Describe the detections that the server gets wrong without load."""
         return [
             f"{self.questions[index].name} (question {index + 1}), detection {detection + 1}: {how}"
             for index, detections in sorted(self._wrong_alone.items())
@@ -97,12 +97,12 @@ class Judge:
 
     @property
     def wrong_alone_share(self) -> float:
-        """The share of the detections with a known pose that is wrong, or has no pose, without any load."""
+        """Return the share of detections with a known pose that are wrong, or have no pose, without load."""
         known = sum(truth.T_cam_obj is not None for question in self.questions for truth in question.truths)
         return sum(map(len, self._wrong_alone.values())) / known if known else 0.0
 
     def learn(self, index: int, body: bytes, content_type: str) -> None:
-        """The answer to question `index` when nothing else was asked; UnreadableAnswer where it is none."""
+        """Learn the answer to question `index` asked alone; raise UnreadableAnswer if it cannot be read."""
         poses = _poses(_open(body, content_type).poses, content_type)
         question = self.questions[index]
         if question.truths and len(poses) != len(question.truths):
@@ -115,7 +115,7 @@ class Judge:
         }
 
     def hear(self, index: int, body: bytes, content_type: str) -> Heard:
-        """Keep an answer to question `index` for its verdict; UnreadableAnswer where it is none."""
+        """Keep an answer to question `index` for its verdict; raise UnreadableAnswer if it cannot be read."""
         answer = _open(body, content_type)
         rows = bytes(answer.poses)
         digest = hashlib.blake2b(rows + content_type.encode(), digest_size=16).digest()
@@ -123,7 +123,7 @@ class Judge:
         if key not in self._verdicts and key not in self._kept:
             if len(self._kept) >= _MOST_KEPT:
                 self._judge_kept()
-            _poses(answer.poses, content_type)  # so that what cannot be read is said now
+            _poses(answer.poses, content_type)  # raises now for rows that cannot be read
             self._kept[key] = content_type.encode() + b"\0" + rows
         timing = answer.timing or _Timing()
         return Heard(
@@ -134,7 +134,7 @@ class Judge:
         )
 
     def verdict(self, index: int, heard: Heard) -> Verdict:
-        """What an answer that was heard is worth."""
+        """Return the verdict on an answer from `hear`."""
         key = (index, heard.rows)
         if key not in self._verdicts:
             self._judge_kept()
@@ -154,7 +154,7 @@ class Judge:
         found = sum(pose is not None for pose in poses)
         counted = {"detections": len(poses), "poses": found, "rejected": len(poses) - found}
         rows = len(truths) or len(learnt if learnt is not None else poses)
-        if len(poses) != rows:  # rows are missing, and nobody knows whose
+        if len(poses) != rows:  # rows are missing, and nobody knows which
             good = sum(pose is not None and number not in wrong_before for number, pose in enumerate(learnt or ()))
             changed = 0 if alone is None else rows
             return Verdict(**counted, wrong=found, changed=changed, lost=max(0, good - found))
@@ -173,7 +173,7 @@ class Judge:
         return Verdict(**counted, wrong=wrong, wrong_alone=wrong_alone, changed=changed, lost=lost)
 
     def _off(self, truth: Truth, pose: Float64 | None) -> str | None:
-        """In words how far a pose is from the known one; None where it is right, or nothing is known."""
+        """Describe how far a pose is from the known one; None if it is right, or if nothing is known."""
         if truth.T_cam_obj is None:
             return None
         if pose is None:
@@ -191,9 +191,9 @@ class Judge:
 
 
 def errors(T_est: Float64, T_true: Float64, symmetries: Symmetries | None) -> tuple[float, float]:
-    """(degrees, millimetres) between two poses (4, 4) in metres; modulo symmetries where any are told."""
+    """Return (degrees, millimetres) between two poses (4, 4) in metres, modulo the symmetries if any are given."""
     if symmetries is not None and (symmetries.discrete or symmetries.continuous):
-        return here.find().pose_errors(T_est, T_true, symmetries)  # only who drew the scene knows symmetries
+        return here.find().pose_errors(T_est, T_true, symmetries)  # only pem-server draws objects with symmetries
     delta = T_true[:3, :3].T @ T_est[:3, :3]
     sine = np.linalg.norm(delta - delta.T) / np.sqrt(8)
     degrees = float(np.degrees(np.arctan2(sine, (np.trace(delta) - 1) / 2)))
@@ -201,7 +201,7 @@ def errors(T_est: Float64, T_true: Float64, symmetries: Symmetries | None) -> tu
 
 
 def error_code(body: bytes, content_type: str) -> str:
-    """The code of an answer that is a failure; "unknown" where it names none."""
+    """Return the error code of a failed answer; "unknown" if it has none."""
     try:
         return _decode(body, content_type, _Refusal).error.code
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -209,7 +209,7 @@ def error_code(body: bytes, content_type: str) -> str:
 
 
 def refusal_in_words(body: bytes, content_type: str) -> str:
-    """The code, the detail and the field of an answer that is a failure; of another server's, its text."""
+    """Return code, detail and field of a failed answer; for another kind of server, the answer's text."""
     try:
         error = _decode(body, content_type, _Refusal).error
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -233,7 +233,7 @@ class _Timing(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    poses: msgspec.Raw  # opened only where they differ from all before
+    poses: msgspec.Raw  # decoded only if different from all before
     timing: _Timing | None = None
 
 
@@ -267,7 +267,7 @@ def _open(body: bytes, content_type: str) -> _Answer:
 
 
 def _poses(rows: msgspec.Raw, content_type: str) -> list[Float64 | None]:
-    """The poses (4, 4) of an answer's rows, metres; None for a row without one."""
+    """Return the poses (4, 4) of an answer's rows, metres; None for a row without one."""
     try:
         return [_pose(row) for row in _decode(rows, content_type, list[_Row])]
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
@@ -284,7 +284,7 @@ def _pose(row: _Row) -> Float64 | None:
 
 
 def _stages(timing: _Timing) -> dict[str, float]:
-    """Milliseconds by STAGES: what the total does not name was spent in the gateway."""
+    """Return milliseconds by STAGES; time of the total that no stage accounts for was spent in the gateway."""
     named: dict[str, Any] = {
         "queue": timing.queue_ms,
         "decode": timing.decode_ms,

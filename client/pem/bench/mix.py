@@ -1,7 +1,7 @@
-"""What is asked: requests of a chosen mix, encoded once, and the CAD of the objects in them.
+"""Prepare the questions: requests of a chosen mix, encoded once, and the CAD of the objects in them.
 
-The pictures are rendered, so the pose of everything in them is known. pem-server renders them (see `here`);
-`read_request` takes a request that is there already, and needs nothing.
+The pictures are rendered, so the pose of every object in them is known. pem-server renders them (see `here`).
+`read_request` reads a ready request, and needs no pem-server.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from pem.wire import JSON, MSGPACK
 
 FORMATS: Final[tuple[Format, ...]] = ("msgpack", "json", "multipart")
 MOST_MASKS: Final = 1000
-_INSTANCES: Final = 6  # put on the table of a scene; some of them may hide others
+_INSTANCES: Final = 6  # objects put on the table of a scene; some may hide others
 _BOUNDARY: Final = "pem-bench-0f1e2d3c4b5a69788796a5b4c3d2e1f0"
-_TRIES: Final = 20  # seeds that may show nothing before this gives up
+_TRIES: Final = 20  # seeds without a visible object before giving up
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """What to ask; of several numbers, sizes and formats each combination is asked equally often."""
+    """The mix of requests; each combination of numbers, sizes and formats is asked equally often."""
 
-    masks: tuple[int, ...] = (3,)  # detections of a request; a scene with fewer objects sends its masks repeatedly
+    masks: tuple[int, ...] = (3,)  # detections of a request; a scene with fewer objects repeats its masks
     sizes: tuple[tuple[int, int], ...] = ((640, 480),)  # width, height of the pictures
     formats: tuple[Format, ...] = ("msgpack",)
     engine: str = "auto"
     deadline_ms: int | None = None  # None: the server's own
     scenes: int = 4  # pictures of each size
-    objects: int | None = None  # different CAD models to choose from; None: all that there are (13)
+    objects: int | None = None  # different CAD models to choose from; None: all 13
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """ValueError for what cannot be asked."""
+        """Raise ValueError for an impossible mix."""
         if not (self.masks and self.sizes and self.formats and self.scenes > 0):
             raise ValueError("a mix needs at least one number of masks, one size, one format and one scene")
         if not all(0 < count <= MOST_MASKS for count in self.masks):
@@ -57,14 +57,14 @@ class Mix:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Questions ready to be sent, and the CAD that the server has to know for them."""
+    """Questions ready to be sent, and the CAD of their objects."""
 
     questions: list[Question]
-    objects: dict[str, bytes]  # name (bench-..., so that it is nobody else's) -> PLY file, millimetres
+    objects: dict[str, bytes]  # name (bench-..., so that it collides with nobody's) -> PLY file, millimetres
 
 
 def prepare(mix: Mix) -> Load:
-    """Render the scenes of a mix and encode its requests; NoServerHere where pem-server is not installed.
+    """Render the scenes of a mix and encode its requests; raise NoServerHere if pem-server is not installed.
 
     Neighbours in the list differ in everything that the mix varies, so that a client that goes through it meets all.
     """
@@ -84,9 +84,9 @@ def prepare(mix: Mix) -> Load:
 
 
 def read_request(path: Path) -> Question:
-    """A request that is there already: the body of a pose request, its kind by the file's ending.
+    """Read a ready request: the body of a pose request, whose format is the file's ending.
 
-    Nothing is known of its poses. ValueError for another ending, and for a file that does not decode.
+    Its poses are unknown. Raises ValueError for another ending, and for a file that cannot be decoded.
     """
     kinds: dict[str, tuple[str, Callable[[bytes], Any]]] = {
         ".json": (JSON, msgspec.json.decode),
@@ -112,7 +112,7 @@ def read_request(path: Path) -> Question:
 
 
 def _masks_in(tree: Any) -> int:
-    """How many detections a request has, in either of their two forms; ValueError where it has none of the two."""
+    """Count the detections of a request in either of their two forms; raise ValueError if it has neither."""
     detections = tree.get("detections") if isinstance(tree, dict) else None
     masks = detections.get("masks") if isinstance(detections, dict) else detections
     if not isinstance(masks, list):
@@ -125,7 +125,7 @@ def _masks(count: int) -> str:
 
 
 def _pictures(lent: Here, mix: Mix, size: tuple[int, int], names: list[str]) -> list[Picture]:
-    """As many pictures as the mix wants, each with something to see."""
+    """Render as many pictures as the mix wants, each with at least one visible object."""
     found: list[Picture] = []
     for seed in range(mix.seed, mix.seed + mix.scenes + _TRIES):
         picture = lent.picture(seed, names, count=_INSTANCES, width=size[0], height=size[1])
@@ -138,7 +138,7 @@ def _pictures(lent: Here, mix: Mix, size: tuple[int, int], names: list[str]) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """A picture whose masks were encoded once, for all the requests about it."""
+    """A picture with masks that are encoded once, for all the requests about it."""
 
     picture: Picture
     masks: list[dict[str, Any]]  # RLE of each instance
@@ -148,7 +148,7 @@ class _Frame:
         return cls(picture=picture, masks=[dict(encode_rle(instance.mask)) for instance in picture.instances])
 
     def question(self, mix: Mix, count: int, format_: Format, size: tuple[int, int], *, first: int) -> Question:
-        """A request for `count` detections, from instance `first` on, around and around."""
+        """Make a request for `count` detections, starting at instance `first` and repeating cyclically."""
         picture = self.picture
         indices = [(first + step) % len(self.masks) for step in range(count)]
         instances = [picture.instances[index] for index in indices]
@@ -175,7 +175,7 @@ class _Frame:
 
 
 def _encode(tree: dict[str, Any], rgb: bytes, depth: bytes, format_: Format) -> tuple[bytes, str]:
-    """(body, content type); pictures are raw in MessagePack, base64 in JSON, files in a form."""
+    """Return (body, content type); pictures are raw in MessagePack, base64 in JSON, files in a form."""
     if format_ == "multipart":
         parts = {
             'name="rgb"; filename="rgb.png"': rgb,

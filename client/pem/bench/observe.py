@@ -1,7 +1,7 @@
-"""What a run costs the machine: CPU and memory of every process of the server, its GPUs, and its own counters.
+"""Measure the cost of a run: CPU and memory of every process of the server, its GPUs, and its own counters.
 
-Processes are read from /proc and GPUs from nvidia-smi, so both are known only where the server runs on this machine;
-`/metrics` is read from wherever it is. What is not there is left out.
+Processes are read from /proc and GPUs from nvidia-smi, so both are known only if the server runs on this machine.
+`/metrics` is read from wherever the server is. What is not available is left out.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _COUNTER: Final = re.compile(r"^\w+(_total|_sum|_count)(\{|$)")
 
 
 def key_headers(target: Target) -> dict[str, str]:
-    """The headers by which a server knows its client."""
+    """Return the headers that carry the client's key."""
     return {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
 
 
 async def scrape(target: Target, timeout_s: float = 10.0) -> dict[str, float]:
-    """Every counter on the server's /metrics page by its series (`name{label="value"}`); empty where there is none."""
+    """Return every counter on /metrics by its series (`name{label="value"}`); empty without such a page."""
     address = Address.of(target.url)
     connection = Connection(address, timeout_s)
     try:
@@ -48,7 +48,7 @@ async def scrape(target: Target, timeout_s: float = 10.0) -> dict[str, float]:
 
 
 def counters(page: str) -> dict[str, float]:
-    """The counters of a Prometheus text page, and the sums and counts of its histograms."""
+    """Return the counters of a Prometheus text page, and the sums and counts of its histograms."""
     found = {}
     for line in page.splitlines():
         if (match := _SERIES.match(line)) is not None and _COUNTER.match(match[1]):
@@ -58,7 +58,7 @@ def counters(page: str) -> dict[str, float]:
 
 
 def growth(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """How much each counter grew; one that fell started anew, and counts in full."""
+    """Return how much each counter grew; one that fell was restarted, and counts in full."""
     return {
         series: value - (before[series] if before.get(series, 0.0) <= value and series in before else 0.0)
         for series, value in after.items()
@@ -66,7 +66,7 @@ def growth(before: dict[str, float], after: dict[str, float]) -> dict[str, float
 
 
 def family(metrics: dict[str, float], name: str) -> float | None:
-    """The sum over all labels of a counter; None where the page has no such counter."""
+    """Return the sum over all labels of a counter; None if the page has no such counter."""
     values = [value for series, value in metrics.items() if series == name or series.startswith(f"{name}{{")]
     return sum(values) if values else None
 
@@ -76,7 +76,7 @@ def family(metrics: dict[str, float], name: str) -> float | None:
 
 @dataclass(kw_only=True)
 class _Process:
-    """One process over a run."""
+    """One process during a run."""
 
     name: str
     first_cpu_s: float
@@ -85,7 +85,7 @@ class _Process:
 
 
 class Processes:
-    """CPU and memory of a process and of all below it, from `begin` to `end`, looked at by `look` in between."""
+    """Measures CPU and memory of a process and its descendants, from `begin` to `end`, with `look` in between."""
 
     def __init__(self, pid: int | None) -> None:
         self._pid = pid
@@ -93,12 +93,12 @@ class Processes:
         self._children: dict[int, list[int]] = {}
 
     def begin(self) -> None:
-        """CPU counts from now on."""
+        """Start counting CPU."""
         self._seen = {}
         self.look(first=True)
 
     def look(self, *, first: bool = False) -> None:
-        """Read everything once; a process that was not there before counts in full."""
+        """Read all processes once; a new process counts in full."""
         if self._pid is None:
             return
         for pid in tree(self._pid):
@@ -119,7 +119,7 @@ class Processes:
         self._name()
 
     def _name(self) -> None:
-        """Call our own server's processes by their stages; a worker has told its name only once it is up."""
+        """Name our own server's processes by their stages; a worker reports its name only once it is up."""
         assert self._pid is not None
         stages = stage_names(self._pid)
         if stages and self._pid in self._seen:
@@ -128,7 +128,7 @@ class Processes:
             process.name = stages.get(pid, process.name)
 
     def usage(self) -> list[Usage]:
-        """Every process that was seen, those that ended, too; busiest first."""
+        """Return every process that was seen, ended ones too; busiest first."""
         found = [
             Usage(
                 pid=pid,
@@ -143,11 +143,11 @@ class Processes:
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all below it that run now; empty where it does not."""
+    """Return a process and its running descendants; empty if it does not run."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            with contextlib.suppress(OSError):  # gone in the meantime
+            with contextlib.suppress(OSError):  # it has ended meanwhile
                 above = (entry / "stat").read_text().rpartition(")")[2].split()[1]
                 children.setdefault(int(above), []).append(int(entry.name))
     found = [pid] if any(pid in below for below in children.values()) else []
@@ -157,7 +157,7 @@ def tree(pid: int) -> list[int]:
 
 
 def program(pid: int) -> str:
-    """What a process is, by its command line: the module or script of an interpreter, else the program's name."""
+    """Name a process by its command line: the module or script of an interpreter, else the program's name."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
     except OSError:
@@ -177,7 +177,7 @@ def program(pid: int) -> str:
 
 
 def _of_code(code: str) -> str:
-    """What `python -c` runs: multiprocessing's helpers say so in their first import."""
+    """Name what `python -c` runs: multiprocessing's helpers show it in their first import."""
     match = re.match(r"from ([\w.]+) import", code)
     return match[1] if match else "python -c"
 
@@ -186,7 +186,7 @@ def _of_code(code: str) -> str:
 
 
 class _Gpus:
-    """nvidia-smi, once a second for as long as it is asked for; silent where there is none."""
+    """Runs nvidia-smi once a second while wanted; does nothing if there is none."""
 
     _QUERY: Final = "index,name,utilization.gpu,memory.used"
 
@@ -212,7 +212,7 @@ class _Gpus:
         async for line in self._process.stdout:
             index, name, busy, used_mb = (part.strip() for part in line.decode(errors="replace").split(","))
             gpu = f"{index} {name}"
-            with contextlib.suppress(ValueError):  # "[N/A]" where the device does not tell
+            with contextlib.suppress(ValueError):  # "[N/A]" if the device does not report it
                 percent, megabytes = float(busy), float(used_mb)
                 self._busy.setdefault(gpu, []).append(percent)
                 self._used_mb[gpu] = max(self._used_mb.get(gpu, 0.0), megabytes)
@@ -236,7 +236,7 @@ class _Gpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """What a run cost."""
+    """The cost of a run."""
 
     usage: list[Usage]
     gpus: list[Gpu]
@@ -256,7 +256,7 @@ class Observer:
         self._own_cpu_s = 0.0
 
     async def begin(self) -> None:
-        """Everything counts from now on."""
+        """Start counting."""
         self._metrics = await scrape(self._target)
         if self._target.pid is not None:
             await self._gpus.begin()
@@ -270,7 +270,7 @@ class Observer:
             self._processes.look()
 
     async def end(self) -> Observed:
-        """What it came to; stops watching."""
+        """Stop watching; return the result."""
         if self._looking is not None:
             self._looking.cancel()
         self._processes.look()

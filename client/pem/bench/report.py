@@ -1,4 +1,4 @@
-"""What the benchmarks share: a plain table on standard output, the same figures as JSON, and the machine's name."""
+"""Shared output of the benchmarks: a plain table, the same figures as JSON, and the machine's name."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import msgspec
 from pem import __version__
 from pem.host.machine import usable_cores, usable_memory_mb
 
-_ROOT: Final = Path(__file__).parents[3]  # of the checkout, where this is one
-_PATIENCE_S: Final = 10.0  # with a program that tells something about the machine
+_ROOT: Final = Path(__file__).parents[3]  # of the checkout, if this is one
+_PATIENCE_S: Final = 10.0  # time limit for a program that describes the machine
 
 
 class Table:
@@ -27,17 +27,17 @@ class Table:
         self.rows: list[tuple[Any, ...]] = []
 
     def add(self, *values: Any) -> None:
-        """One row, in the order of the columns."""
+        """Add a row, in the order of the columns."""
         if len(values) != len(self.columns):
             raise ValueError(f"{len(values)} values for {len(self.columns)} columns")
         self.rows.append(values)
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """The rows for a machine."""
+        """Return the rows for a machine."""
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
     def print(self) -> None:
-        """The rows for people."""
+        """Print the rows for people."""
         cells = [self.columns, *([_shown(value) for value in row] for row in self.rows)]
         widths = [max(len(row[column]) for row in cells) for column in range(len(self.columns))]
         for row in cells:
@@ -56,11 +56,11 @@ def write_json(target: str | None, figures: dict[str, Any]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """The machine that this process runs on, for figures to be read by; what is not known is None.
+    """Describe the machine that this process runs on; unknown values are None.
 
-    `cpu`: the model; `cores` and `memory_mb` (millions of bytes): what this process may use of it; `device`: the GPUs
-    as nvidia-smi names them, "cpu" where it finds none; `system`, `python`, `version` of this package and, in a
-    checkout, its `commit`, which ends in "-dirty" where files differ from it.
+    `cpu`: the model; `cores` and `memory_mb` (millions of bytes): what this process may use; `device`: the GPUs as
+    nvidia-smi names them, "cpu" if it finds none; `system`, `python`, `version` of this package and, in a checkout, its
+    `commit`, which ends in "-dirty" if files differ from it.
     """
     return {
         "cpu": cpu_model(),
@@ -75,12 +75,12 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line() -> str:
-    """The machine in one line, for people: what is not known is left out."""
+    """Describe the machine in one line, for people; unknown values are left out."""
     return in_words(machine())
 
 
 def in_words(machine: dict[str, Any]) -> str:
-    """What `machine` found, in one line."""
+    """Describe a result of `machine` in one line."""
     cores = f"{machine['cores']} core{'' if machine['cores'] == 1 else 's'}"
     memory = f"{machine['memory_mb'] / 1000:.1f} GB" if machine["memory_mb"] else ""
     device = machine["device"] if machine["device"] != "cpu" else "no GPU"
@@ -89,7 +89,7 @@ def in_words(machine: dict[str, Any]) -> str:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """What the processor calls itself; on ARM, where it does not, its kind. None where there is no such file."""
+    """Return the processor's model name, or its kind on ARM, where it has none. None without such a file."""
     try:
         text = cpuinfo.read_text(errors="replace")
     except OSError:
@@ -99,14 +99,14 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
 
 
 def _device() -> str:
-    """The GPUs' names, those that are alike counted."""
+    """Return the GPUs' names; equal ones are counted."""
     told = _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
     names = Counter(name.strip() for name in told.splitlines() if name.strip())
     return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items()) or "cpu"
 
 
 def _commit() -> str | None:
-    """Only of a checkout of this project: an installed package may lie in somebody else's."""
+    """Return the commit of a checkout of this project only: an installed package may lie in another project's."""
     if not (_ROOT / ".git").exists():
         return None
     return (
@@ -115,7 +115,7 @@ def _commit() -> str | None:
 
 
 def _said(*command: str) -> str:
-    """What a program prints; nothing where it is not there, fails or takes too long."""
+    """Return a program's output; "" if it is missing, fails or takes too long."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):

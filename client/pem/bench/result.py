@@ -1,4 +1,4 @@
-"""A run in figures: how much, how fast, how right, and whether it was steady enough to be believed."""
+"""Summarise a run: how much, how fast, how right, and if it was steady enough to be trusted."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ import numpy as np
 from pem.bench.observe import family
 from pem.bench.sample import STAGES, Gpu, Run, Sample, Usage
 
-OUTSIDE: Final = "outside"  # a stage beside STAGES: what passes before the server has the body, and on the way back
-TOLERANCE: Final = 0.15  # by how much a third of a steady run may differ from the whole
+OUTSIDE: Final = "outside"  # a stage beside STAGES: time before the server has the body, and on the way back
+TOLERANCE: Final = 0.15  # how far a third of a steady run may differ from the whole
 _PARTS: Final = 3
 _FEWEST: Final = 5  # answers of a part; fewer tell nothing
-_CHANCE: Final = 3.0  # standard deviations that are nobody's fault
+_CHANCE: Final = 3.0  # standard deviations that count as chance
 _PERCENTILES: Final = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p999": 99.9}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run comes to. Of an empty list of latencies there are no percentiles: the dictionaries are empty."""
+    """The figures of a run. Without latencies there are no percentiles: the dictionaries are empty."""
 
     mode: str  # closed | open
     clients: int
     rate_hz: float | None
     seconds: float
-    requests_hz: float  # answered with 200, a second
-    poses_hz: float  # poses a second, without those that are wrong under load alone
-    detections_hz: float  # rows a second, those without a pose among them
-    latency_ms: dict[str, float]  # p50 p90 p99 p999 max mean, of the requests that were answered with 200
+    requests_hz: float  # requests answered with 200, a second
+    poses_hz: float  # poses a second, without those that are wrong only under load
+    detections_hz: float  # rows a second, including those without a pose
+    latency_ms: dict[str, float]  # p50 p90 p99 p999 max mean, of the requests answered with 200
     stage_ms: dict[str, dict[str, float]]  # by STAGES and OUTSIDE: p50 p90 p99
-    errors: dict[str, int]  # "status code-word" -> how many; 429s among them
-    wrong: int  # poses that are not the known one, though they were when asked alone
-    wrong_alone: int  # poses that are not the known one, with or without load
-    changed: int  # rows that are others than when asked alone
-    lost: int  # rows without a pose that have one, and not a wrong one, when asked alone
+    errors: dict[str, int]  # "status code-word" -> count, 429s included
+    wrong: int  # poses that differ from the known one, but were right when asked alone
+    wrong_alone: int  # poses that differ from the known one, with or without load
+    changed: int  # rows that differ from those given alone
+    lost: int  # rows without a pose that had one, and not a wrong one, when asked alone
     rejected: int  # rows without a pose
-    answered: int  # requests with 200
-    offered: int  # requests altogether
+    answered: int  # requests answered with 200
+    offered: int  # all requests
     stable: bool
-    why: str  # the figures that `stable` is about
+    why: str  # the figures behind `stable`
     passes: dict[str, float]  # count, detections (of a pass), requests (of a pass); empty without /metrics
     usage: list[Usage]
     gpus: list[Gpu]
-    refused: dict[str, float]  # the answers with Retry-After: count, p99_ms
+    refused: dict[str, float]  # answers with Retry-After: count, p99_ms
     load_generator_cpu_s: float
-    wrong_alone_named: list[str]  # the detections that are wrong without load, in words
-    wrong_alone_share: float  # of all detections whose pose is known
+    wrong_alone_named: list[str]  # descriptions of the detections that are wrong without load
+    wrong_alone_share: float  # share of the detections with a known pose
 
     @property
     def failures(self) -> int:
-        """Requests that ended in an error other than 429."""
+        """Return the number of requests that ended in an error other than 429."""
         return sum(count for kind, count in self.errors.items() if not kind.startswith("429 "))
 
     @property
     def fault(self) -> str | None:
-        """In words why the run is no success; None where every answer came and was right."""
+        """Describe why the run is no success; None if every answer came and was right."""
         words = [f"{self.failures} requests failed"] if self.failures else []
         words += self.wrongs
         if not self.answered:
@@ -68,16 +68,16 @@ class Result:
 
     @property
     def wrongs(self) -> list[str]:
-        """What is not right in the answers that came, in words; empty where all were right."""
+        """Describe what is wrong in the answers; empty if all are right."""
         return wrongs_in_words(self.wrong, self.changed, self.lost)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; the keys are the fields' names."""
+        """Return the result for JSON; the keys are the fields' names."""
         return asdict(self)
 
 
 def wrongs_in_words(wrong: int, changed: int, lost: int) -> list[str]:
-    """What load made wrong of answers that came; what was not is left out."""
+    """Describe what load made wrong in answers; zeros are left out."""
     counts = {
         "poses are wrong under load": wrong,
         "poses are lost under load": lost,
@@ -87,10 +87,10 @@ def wrongs_in_words(wrong: int, changed: int, lost: int) -> list[str]:
 
 
 def summarise(run: Run) -> Result:
-    """The figures of a run.
+    """Return the figures of a run.
 
-    In an open loop throughput counts what was done in the measured part and everything else what was due in it, so that
-    neither a queue that is worked off afterwards nor one that was there before makes it look faster.
+    In an open loop, throughput counts what was done in the measured part, and everything else counts what was due in
+    it. So neither a queue that is worked off afterwards nor one that existed before makes the server look faster.
     """
     good = [sample for sample in run.samples if sample.ok]
     done = [sample for sample in (*run.samples, *run.carried) if sample.ok and run.begun <= sample.done < run.ended]
@@ -127,10 +127,10 @@ def summarise(run: Run) -> Result:
 
 
 def steadiness(run: Run, done: Sequence[Sample], tolerance: float = TOLERANCE) -> tuple[bool, str]:
-    """(whether the thirds of the measured part agree, their figures in words).
+    """Return (True if the thirds of the measured part agree, their figures in words).
 
-    Throughput and median latency of each third may differ from the whole by `tolerance`, and by what chance makes of so
-    few answers. `done` are the answers to count; with fewer than five in a third nothing can be said, so it is not
+    Throughput and median latency of each third may differ from the whole by `tolerance`, and by the chance variation of
+    so few answers. `done`: the answers to count. With fewer than five in a third nothing can be said, so it is not
     steady.
     """
     edges = np.linspace(run.begun, run.ended, _PARTS + 1)
@@ -143,12 +143,12 @@ def steadiness(run: Run, done: Sequence[Sample], tolerance: float = TOLERANCE) -
     rates = ", ".join(f"{count / seconds:.1f}" for count in counts)
     why = f"thirds: {rates} requests/s; median {', '.join(f'{median:.0f}' for median in medians)} ms"
     middle = float(np.median([one.latency_s * 1e3 for one in done]))
-    # The standard error of a median is about 1.25 deviations over the root of how many there are, and a deviation is
-    # what lies between the quartiles over 1.35; taken inside the thirds, so that a trend does not excuse itself.
+    # The standard error of a median is about 1.25 standard deviations over the root of the count. The standard
+    # deviation is estimated as the quartile distance over 1.35, inside the thirds: a trend must not excuse itself.
     quartiles = np.array([np.percentile([one.latency_s * 1e3 for one in part], (25, 75)) for part in parts])
     chance_ms = _CHANCE * 1.25 * float(np.diff(quartiles).mean()) / 1.35 / np.sqrt(counts.min())
     chance = _CHANCE * np.sqrt(counts.mean())
-    if run.mode == "closed":  # nobody draws lots: an answer is early or late by a turn of the clients
+    if run.mode == "closed":  # no random arrivals: an answer is early or late by a turn of the clients
         chance = min(chance, run.clients)
     even = np.abs(counts - counts.mean()).max() <= tolerance * counts.mean() + chance
     level = np.abs(medians - middle).max() <= tolerance * middle + chance_ms
@@ -156,7 +156,7 @@ def steadiness(run: Run, done: Sequence[Sample], tolerance: float = TOLERANCE) -
 
 
 def stage_times(samples: Sequence[Sample]) -> dict[str, list[float]]:
-    """Milliseconds that answered requests spent in each of STAGES and OUTSIDE; what nobody tells is left out."""
+    """Return the milliseconds of answered requests in each of STAGES and OUTSIDE; unreported ones are left out."""
     timed = [sample for sample in samples if sample.stage_ms]
     by_stage = {stage: [sample.stage_ms[stage] for sample in timed if stage in sample.stage_ms] for stage in STAGES}
     by_stage[OUTSIDE] = [
@@ -173,7 +173,7 @@ def _stages(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
 
 
 def _passes(metrics: dict[str, float]) -> dict[str, float]:
-    """How many passes there were, and how they were shared."""
+    """Return the number of passes, and how requests shared them."""
     count = family(metrics, "pose_pass_detections_count")
     if not count:
         return {}
@@ -189,7 +189,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _percentiles(values: Sequence[float], wanted: dict[str, float]) -> dict[str, float]:
-    """The named percentiles; each is a value that was seen (the next higher one), empty where there are none."""
+    """Return the named percentiles, each an observed value (the next higher one); empty without values."""
     if not values:
         return {}
     found = np.percentile(values, list(wanted.values()), method="higher")

@@ -1,4 +1,4 @@
-"""A server of one's own for the length of a benchmark, and objects for whichever server it is."""
+"""Start a server for a benchmark, and register objects with any server."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _ONBOARDING_LIMIT_S: Final = 600.0
 
 @contextmanager
 def own_server(settings: Mapping[str, str] = {}, data: Path | None = None) -> Iterator[Target]:
-    """`pem serve` on a free port of this machine for as long as the block runs; stopped cleanly afterwards.
+    """Run `pem serve` on a free port of this machine while the block runs; stop it cleanly afterwards.
 
-    `settings` are its own, named as in its files or its environment ("pose.threads", "POSE_THREADS"); those of this
-    process's environment are for the user's server and left out. `data`: its data directory, which stays; without one
-    it is temporary. ServerTrouble where it does not start or stop as it should, ValueError for an unknown setting,
-    NoServerHere where pem-server is not installed.
+    `settings` are named as in its files or its environment ("pose.threads", "POSE_THREADS"). Settings in this process's
+    environment belong to the user's server and are left out. `data`: its data directory, which stays; by default it is
+    temporary. Raises ServerTrouble if it does not start or stop properly, ValueError for an unknown setting,
+    NoServerHere if pem-server is not installed.
     """
     here.find()
     variables = {variable(name): str(value) for name, value in settings.items()}
@@ -39,7 +39,7 @@ def own_server(settings: Mapping[str, str] = {}, data: Path | None = None) -> It
 
 
 def variable(name: str) -> str:
-    """The environment variable of a setting ("pose.threads" -> "PEM_POSE_THREADS"); ValueError where there is none."""
+    """Return a setting's environment variable ("pose.threads" -> "PEM_POSE_THREADS"); ValueError if unknown."""
     spelled = "PEM_" + re.sub(r"[.-]", "_", name.upper()).removeprefix("PEM_")
     if spelled not in here.find().variables():
         raise ValueError(f"there is no setting {name!r}; see serve/settings.py and workers/settings.py for all of them")
@@ -47,7 +47,7 @@ def variable(name: str) -> str:
 
 
 def register(target: Target, load: Load, tell: Callable[[str], None] = lambda words: None) -> None:
-    """Have the server know every object of a load; `tell` hears what is going on. PemError where it does not."""
+    """Register every object of a load; `tell` reports progress. Raises PemError if that fails."""
     with Client(target.url, target.api_key or "", timeout_s=120.0) as client:
         for number, (name, ply) in enumerate(load.objects.items(), start=1):
             tell(f"onboarding the {name}, {number} of {len(load.objects)}")
@@ -56,7 +56,7 @@ def register(target: Target, load: Load, tell: Callable[[str], None] = lambda wo
 
 @contextmanager
 def registered(target: Target, load: Load, tell: Callable[[str], None] = lambda words: None) -> Iterator[None]:
-    """`register`, for somebody else's server: what it did not know before is removed again when the block ends."""
+    """Register objects with somebody else's server; those it did not know before are removed when the block ends."""
     with Client(target.url, target.api_key or "", timeout_s=120.0) as client:
         before = {known.object_id for known in client.objects.list()} if load.objects else set()
         try:

@@ -1,8 +1,8 @@
-"""Latency against offered load: an open loop at one rate after the other, and where the server stops being worth more.
+"""Measure latency against offered load: open loops at rising rates, and the load at which to run the server.
 
-An open loop sends when a request is due, whether or not earlier ones were answered, so that waiting is seen for what it
-is. One step of a sweep is one such loop; the knee is the load at which a server should be run (see `knee`). A step at a
-low rate lasts longer, so that its 99th percentile is one; where that would take too long it has none.
+An open loop sends each request when it is due, whether or not earlier ones were answered, so that waiting is measured
+in full. One step of a sweep is one such loop. The knee is the load at which a server should be run (see `knee`). A step
+at a low rate lasts longer, to have enough answers for a 99th percentile; if that would take too long, it has none.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ from pem.bench.report import Table
 from pem.bench.result import Result, summarise, wrongs_in_words
 from pem.bench.sample import Run, Target
 
-#: Steps of a sweep whose rates nobody named, in parts of the closed-loop throughput: close together near the end of it.
+#: Default rates of a sweep, as shares of the closed-loop throughput: close together near its end.
 STEPS = (0.1, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0, 1.3)
-CLIENTS = 8  # of the closed loop that finds this throughput
+CLIENTS = 8  # clients of the closed loop that finds this throughput
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-ENOUGH = 100  # answers; of fewer the 99th percentile is the slowest one, and left out
-LONGEST_S = 40.0  # that a step lasts to have that many, where it is not asked to last longer
+ENOUGH = 100  # answers needed for a 99th percentile; of fewer it would be the slowest one
+LONGEST_S = 40.0  # longest duration of a step that needs so many, unless it is asked to last longer
 
 _REQUESTS = (
     130  # to wait for, where `ENOUGH` are wanted: arrivals are random, and fewer than 100 come once in 200 times
 )
-_KEEPS_UP = 0.97  # of the offered requests must be answered as fast as they come
-_NEAR_THE_BEST = 0.9  # of the largest power
+_KEEPS_UP = 0.97  # share of the offered requests that must be answered as fast as they come
+_NEAR_THE_BEST = 0.9  # share of the largest power
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One step: what was offered, and what became of it."""
+    """One step: the offered load and its result."""
 
-    offered_hz: float  # requests that fell due, a second: near the rate asked for, arrivals being random
+    offered_hz: float  # requests that were due, a second; near the rate asked for, since arrivals are random
     answered_hz: float  # see `answered_hz`
-    latency_ms: dict[str, float]  # by SHARES, from when they were due; no p99 of fewer than ENOUGH, empty of none
-    seconds: float  # that it was measured for
+    latency_ms: dict[str, float]  # by SHARES, from when they were due; without p99 if fewer than ENOUGH, empty if none
+    seconds: float  # length of the measured part
     requests: int
     refused: int  # 429
-    failed: int  # anything else but 200
-    wrong: int  # poses that are not the known one
-    changed: int = 0  # rows that are others than when asked alone
-    lost: int = 0  # rows without a pose that have one when asked alone
-    result: Result | None = field(default=None, repr=False)  # all that is known of the step
+    failed: int  # answers other than 200 and 429
+    wrong: int  # poses that differ from the known one
+    changed: int = 0  # rows that differ from those given alone
+    lost: int = 0  # rows without a pose that had one alone
+    result: Result | None = field(default=None, repr=False)  # all figures of the step
 
     @property
     def keeps_up(self) -> bool:
-        """Whether the server answers what is offered."""
+        """Return True if the server answers what is offered."""
         return bool(self.latency_ms) and self.answered_hz >= _KEEPS_UP * self.offered_hz
 
     @property
     def tail(self) -> str:
-        """The highest percentile that is known: p99, or p90 where there were too few answers."""
+        """Return the highest known percentile: p99, or p90 if there were too few answers."""
         return "p99" if "p99" in self.latency_ms else "p90"
 
     def power(self, name: str) -> float:
-        """Answers a second for each second of this percentile's latency; 0 where it is not known."""
+        """Return answers a second divided by the seconds of this percentile's latency; 0 if unknown."""
         return self.answered_hz / (self.latency_ms[name] / 1e3) if name in self.latency_ms else 0.0
 
     @property
     def faults(self) -> list[str]:
-        """In words what was not answered (429 is an answer) or not right; empty where there is nothing."""
+        """Describe what was not answered (429 is an answer) or wrong; empty if nothing."""
         failed = [f"{self.failed} requests failed"] if self.failed else []
         return failed + wrongs_in_words(self.wrong, self.changed, self.lost)
 
@@ -79,16 +79,16 @@ class Sweep:
 
     points: list[Point]  # by rising load
     knee: Point | None  # one of `points`
-    closed_loop: Result | None = None  # with 8 clients, where the rates came from it
+    closed_loop: Result | None = None  # with 8 clients, if the rates were derived from it
 
     @property
     def closed_loop_hz(self) -> float | None:
-        """Requests a second with 8 clients, where the rates came from it."""
+        """Return the requests a second with 8 clients, if the rates were derived from it."""
         return self.closed_loop.requests_hz if self.closed_loop is not None else None
 
     @property
     def faults(self) -> list[str]:
-        """Why this is no success, in words, each with its step; empty where it is one."""
+        """Describe why this is no success, each reason with its step; empty if it is one."""
         fault = self.closed_loop.fault if self.closed_loop is not None else None
         found = [f"closed loop with {CLIENTS} clients: {fault}"] if fault else []
         for point in self.points:
@@ -96,7 +96,7 @@ class Sweep:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """For a machine: rates in requests a second, latencies in milliseconds; `run` as of a single run."""
+        """Return the sweep for a machine: rates in requests a second, latencies in ms; `run` as of a single run."""
         return {
             "closed_loop_hz": self.closed_loop_hz,
             "closed_loop": self.closed_loop.as_dict() if self.closed_loop is not None else None,
@@ -122,7 +122,7 @@ class Sweep:
         }
 
     def table(self) -> Table:
-        """For people: one row for each step."""
+        """Return the sweep for people: one row for each step."""
         counted = ["requests", "429", "failed", "wrong", "changed", "lost"]
         table = Table(["offered/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "seconds", *counted, "knee"])
         for point in self.points:
@@ -145,14 +145,14 @@ def sweep(
     judge: Judge | None = None,
     on_progress: Callable[[str, drive.Progress], None] | None = None,
 ) -> Sweep:
-    """Offer one rate (requests a second) after the other for so many seconds each, and find the knee.
+    """Offer one rate (requests a second) after the other for `seconds` each, and find the knee.
 
     A step with fewer than ENOUGH requests in `seconds` lasts until it has them, LONGEST_S at most.
 
-    `rates` None: STEPS of what 8 clients that wait for their answers get through, which is measured first. `tell` gets
-    a line after each step, `on_progress` what runs now and how far it is; `warmup_s`, `timeout_s` and `judge` are those
-    of the loops. Raises ValueError for rates that are not positive, and where the closed loop is not answered at all,
-    since there is no throughput then to take parts of; drive.CannotBegin as the loops do.
+    `rates` None: STEPS of the throughput of 8 clients that wait for their answers, which is measured first. `tell` gets
+    a line after each step, `on_progress` the current run and its progress; `warmup_s`, `timeout_s` and `judge` are
+    those of the loops. Raises ValueError for rates that are not positive, and if the closed loop gets no answer at all,
+    since there is no throughput to take shares of; drive.CannotBegin as the loops do.
     """
 
     def watched(what: str) -> Callable[[drive.Progress], None] | None:
@@ -204,12 +204,12 @@ def sweep(
 
 
 def step_seconds(rate_hz: float, seconds: float) -> float:
-    """How long a step at this rate is measured for, where `seconds` are asked for."""
+    """Return how long a step at this rate is measured, if `seconds` are asked for."""
     return max(seconds, min(_REQUESTS / rate_hz, LONGEST_S))
 
 
 def measured(run: Run) -> Point:
-    """What a run of an open loop comes to."""
+    """Summarise a run of an open loop."""
     latencies_ms = [sample.latency_s * 1e3 for sample in run.samples if sample.ok]
     refused = sum(sample.status == 429 for sample in run.samples)
     shares = {name: share for name, share in SHARES.items() if name != "p99" or len(latencies_ms) >= ENOUGH}
@@ -230,18 +230,18 @@ def measured(run: Run) -> Point:
 
 
 def percentiles(values: Sequence[float], shares: dict[str, float]) -> dict[str, float]:
-    """The values that so large shares of `values` do not exceed, by name; of two neighbours the higher one."""
+    """Return, by name, the values that these shares of `values` do not exceed; of two neighbours the higher one."""
     found = np.quantile(values, list(shares.values()), method="higher")
     return dict(zip(shares, (float(value) for value in found), strict=True))
 
 
 def answered_hz(run: Run) -> float:
-    """Answers (200) a second, of an open loop.
+    """Return the answers (200) a second of an open loop.
 
-    A server that falls behind answers everything in the end, only later, and one that is fast has its last answers
-    after the end too. So the answers are not counted in a window: the rate of those requests that were answered is
-    lowered by how much later, in the last third of them, answers came than in the first. Medians, since a single slow
-    answer is no queue.
+    A server that falls behind answers everything in the end, only later, and a fast server also has its last answers
+    after the end. So answers are not counted in a window. Instead, the rate of the answered requests is lowered by how
+    much later answers came in their last third than in the first. Medians are compared, since a single slow answer is
+    no queue.
     """
     answered = sorted((sample.due, sample.latency_s) for sample in run.samples if sample.ok)
     third = len(answered) // 3
@@ -257,16 +257,16 @@ def answered_hz(run: Run) -> float:
 
 
 def knee(points: Sequence[Point]) -> Point | None:
-    """The highest load that a server should be given, one of the points; None where it keeps up with none.
+    """Return the highest load that a server should be given, one of the points; None if it keeps up with none.
 
-    A point counts only where the server keeps up: it answers 97 % of what is offered as fast as that comes. Among
-    these, power (answers a second over p99 latency; Kleinrock 1979) says what one buys with waiting. It rises while
-    more load costs little, and falls when each further request a second makes everybody wait. Around its largest value
-    it is flat: for M/M/1, where it peaks at half of the service rate, it is within 10 % of that from 34 % to 66 %, and
-    noise would place a plain maximum anywhere in between. So the knee is the highest load whose power is within 10 %
-    of the largest, and below which nothing has failed to keep up. No bound on the latency has to be known for that.
+    A point counts only if the server keeps up: it answers 97 % of the offered requests as fast as they come. Among
+    these points, power (answers a second over p99 latency; Kleinrock 1979) tells what waiting buys. It rises while more
+    load costs little, and falls when each further request a second makes everybody wait. Around its maximum it is flat:
+    for M/M/1, where it peaks at half of the service rate, it is within 10 % of that from 34 % to 66 %, and noise would
+    place a plain maximum anywhere in between. So the knee is the highest load whose power is within 10 % of the
+    maximum, and below which every point keeps up. No limit on the latency has to be known for that.
 
-    Where one of these points had too few answers for a p99, all are compared by p90.
+    If one of these points had too few answers for a p99, all are compared by p90.
     """
     keeping_up: list[Point] = []
     for point in sorted(points, key=lambda point: point.offered_hz):

@@ -1,7 +1,7 @@
 """A small HTTP/1.1 client on asyncio's streams, for a load generator that shares its cores with the server.
 
-A general client costs milliseconds of CPU for a request; this one costs a fraction of that, since it knows only what a
-pose server needs: requests with a body at hand, answers with a length, in chunks, or up to the connection's end, over
+A general client costs milliseconds of CPU for a request. This one costs a fraction of that, since it knows only what a
+pose server needs: requests with a ready body, answers with a length, in chunks, or up to the connection's end, over
 connections that are kept. Plain http; no redirects, cookies or compression.
 """
 
@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Final
 from urllib.parse import urlsplit
 
-_HEAD_LIMIT: Final = 64 * 1024  # bytes of an answer's head, or of one line between chunks
+_HEAD_LIMIT: Final = 64 * 1024  # limit of an answer's head, or of one line between chunks
 _BODY_LIMIT: Final = 512 * 2**20
 
 
 class Timeout:
-    """`async with Timeout(seconds):` cancels what the block waits for after so long; then TimeoutError comes out.
+    """`async with Timeout(seconds):` cancels what the block waits for after that time, and raises TimeoutError.
 
     Python 3.11 has it as `asyncio.timeout`; 3.10 has only `wait_for`, which wraps each request in a task of its own.
     """
@@ -41,7 +41,7 @@ class Timeout:
         self._timer.cancel()
         if self._over and kind is asyncio.CancelledError:
             if (uncancel := getattr(self._task, "uncancel", None)) is not None and uncancel() > 0:
-                return  # somebody else has cancelled it, too, which a time-out must not swallow
+                return  # cancelled by somebody else, too: a time-out must not swallow that
             raise TimeoutError from None
 
     def _end(self) -> None:
@@ -59,7 +59,7 @@ class NoAnswer(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back."""
+    """An answer."""
 
     status: int
     headers: dict[str, str]  # names in lower case
@@ -67,22 +67,22 @@ class Answer:
 
     @property
     def retry_after_s(self) -> float | None:
-        """What Retry-After says, in seconds; None where it says nothing usable."""
+        """Return Retry-After in seconds; None if it is missing or unusable."""
         text = self.headers.get("retry-after", "").strip()
         return float(text) if text.isascii() and text.isdigit() else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where a server is."""
+    """The address of a server."""
 
     host: str
     port: int
-    prefix: str = ""  # of every path, without a slash at its end
+    prefix: str = ""  # of every path, without a trailing slash
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """From `http://host:port`; ValueError for what this client cannot reach."""
+        """Parse `http://host:port`; ValueError for an address that this client cannot reach."""
         parts = urlsplit(url)
         if parts.scheme == "https":
             raise ValueError(f"{url}: the load generator speaks plain http, so that encryption is not what it measures")
@@ -91,7 +91,7 @@ class Address:
         return cls(host=parts.hostname, port=parts.port or 80, prefix=parts.path.rstrip("/"))
 
     def head(self, method: str, path: str, length: int, headers: Mapping[str, str]) -> bytes:
-        """A request's head, its last empty line included."""
+        """Return a request's head, with its last empty line."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         lines = [f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {host}:{self.port}", f"Content-Length: {length}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
@@ -100,16 +100,16 @@ class Address:
 
 @dataclass
 class Counts:
-    """What went over the wire, all connections that share this together."""
+    """Traffic counters of all connections that share them."""
 
     sent_bytes: int = 0
     received_bytes: int = 0
-    connections: int = 0  # opened
+    connections: int = 0  # number of connections opened
 
 
 @dataclass
 class Connection:
-    """One kept connection; one request at a time."""
+    """One kept connection, for one request at a time."""
 
     address: Address
     timeout_s: float
@@ -118,7 +118,7 @@ class Connection:
     _writer: asyncio.StreamWriter | None = None
 
     async def ask(self, head: bytes, body: bytes = b"") -> Answer:
-        """Send a request made by `Address.head` and read its answer; NoAnswer where there is none.
+        """Send a request made by `Address.head` and read its answer; raise NoAnswer if there is none.
 
         A kept connection that the server closed in the meantime is replaced once.
         """
@@ -133,9 +133,9 @@ class Connection:
             raise
 
     def close(self) -> None:
-        """Let go of the connection; the next request opens another."""
+        """Close the connection; the next request opens another."""
         if self._writer is not None:
-            with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the event loop is closed already
+            with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the event loop is already closed
                 self._writer.close()
         self._reader = self._writer = None
 
@@ -143,7 +143,7 @@ class Connection:
         while True:
             kept = self._writer is not None
             reader, writer = await self._connected()
-            # Not drained: an answer may come before the body has left, and then nobody reads on at the other end.
+            # Not drained: an answer may come before the body has left, and then nobody reads at the other end.
             writer.writelines((head, body))
             self.counts.sent_bytes += len(head) + len(body)
             try:
@@ -168,7 +168,7 @@ class Connection:
     async def _answer(self, reader: asyncio.StreamReader, *, without_body: bool) -> Answer:
         status, version = 100, ""
         headers: dict[str, str] = {}
-        while 100 <= status < 200:  # "100 Continue" and its like come before the answer
+        while 100 <= status < 200:  # "100 Continue" and others come before the answer
             status, version, headers = await self._head(reader)
         try:
             if without_body or status in (204, 304):
@@ -182,7 +182,7 @@ class Connection:
                 headers.setdefault("connection", "close")
         except asyncio.IncompleteReadError as error:
             raise NoAnswer("closed", f"the answer ended early: {error}") from None
-        except (asyncio.LimitOverrunError, ValueError) as error:  # ValueError: readline's form of the limit
+        except (asyncio.LimitOverrunError, ValueError) as error:  # readline reports its limit as ValueError
             raise NoAnswer("broken", f"the answer's body is not HTTP: {error}") from None
         except OSError as error:
             raise NoAnswer("closed", f"the connection broke during the answer: {error}") from None
@@ -193,7 +193,7 @@ class Connection:
         return Answer(status=status, headers=headers, body=body)
 
     async def _head(self, reader: asyncio.StreamReader) -> tuple[int, str, dict[str, str]]:
-        """(status, HTTP version, headers) of what comes next."""
+        """Return (status, HTTP version, headers) of the next head."""
         try:
             raw = await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError as error:
@@ -218,7 +218,7 @@ class Connection:
 
 
 class Pool:
-    """Connections for any number of requests at a time; one that is free is taken before another is opened."""
+    """Connections for any number of requests at a time; a free one is reused before another is opened."""
 
     def __init__(self, address: Address, timeout_s: float) -> None:
         self.counts = Counts()
@@ -227,25 +227,25 @@ class Pool:
         self._free: list[Connection] = []
 
     async def ask(self, head: bytes, body: bytes = b"") -> Answer:
-        """As `Connection.ask`."""
+        """Ask over a free connection, as `Connection.ask` does."""
         connection = self._free.pop() if self._free else Connection(self._address, self._timeout_s, self.counts)
         try:
             return await connection.ask(head, body)
         finally:
-            self._free.append(connection)  # closed where it failed: it opens anew
+            self._free.append(connection)  # a failed connection is closed, and opens anew
 
     def close(self) -> None:
-        """Let go of all that are free."""
+        """Close all free connections."""
         while self._free:
             self._free.pop().close()
 
 
 class _ClosedBeforeAnswer(Exception):
-    """Not one byte came: what happens to a kept connection that the server gave up."""
+    """Not one byte came, as on a kept connection that the server gave up."""
 
 
 def _length(text: str, base: int) -> int:
-    """A length as HTTP writes it; ValueError where it is none, or more than anyone wants."""
+    """Parse a length as HTTP writes it; ValueError if it is none, or absurdly large."""
     digits = text.strip()
     if not digits or digits[0] in "+-" or (length := int(digits, base)) > _BODY_LIMIT:
         raise ValueError(f"{text[:40]!r} is no usable length")

@@ -1,1 +1,1 @@
-"""This machine: its cores, its processes, free ports, and a server of one's own."""
+"""This machine: its cores, its processes, free ports, and starting a server on it."""

@@ -1,4 +1,4 @@
-"""A server in a process of its own, on a free port of this machine: the demo's, and the load generator's."""
+"""Run a server in a process of its own, on a free port of this machine: for the demo and the load generator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STOP_LIMIT_S: Final = 60.0
 
 
 class ServerTrouble(Exception):
-    """The server did not start, or did not stop as it should; the message has the end of its log."""
+    """The server did not start, or did not stop properly; the message has the end of its log."""
 
 
 class Child:
@@ -35,9 +35,9 @@ class Child:
 
     @classmethod
     def start(cls, data: Path, options: Sequence[str] = (), variables: Mapping[str, str] = {}) -> Child:
-        """Start it with a data directory that is there, which gets its log as `server.log`; returns at once.
+        """Start it with an existing data directory, which gets its log as `server.log`; return at once.
 
-        `variables` are added to this environment's, whose own settings are for the user's server and left out.
+        `variables` are added to this environment, whose own settings belong to the user's server and are left out.
         """
         port = free_port()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PEM_")}
@@ -49,17 +49,17 @@ class Child:
                 stdout=log,
                 stderr=log,
                 env=environment | dict(variables),
-                start_new_session=True,  # Ctrl-C is for us, and we stop it
+                start_new_session=True,  # Ctrl-C goes to this process, which stops the server
             )
         return cls(process, f"http://127.0.0.1:{port}", data / "server.log")
 
     @property
     def pid(self) -> int:
-        """Of its first process."""
+        """Return the pid of its first process."""
         return self._process.pid
 
     def wait_ready(self) -> None:
-        """Until it takes pose requests; ServerTrouble where it ends before or takes minutes."""
+        """Wait until it takes pose requests; raise ServerTrouble if it ends before or takes minutes."""
         end = time.monotonic() + _START_LIMIT_S
         with Client(self.url, "", timeout_s=5.0, retries=0) as client:
             while not client.ready():
@@ -72,7 +72,7 @@ class Child:
                 time.sleep(0.1)
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL where that is not enough; whether it ended well says `check`."""
+        """Send SIGTERM, and SIGKILL if that is not enough; `check` tells if it ended well."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         try:
@@ -82,7 +82,7 @@ class Child:
             self._process.wait()
 
     def check(self) -> None:
-        """ServerTrouble where it was stopped and did not end with 0."""
+        """Raise ServerTrouble if it was stopped and did not end with 0."""
         if self._process.returncode != 0:
             raise ServerTrouble(
                 f"the server did not stop cleanly (exit code {self._process.returncode}); the end of its log:\n"
@@ -95,10 +95,10 @@ class Child:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """While the block runs SIGTERM and SIGHUP end it as Ctrl-C does, with the exit code that shells expect.
+    """Make SIGTERM and SIGHUP end the block as Ctrl-C does, with the exit code that shells expect.
 
-    So a server that it started, which leads a group of its own, is stopped on every way out. Does nothing outside the
-    main thread, which alone may say what signals do.
+    So a server that the block started, which leads a group of its own, is stopped on every way out. Does nothing
+    outside the main thread, the only one that may install signal handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

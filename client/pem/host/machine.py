@@ -1,6 +1,6 @@
-"""How many cores this process may use, and how much memory.
+"""The number of cores and the memory that this process may use.
 
-Control groups limit both, the group of the process or any above it; those that a container does not show are left out.
+Control groups limit both: the process's group, or any above it. Groups that a container hides are left out.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ _PROC = Path("/proc")
 
 
 def usable_cores(cgroup: Path = _CGROUP, proc: Path = _PROC) -> int:
-    """Cores that this process may run on: its affinity, and the smallest quota rounded down, at least one."""
+    """Return the cores that this process may use: its affinity and the smallest quota, rounded down, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *(int(quota) for quota in _quotas(cgroup, proc))]))
 
 
 def usable_memory_mb(cgroup: Path = _CGROUP, proc: Path = _PROC) -> int | None:
-    """Millions of bytes that this process may use: the machine's memory or the smallest limit; None if not known."""
+    """Return the usable memory in millions of bytes: the machine's or the smallest limit; None if unknown."""
     limits = [*_memory_limits(cgroup, proc), *_machine_memory(proc)]
     return min(limits) // 1_000_000 if limits else None
 
 
 def _quotas(cgroup: Path, proc: Path) -> Iterator[float]:
-    """Cores' worth of time that each of the control groups is given, where it is limited."""
+    """Yield the CPU quota of each control group that has one, in cores."""
     for folder in _groups(cgroup, _own_group(proc, "")):
-        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no number: "max"
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no number
             limit, period = (folder / "cpu.max").read_text().split()
             yield int(limit) / int(period)
     for folder in _groups(cgroup / "cpu", _own_group(proc, "cpu")):
@@ -40,7 +40,7 @@ def _quotas(cgroup: Path, proc: Path) -> Iterator[float]:
 
 
 def _memory_limits(cgroup: Path, proc: Path) -> Iterator[int]:
-    """Bytes that each of the control groups is given, where it is limited (the first version says 2**63 if not)."""
+    """Yield the memory limit in bytes of each control group that has one (version 1 says 2**63 if not)."""
     for folder in _groups(cgroup, _own_group(proc, "")):
         with contextlib.suppress(OSError, ValueError):
             yield int((folder / "memory.max").read_text())
@@ -50,7 +50,7 @@ def _memory_limits(cgroup: Path, proc: Path) -> Iterator[int]:
 
 
 def _machine_memory(proc: Path) -> Iterator[int]:
-    """Bytes that the machine has."""
+    """Yield the machine's memory in bytes."""
     with contextlib.suppress(OSError, ValueError):
         for line in (proc / "meminfo").read_text().splitlines():
             if line.startswith("MemTotal:"):
@@ -58,7 +58,7 @@ def _machine_memory(proc: Path) -> Iterator[int]:
 
 
 def _own_group(proc: Path, controller: str) -> str:
-    """The path of this process's control group: of a controller of the first version, or "" for the second."""
+    """Return the path of this process's control group: of a version 1 controller, or "" for version 2."""
     with contextlib.suppress(OSError, ValueError):
         for line in (proc / "self" / "cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -68,6 +68,6 @@ def _own_group(proc: Path, controller: str) -> str:
 
 
 def _groups(root: Path, path: str) -> list[Path]:
-    """The folders of a control group and of all above it, up to `root`; some may not be there."""
+    """Return the folders of a control group and of all above it, up to `root`; some may not exist."""
     own = root / path.lstrip("/")
     return [folder for folder in (own, *own.parents) if folder.is_relative_to(root)]

@@ -1,4 +1,4 @@
-"""Ports of this machine."""
+"""Find free ports of this machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import socket
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on right now."""
+    """Return a port of the loopback interface on which nobody listens right now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""One process's processor time and memory, read from /proc; where there is no /proc nothing is known."""
+"""Read one process's CPU time and memory from /proc; without /proc nothing is known."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Reading(NamedTuple):
 
     cpu_s: float  # user and system, since it started
     resident_bytes: int
-    started_ticks: int  # since boot: tells a process from a later one under the same pid
+    started_ticks: int  # since boot; tells a process from a later one with the same pid
 
 
 def read(pid: int) -> Reading | None:
-    """One process; None where it is gone (a zombie counts, its memory is 0)."""
+    """Read one process; None if it is gone. A zombie counts; its memory is 0."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-// CPU kernel of `colour_cost`: the colours of drawn poses under the light that explains each best.
+// CPU kernel of `colour_cost`: colours of drawn poses, each under the light that explains it best.
 
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -13,8 +13,8 @@ namespace {
 
 using namespace posekit;
 
-constexpr int64_t kLanes = 16;  // sums side by side: the same bits on every processor
-constexpr int64_t kBasis = 4;   // of light: all around, and from three sides
+constexpr int64_t kLanes = 16;  // partial sums side by side: the same bits on every processor
+constexpr int64_t kBasis = 4;   // of light: ambient, and from three sides
 constexpr int64_t kSums = 14;  // products of the weighted basis with itself (10) and with the gain (4)
 constexpr double kRidge[kBasis] = {1e-3, 0.05, 0.05, 0.05};
 
@@ -24,7 +24,7 @@ struct Cells {
   std::vector<int64_t> place;
   std::vector<float> x, y, z;   // normal, camera frame
   std::vector<float> strength;  // of the albedo
-  std::vector<float> gain;      // how bright the cell is, of its albedo
+  std::vector<float> gain;      // brightness of the cell, as a multiple of its albedo
   std::vector<float> weight, ratio, hue;
   int64_t count = 0, padded = 0;
 
@@ -32,7 +32,7 @@ struct Cells {
     for (auto* values : {&x, &y, &z, &strength, &gain, &weight, &ratio, &hue}) values->resize(most + kLanes);
   }
 
-  // The rest of the last lanes counts for nothing.
+  // The padding of the last lanes has weight 0.
   void pad() {
     padded = (count + kLanes - 1) / kLanes * kLanes;
     for (int64_t i = count; i < padded; ++i) {
@@ -72,7 +72,7 @@ POSEKIT_CLONES void add_up(const float* __restrict weight, const float* __restri
   }
 }
 
-// The light that explains the weighted cells best.
+// Fit the light that explains the weighted cells best.
 void fit(const float* sums, float (&light)[kBasis]) {
   const double scale = larger(sums[0], 1e-3f);
   const int64_t at[kBasis][kBasis] = {{0, 1, 2, 3}, {1, 4, 5, 6}, {2, 5, 7, 8}, {3, 6, 8, 9}};
@@ -85,7 +85,7 @@ void fit(const float* sums, float (&light)[kBasis]) {
   for (int64_t i = 0; i < kBasis; ++i) light[i] = static_cast<float>(right[i]);
 }
 
-// How bright cells are beside what the light makes them; what is far off weighs nothing from then on.
+// Compare the brightness of cells with the fitted light; outliers get weight 0 from then on.
 POSEKIT_CLONES void shade(const float* __restrict x, const float* __restrict y, const float* __restrict z,
                           const float* __restrict gain, const float* __restrict strength,
                           const float (&light)[kBasis], float least, float most, int64_t padded,

@@ -1,12 +1,12 @@
-// What the kernels of the geometric engine share. Their definitions are the references in posekit/geometric/kernels.py.
+// Shared code of the geometric engine's kernels. The references in posekit/geometric/kernels.py define them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
 
-// Compiled for several instruction sets; the processor's best is chosen when the library is loaded. The flags of
-// setup.py forbid fused multiply-add, so all of them give the same bits. What such a function calls must be inlined.
+// Compiled for several instruction sets; the library picks the processor's best one when it is loaded. The flags of
+// setup.py forbid fused multiply-add, so all of them give the same bits. Functions called by one must be inlined.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define POSEKIT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -21,7 +21,7 @@ inline void check(const at::Tensor& tensor, at::ScalarType type, at::IntArrayRef
   TORCH_CHECK(tensor.sizes() == sizes, name, " must be ", sizes, ", got ", tensor.sizes());
 }
 
-POSEKIT_INLINE float larger(float a, float b) { return a > b ? a : b; }  // b where a is not a number
+POSEKIT_INLINE float larger(float a, float b) { return a > b ? a : b; }  // b if a is NaN
 POSEKIT_INLINE float smaller(float a, float b) { return a < b ? a : b; }
 
 }  // namespace posekit

@@ -1,4 +1,4 @@
-// A crop's maps, and where a point of the camera frame falls in them.
+// A crop's pixel maps, and the pixel of a point in the camera frame.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,13 +10,13 @@
 
 namespace posekit {
 
-constexpr int64_t kUnknowns = 6;  // of a step: a turn (times the object's radius) and a shift
+constexpr int64_t kUnknowns = 6;  // of a step: a rotation (times the object's radius) and a shift
 
 struct Crop {
   const float* K;  // (3, 3)
   float width, height;
 
-  // Index of the pixel that shows a point; -1 where that is outside the crop or not in front of the camera.
+  // Return the index of the pixel that shows a point; -1 if it is outside the crop or not in front of the camera.
   POSEKIT_INLINE int64_t pixel(float x, float y, float z) const {
     const float depth = larger(z, 1e-6f);
     const float column = std::nearbyint((K[0] * x + K[1] * y) / depth + K[2]);
@@ -26,7 +26,7 @@ struct Crop {
   }
 };
 
-// Sums of weighted products of jacobians, one half of a symmetric matrix.
+// Sums of weighted products of jacobians: one half of a symmetric matrix.
 struct Equations {
   float products[kUnknowns][kUnknowns] = {}, pulls[kUnknowns] = {};
 
@@ -47,7 +47,7 @@ struct Equations {
   }
 };
 
-// Crop b of maps that lie end to end; they must hold all of it.
+// Return crop b of concatenated maps; they must hold all of it.
 inline Crop crop_of(int64_t b, const at::Tensor& K, const at::Tensor& first_pixel, const at::Tensor& width,
                     const at::Tensor& height, int64_t pixels) {
   const int64_t wide = width.const_data_ptr<int64_t>()[b], high = height.const_data_ptr<int64_t>()[b];

@@ -1,4 +1,4 @@
-// CPU kernel of `depth_pull`: what draws visible model points along the rays that show them to the depth that was read.
+// CPU kernel of `depth_pull`: equations that draw visible model points along their rays to the depth that was read.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -32,7 +32,7 @@ Equations pull(const Crop& crop, const float* depth_m, const bool* mask, float r
     const float ny = R[3] * n[0] + R[4] * n[1] + R[5] * n[2];
     const float nz = R[6] * n[0] + R[7] * n[1] + R[8] * n[2];
     const float per_depth = 1.0f / larger(z, 1e-6f);
-    const float facing = (x * nx + y * ny + z * nz) * per_depth;  // of the ray whose z is 1
+    const float facing = (x * nx + y * ny + z * nz) * per_depth;  // normal times the ray whose z is 1
     const float off = (depth_m[pixel] - z) * facing;
     const float near = larger(1.0f - (off * per_reach) * (off * per_reach), 0.0f);
     const float weight = std::abs(facing) * near * near;

@@ -1,4 +1,4 @@
-// CPU kernel of `distinct`: the best of many poses, none near a better one.
+// CPU kernel of `distinct`: the best of many poses, none close to a better one.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>

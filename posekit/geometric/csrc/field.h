@@ -1,4 +1,4 @@
-// Nearest surface of observed points, a block at a time, for one pose of one object.
+// Find the nearest surface of observed points, a block at a time, for one pose of one object.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 namespace posekit {
 
-constexpr int64_t kBlock = 64;  // points that are looked up together
-constexpr int64_t kLanes = 8;  // sums are taken in as many parts: their order depends on no instruction set
+constexpr int64_t kBlock = 64;  // points looked up together
+constexpr int64_t kLanes = 8;  // partial sums: their order does not depend on the instruction set
 constexpr int64_t kRow = 7;     // floats of a sample: position, normal, thickness
 
 // The tables of one object.
@@ -22,7 +22,7 @@ struct Field {
   bool oriented;
 };
 
-// The tables of all objects of a batch, as the op gets them.
+// The tables of all objects of a batch, as the op receives them.
 struct Tables {
   at::Tensor surface, oriented, first_sample, nearest, first_cell, origin_m, cell_m, last_cell, stride;
   int64_t samples;
@@ -75,7 +75,7 @@ struct Tables {
   }
 };
 
-// N oriented points (N, 3) of the camera frame, coordinate by coordinate; blocks are filled up with the last one.
+// N oriented points (N, 3) in the camera frame, by coordinate; the last block is padded with the last point.
 struct Cloud {
   int64_t count, padded;
   std::vector<float> planar;
@@ -90,7 +90,7 @@ struct Cloud {
   }
 };
 
-// A block of points in the frame of the object, and what lies nearest to them.
+// A block of points in the frame of the object, and the nearest surface.
 struct Match {
   alignas(64) float x[3][kBlock];
   alignas(64) float away[3][kBlock];    // from the surface to the point
@@ -120,7 +120,7 @@ POSEKIT_INLINE void look_up(const Field& field, const Cloud& cloud, int64_t begi
     for (int64_t k = 0; k < kRow; ++k) row[k][i] = field.surface[cell[i] * kRow + k];
   for (int64_t i = 0; i < kBlock; ++i) {
     const float facing = turned[0][i] * row[3][i] + turned[1][i] * row[4][i] + turned[2][i] * row[5][i];
-    const bool other = (facing < 0) & (row[6][i] > 0);  // it belongs to the other side of a thin wall
+    const bool other = (facing < 0) & (row[6][i] > 0);  // the point belongs to the other side of a thin wall
     const float sign = other ? -1.0f : 1.0f, through = other ? row[6][i] : 0.0f;
     for (int64_t axis = 0; axis < 3; ++axis) {
       match.away[axis][i] = match.x[axis][i] - (row[axis][i] - through * row[3 + axis][i]);
@@ -131,7 +131,7 @@ POSEKIT_INLINE void look_up(const Field& field, const Cloud& cloud, int64_t begi
   }
 }
 
-// Adds a block of numbers to sums that are taken lane by lane.
+// Add a block of numbers to sums that are kept lane by lane.
 POSEKIT_INLINE void add(const float* __restrict values, float* __restrict sums) {
   for (int64_t i = 0; i < kBlock; i += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += values[i + lane];

@@ -1,4 +1,4 @@
-// CPU kernel of `front`: the foremost sample in each cell of a picture.
+// CPU kernel of `front`: the frontmost sample in each cell of a picture.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -15,18 +15,19 @@ namespace {
 using posekit::larger;
 using posekit::smaller;
 
-constexpr int64_t kBlock = 256;      // points that are moved before they are drawn
-constexpr int64_t kIndexBits = 20;   // of a key: below its depth, the sample
+constexpr int64_t kBlock = 256;      // points moved before they are drawn
+constexpr int64_t kIndexBits = 20;   // low bits of a key that hold the sample; the depth is above them
 constexpr int64_t kFar = int64_t{1} << 62;
 constexpr float kPerMetre = 1e5f;    // depths are counted in steps of 10 micrometres
-constexpr float kMostSteps = 2e9f;   // 20 km: what an int32 holds
+constexpr float kMostSteps = 2e9f;   // 20 km: fits an int32
 
 struct Camera {
   float fx, skew, cx, fy, cy, cell_px;
   int64_t rows, columns;
 };
 
-// Cell (in a picture with a rim of one cell; 0, a corner of the rim, for what is outside) and depth of a block of points.
+// Return cell and depth of a block of points. Cells are in a picture with a rim of one cell; points outside get cell 0,
+// a corner of the rim.
 POSEKIT_INLINE void place(const float* __restrict x, const float* __restrict y, const float* __restrict z,
                           const float* __restrict R, const float* __restrict t, const Camera& camera,
                           int32_t* __restrict cell, int32_t* __restrict steps) {
@@ -48,7 +49,7 @@ POSEKIT_INLINE void place(const float* __restrict x, const float* __restrict y, 
   }
 }
 
-// Draws `count` points (padded to whole blocks) into `keys`, (rows + 2) x (columns + 2).
+// Draw `count` points (padded to whole blocks) into `keys`, (rows + 2) x (columns + 2).
 POSEKIT_CLONES void draw(const float* points, int64_t count, int64_t padded, const float* R, const float* t,
                          const Camera& camera, int64_t* keys) {
   alignas(64) int32_t cell[kBlock], steps[kBlock];
@@ -64,7 +65,8 @@ POSEKIT_CLONES void draw(const float* points, int64_t count, int64_t padded, con
   }
 }
 
-// Depths and samples from the keys; where three of four neighbours are in front of a cell by more than `step`, theirs.
+// Read depths and samples from the keys. Where three of four neighbours are in front of a cell by more than `step`,
+// take theirs.
 POSEKIT_CLONES void mend(const int64_t* keys, int64_t step, int64_t first, const Camera& camera, float* depth_m,
                          int64_t* sample) {
   const int64_t pitch = camera.columns + 2;
@@ -79,7 +81,7 @@ POSEKIT_CLONES void mend(const int64_t* keys, int64_t step, int64_t first, const
       const int64_t third = std::max(low, high);
       const int64_t key = here[i] > third + step ? third : here[i];
       const bool drawn = key < kFar;
-      // The depth's steps fit an int32.
+      // The depth in steps fits an int32.
       const float depth = static_cast<float>(static_cast<int32_t>(key >> kIndexBits)) * 1e-5f;
       depth_here[i] = drawn ? depth : std::numeric_limits<float>::infinity();
       sample_here[i] = (drawn ? key & ((int64_t{1} << kIndexBits) - 1) : 0) + first;

@@ -1,4 +1,4 @@
-// CPU kernel of `moved`: normal equations solved, and poses moved by the step.
+// CPU kernel of `moved`: solve normal equations, and move poses by the step.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -15,7 +15,7 @@ namespace {
 
 using namespace posekit;
 
-// The damped step of normal equations, 0 where it is no number.
+// Return the damped step of normal equations, 0 where it is NaN.
 void step_of(const float* hessian, const float* gradient, double (&step)[kUnknowns]) {
   double matrix[kUnknowns][kUnknowns], sum = 0;
   for (int64_t i = 0; i < kUnknowns; ++i) {
@@ -29,7 +29,7 @@ void step_of(const float* hessian, const float* gradient, double (&step)[kUnknow
     if (!std::isfinite(entry)) entry = 0;
 }
 
-// The rotation about a vector by its length (Rodrigues).
+// Return the rotation about a vector by its length (Rodrigues).
 void rotation(const double (&v)[3], double (&R)[3][3]) {
   const double square = v[0] * v[0] + v[1] * v[1] + v[2] * v[2], angle = std::sqrt(square);
   const double a = angle < 1e-6 ? 1 - square / 6 : std::sin(angle) / angle;

@@ -1,4 +1,4 @@
-// CPU kernel of `normal_equations`: what draws observed points to the surface of each pose.
+// CPU kernel of `normal_equations`: equations that draw observed points to the surface of each pose.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -19,7 +19,7 @@ struct Limits {
   float spacing_m;  // between neighbouring samples
   float rim_m2;     // squared distance along the surface past which a point is beyond its rim
   float reach_m;    // half the distance at which a point stops pulling
-  float radius_m;   // of the object: what turns are measured at
+  float radius_m;   // of the object: scales rotations
 };
 
 // trust: (N,) or null. hessian: (6, 6), gradient: (6,).
@@ -41,7 +41,7 @@ POSEKIT_CLONES void assemble(const Field& field, const Cloud& cloud, const float
       const bool beyond = squared - off * off > limits.rim_m2;
       const float robust = larger(1.0f - squared * per_reach, 0.0f);
       weight[i] = robust * robust * (beyond ? 0.5f : larger(match.facing[i], 0.1f)) * trusted[i];
-      const bool counts = weight[i] > 0;  // what does not count may be anything, even no number
+      const bool counts = weight[i] > 0;  // points without weight may hold anything, even NaN
       const float back = 1.0f / larger(distance, 1e-9f);
       const float nx = beyond ? x * back : match.normal[0][i];
       const float ny = beyond ? y * back : match.normal[1][i];
@@ -93,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor> normal_equations(
   const at::Tensor rotation = R.contiguous(), shift = t.contiguous();
   const at::Tensor reach = reach_m.contiguous(), spacing = spacing_m.contiguous();
   const at::Tensor rim = rim_m2.contiguous(), radius = radius_m.contiguous();
-  // A prefix of longer rows, or one row for all, is read where it lies.
+  // A prefix of longer rows, or one row for all, is read in place.
   const at::Tensor trusted = !trust ? at::Tensor() : trust->stride(2) == 1 ? *trust : trust->contiguous();
   at::Tensor hessian = at::empty({B, H, kUnknowns, kUnknowns}, seen.options());
   at::Tensor gradient = at::empty({B, H, kUnknowns, 1}, seen.options());

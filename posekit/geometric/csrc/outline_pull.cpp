@@ -1,4 +1,4 @@
-// CPU kernel of `outline_pull`: what draws model points that the camera saw through sideways to the mask.
+// CPU kernel of `outline_pull`: equations that draw model points seen through by the camera sideways to the mask.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -21,9 +21,9 @@ struct Maps {
 };
 
 struct Limits {
-  float through_m;  // how far behind a point the camera must have seen
+  float through_m;  // how far behind a point the camera must have seen to have seen through it
   float reach_m;    // a quarter of the distance at which a point stops pulling
-  float radius_m;   // of the object: what turns are measured at
+  float radius_m;   // of the object: scales rotations
 };
 
 // points: (M, 3), object frame.

@@ -9,7 +9,8 @@
 
 namespace posekit {
 
-// Solves matrix * x = right by Gauss with pivots; both are used up, `right` becomes x. A singular one gives no numbers.
+// Solve matrix * x = right by Gauss with pivots. Both are overwritten; `right` becomes x. A singular matrix gives NaN
+// or infinity.
 template <int64_t N>
 POSEKIT_INLINE void solve(double (&matrix)[N][N], double (&right)[N]) {
   for (int64_t i = 0; i < N; ++i) {

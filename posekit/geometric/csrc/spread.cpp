@@ -12,7 +12,7 @@ namespace {
 
 using namespace posekit;
 
-constexpr int64_t kBlock = 256;  // cells whose normals are gathered before they are worked on
+constexpr int64_t kBlock = 256;  // cells whose normals are gathered at a time
 
 // normal: (3, kBlock), object frame; ray: (kBlock, 3), camera frame, unit.
 POSEKIT_CLONES void spread_block(const float* __restrict normal, const float* __restrict ray,

@@ -1,7 +1,7 @@
-"""CAD models: from a client's files to vertices and faces, with every claim of the files checked before it is believed.
+"""Read CAD models: from a client's files to vertices and faces; every claim of the files is checked first.
 
-PLY, STL and OFF are read here; OBJ and GLB are read by trimesh, which sees nothing but the files given. The result is
-one mesh in the file's own unit; `resolve_unit`, `to_mesh` and `health` then say what it means in metres.
+PLY, STL and OFF are read here. OBJ and GLB are read by trimesh, which sees nothing but the files given. The result is
+one mesh in the file's own unit. `resolve_unit`, `to_mesh` and `health` then interpret it in metres.
 """
 
 from posekit.io.meshes.archive import expand, unzip

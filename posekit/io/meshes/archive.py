@@ -1,4 +1,4 @@
-"""A mesh in a zip, unpacked in memory with every claim of the archive checked."""
+"""Unpack a mesh from a zip, in memory, checking every claim of the archive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_ZIP_FILES = 256
 
 
 def expand(files: Mapping[str, bytes], field: str | None = "file") -> tuple[dict[str, bytes], str]:
-    """Unpack the one zip in `files` and find the mesh in it: (its files, the mesh's format)."""
+    """Unpack the one zip in `files` and find the mesh in it; return its files and the mesh's format."""
     if len(files) != 1:
         raise InvalidInput("a zip is sent alone", field)
     (data,) = files.values()
@@ -39,8 +39,8 @@ def unzip(
 ) -> dict[str, bytes]:
     """Unpack a zip in memory to {name without folders: content}; hidden files and those of macOS are left out.
 
-    Raises BadData for a broken archive or names that leave it, TooLarge before more than `max_bytes` are unpacked or
-    where there are more than `max_files`, InvalidInput for encryption, unusual compression and equal names.
+    Raises BadData for a broken archive or names that point outside it, TooLarge before more than `max_bytes` are
+    unpacked or if there are more than `max_files`, InvalidInput for encryption, unusual compression and equal names.
     """
     found: dict[str, bytes] = {}
     left = max_bytes

@@ -1,9 +1,9 @@
-"""An object's id: what its files hold, and nothing else.
+"""Compute an object's id from the content of its files, and from nothing else.
 
 A mesh's content id is a sha256 over: the line `posekit-object-1`, the resolved unit, the number of files, and for each
-file in the order of its name's UTF-8 bytes the name and the content. Every string and content is preceded by its
-length in bytes, numbers being eight bytes, little-endian. A single file goes by the name `model.<format>`, so that a
-client's name for it does not matter.
+file, in the order of the UTF-8 bytes of the names, its name and content. Every string and content is preceded by its
+length in bytes; numbers are eight bytes, little-endian. A single file is named `model.<format>`, so that the client's
+name for it does not matter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from posekit.io.meshes.formats import Unit, suffix
 
 
 def content_id(unit: Unit, files: Mapping[str, bytes]) -> str:
-    """The object's id: sha256 (64 hex characters) over unit, names and contents; the module's text has the layout."""
+    """Return the object's id: sha256 (64 hex digits) over unit, names and contents, in the layout described above."""
     digest = hashlib.sha256(b"posekit-object-1\n")
 
     def add(content: bytes) -> None:

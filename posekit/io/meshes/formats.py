@@ -1,4 +1,4 @@
-"""What a mesh file is: the formats that are read, and which of them some bytes are."""
+"""The mesh formats that can be read, and how to recognise one from its bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _UNREADABLE_ENDINGS: Final = {"stp": "step", "p21": "step", "igs": "iges"}
 
 
 def suffix(name: str) -> str:
-    """Return what follows a name's last dot, in small letters; "" where there is no dot."""
+    """Return the part of a name after its last dot, in lower case; "" without a dot."""
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
@@ -55,7 +55,7 @@ def refuse_unreadable(data: bytes, field: str | None) -> None:
 
 
 def sniff(data: bytes) -> str | None:
-    """The format that the bytes themselves claim to be: "ply", "stl", "glb", "off", "obj", "zip", or None."""
+    """Return the format that the bytes themselves claim to be: "ply", "stl", "glb", "off", "obj", "zip", or None."""
     if data.startswith(b"glTF"):
         return "glb"
     if data.startswith(b"PK\x03\x04") or data.startswith(b"PK\x05\x06"):
@@ -72,5 +72,5 @@ def sniff(data: bytes) -> str | None:
     if b"\0" not in start and re.search(rb"^\s*v\s+[-+.\d]", data, re.MULTILINE):
         return "obj"
     if len(data) >= 84 and b"\0" in data[:84] and int.from_bytes(data[80:84], "little") * 50 > len(data):
-        return "stl"  # binary and cut short, which its reader says in words
+        return "stl"  # binary and cut short; the STL reader says so
     return None

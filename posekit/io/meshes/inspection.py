@@ -1,4 +1,4 @@
-"""What a mesh means in metres, and what about it is likely to make trouble."""
+"""Interpret a mesh in metres, and report what is likely to cause trouble."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL_MM, LARGE_MM = 5.0, 3000.0
 
 @dataclass(frozen=True, kw_only=True)
 class HealthReport:
-    """What a CAD model looks like, for the person who sent it."""
+    """A CAD model's properties and problems, for the person who sent it."""
 
     faces: int
     watertight: bool
@@ -32,7 +32,7 @@ class HealthReport:
 def resolve_unit(raw: RawMesh, unit: Literal["mm", "m", "auto"] | None, cad_format: str) -> tuple[Unit, str | None]:
     """The unit of a mesh's file (None: its format's), and for `auto` a sentence that reports the guess.
 
-    Objects that one estimates poses of measure 5 mm to 3 m: a number below 3 is in metres, any other in millimetres.
+    Objects for pose estimation measure 5 mm to 3 m: a diameter below 3 is in metres, any other in millimetres.
     """
     if unit is None:
         return UNIT_OF.get(cad_format, "mm"), None
@@ -49,7 +49,7 @@ def resolve_unit(raw: RawMesh, unit: Literal["mm", "m", "auto"] | None, cad_form
 
 
 def to_mesh(raw: RawMesh, unit: Unit) -> Mesh:
-    """The mesh in metres, as the engines take it."""
+    """Return the mesh in metres, as the engines take it."""
     return Mesh(
         vertices_m=(raw.vertices * METRES_OF[unit]).astype(np.float32),
         faces=raw.faces.astype(np.int32),
@@ -58,7 +58,7 @@ def to_mesh(raw: RawMesh, unit: Unit) -> Mesh:
 
 
 def health(raw: RawMesh, mesh: Mesh) -> HealthReport:
-    """Judge a mesh for the person who sent it: what it is, and what about it is likely to make trouble."""
+    """Report a mesh's properties, and what is likely to cause trouble, for the person who sent it."""
     vertices = mesh.vertices_m.astype(np.float64)
     extents = m_to_mm(np.ptp(vertices, axis=0))
     diameter_mm = diameter_m(vertices) * MM_PER_M
@@ -87,7 +87,7 @@ def health(raw: RawMesh, mesh: Mesh) -> HealthReport:
 
 
 def is_watertight(vertices: npt.NDArray[Any], faces: npt.NDArray[Any]) -> bool:
-    """Whether every edge belongs to exactly two faces, vertices at the same place counting as one."""
+    """Return True if every edge belongs to exactly two faces. Vertices at the same place count as one."""
     _, place = unique_rows(vertices.astype(np.float64))
     corners = place[faces]
     edges = np.sort(np.concatenate([corners[:, [0, 1]], corners[:, [1, 2]], corners[:, [2, 0]]]), axis=1)
@@ -96,10 +96,10 @@ def is_watertight(vertices: npt.NDArray[Any], faces: npt.NDArray[Any]) -> bool:
 
 
 def diameter_m(vertices: npt.NDArray[Any]) -> float:
-    """The largest distance between two of (V, 3) vertices, in their own unit (metres in, metres out).
+    """Return the largest distance between two of (V, 3) vertices, in their own unit (metres in, metres out).
 
-    Exact up to 1000 vertices. Beyond that, found among the extreme points of 256 directions and improved by walking to
-    the furthest vertex and back until that gains nothing: a lower bound, in practice the diameter itself.
+    Exact up to 1000 vertices. Beyond that, the search starts from the extreme points of 256 directions and walks to the
+    furthest vertex and back until that gains nothing: a lower bound, in practice the diameter itself.
     """
     points = np.unique(_extreme_points(vertices.astype(np.float64)), axis=0)
     squared = np.square(points[:, None] - points[None]).sum(axis=2)
@@ -118,11 +118,11 @@ def diameter_m(vertices: npt.NDArray[Any]) -> float:
 
 
 def _extreme_points(points: Float64) -> Float64:
-    """The points that lie outermost in 256 directions spread evenly over the sphere; all, where there are few."""
+    """Return the outermost points in 256 directions spread evenly over the sphere; all points if there are few."""
     if len(points) <= 1000:
         return points
     index = np.arange(256) + 0.5
-    z, turn = 1.0 - index / 256.0, np.pi * (1.0 + 5.0**0.5) * index  # half the sphere: the ends of a line are both kept
+    z, turn = 1.0 - index / 256.0, np.pi * (1.0 + 5.0**0.5) * index  # half the sphere: both ends of a line are kept
     radius = np.sqrt(1.0 - z * z)
     directions = np.column_stack([radius * np.cos(turn), radius * np.sin(turn), z])
     across = np.ascontiguousarray(points.T)

@@ -1,4 +1,4 @@
-"""OBJ and GLB, read by trimesh, which sees nothing but the files given."""
+"""Read OBJ and GLB with trimesh, which sees nothing but the files given."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from posekit.io.meshes.textures import MAX_TEXTURE_MEGAPIXELS, Files, bytes_of, 
 def read_with_trimesh(
     data: bytes, others: Mapping[str, bytes], cad_format: str, max_faces: int, field: str | None
 ) -> Parts:
-    """Read every body at its place in the file's scene, with its colours. BadData for whatever a parser trips over."""
+    """Read every body at its place in the file's scene, with its colours. Raises BadData if the parser fails."""
     if cad_format == "glb":
         _check_glb(data, max_faces, field)
     else:
@@ -50,13 +50,13 @@ def read_with_trimesh(
                 parts.colors.append(_body_colors(body, parts.warnings))
     except (PoseError, MemoryError):
         raise
-    except Exception:  # a parser of strangers' files fails in every way there is; what it means is one thing
+    except Exception:  # a parser of untrusted files may raise anything; each means that the file is bad
         raise BadData(f"the {cad_format.upper()} is broken and cannot be read", field) from None
     return parts
 
 
 def _check_glb(data: bytes, max_faces: int, field: str | None) -> None:
-    """Check a GLB's chunks, and what its JSON claims, before trimesh takes memory for it."""
+    """Check a GLB's chunks and the claims in its JSON before trimesh takes memory for them."""
     broken = BadData("the GLB is cut short or broken", field)
     if len(data) < 20:
         raise broken
@@ -87,7 +87,7 @@ def _check_glb(data: bytes, max_faces: int, field: str | None) -> None:
 
 
 def _body_colors(body: Any, notes: list[str]) -> UInt8 | None:
-    """(V, 3) RGB of one body as trimesh read it, or None where it has no colours."""
+    """Return the (V, 3) RGB colours of one body as trimesh read it, None if it has no colours."""
     count = len(body.vertices)
     visual = body.visual
     if visual.kind == "vertex":
@@ -98,7 +98,7 @@ def _body_colors(body: Any, notes: list[str]) -> UInt8 | None:
     image = getattr(material, "image", None)
     if image is None:
         image = getattr(material, "baseColorTexture", None)
-    if getattr(image, "format", None) is None:  # trimesh's stand-in where there is no texture
+    if getattr(image, "format", None) is None:  # trimesh's placeholder for a missing texture
         image = None
     if image is not None and uv is not None and len(uv) == count:
         if image.format not in ("PNG", "JPEG") or image.width * image.height > MAX_TEXTURE_MEGAPIXELS * 1e6:

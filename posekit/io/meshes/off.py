@@ -1,4 +1,4 @@
-"""OFF, as text."""
+"""Read OFF text files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from posekit.io.meshes.raw import Parts, check_claim
 
 
 def read_off(data: bytes, max_faces: int, field: str | None) -> Parts:
-    """Read vertices and polygons, in the file's unit. BadData for what is cut short, TooLarge for too many faces."""
+    """Read vertices and polygons, in the file's unit. Raises BadData if cut short, TooLarge for too many faces."""
     text = re.sub(rb"#[^\n]*", b"", data)
     counts = re.match(rb"\s*\w*OFF\s+(\d{1,18})\s+(\d{1,18})\b[^\n]*\n", text)
     if counts is None:

@@ -1,4 +1,4 @@
-"""PLY: its header claims counts, and it comes with mixed polygons and colours of many kinds."""
+"""Read PLY: check the counts that its header claims, then read mixed polygons and colours of many kinds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PLY_TYPES = {
 class _Property:
     name: str
     dtype: np.dtype[Any]
-    count_dtype: np.dtype[Any] | None = None  # of a list
+    count_dtype: np.dtype[Any] | None = None  # type of a list's length; None = not a list
 
 
 @dataclass
@@ -38,12 +38,12 @@ class _Element:
 
     @property
     def least_bytes(self) -> int:
-        """What a row takes in a binary file, its lists being empty."""
+        """Return the bytes that a row takes in a binary file if its lists are empty."""
         return sum((one.count_dtype or one.dtype).itemsize for one in self.properties)
 
 
 def read_ply(data: bytes, others: Mapping[str, bytes], max_faces: int, field: str | None) -> Parts:
-    """Read a mesh with colours of vertices, faces or a texture among `others`, in the file's unit."""
+    """Read a mesh in the file's unit, with colours from vertices, faces, or a texture among `others`."""
     elements, ascii_, texture, body = _ply_header(data, max_faces, field)
     try:
         columns = _ply_ascii(elements, body) if ascii_ else _ply_binary(elements, body)
@@ -71,7 +71,7 @@ def read_ply(data: bytes, others: Mapping[str, bytes], max_faces: int, field: st
 
 
 def _ply_header(data: bytes, max_faces: int, field: str | None) -> tuple[list[_Element], bool, str | None, bytes]:
-    """(elements, whether the body is text, texture file's name, body), the elements' claims checked."""
+    """Check the header; return (elements, True if the body is text, name of the texture file, body)."""
     broken = BadData("the PLY is broken: its header makes no sense", field)
     end = re.search(rb"^end_header[ \t]*\r?\n", data[: 1 << 20], re.MULTILINE)
     if end is None:
@@ -149,7 +149,7 @@ def _ply_binary(elements: list[_Element], body: bytes) -> _Columns:
 
 
 def _first_sizes(element: _Element, body: bytes, position: int) -> dict[str, int]:
-    """How long the lists of an element's first row are: most files have all rows alike."""
+    """Return the lengths of the lists in an element's first row: in most files all rows are alike."""
     sizes = {}
     for one in element.properties:
         if one.count_dtype is None:
@@ -166,7 +166,7 @@ def _first_sizes(element: _Element, body: bytes, position: int) -> dict[str, int
 def _ply_binary_ragged(
     element: _Element, body: bytes, position: int
 ) -> tuple[dict[str, npt.NDArray[Any] | Ragged], int]:
-    """Row by row, for lists of different lengths (triangles and quads mixed)."""
+    """Read row by row, for lists of different lengths (triangles and quads mixed)."""
     steps = []
     for one in element.properties:
         pieces: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Faces of any number of corners, as PLY and OFF list them, and the triangles that they are made of."""
+"""Faces with any number of corners, as PLY and OFF list them, and their triangulation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Ragged:
 
 
 def triangulated(polygons: Ragged, max_faces: int, field: str | None) -> tuple[Int64, Int64]:
-    """Fans of triangles (F, 3) and the polygon that each came from (F,); fewer than three corners give none."""
+    """Return fans of triangles (F, 3) and the polygon of each (F,). Fewer than three corners give no triangle."""
     total = int(np.maximum(polygons.sizes - 2, 0).sum())
     check_claim(total, 0, max_faces, field)
     corners = _whole(polygons.values, field)
@@ -35,7 +35,7 @@ def triangulated(polygons: Ragged, max_faces: int, field: str | None) -> tuple[I
 
 
 def _whole(values: npt.NDArray[Any], field: str | None) -> Int64:
-    """Indices as int64; BadData for what is no index."""
+    """Return indices as int64; raise BadData for a value that is no index."""
     if values.dtype.kind == "f" and not (np.isfinite(values).all() and (np.abs(values) < 2**53).all()):
         raise bad_index(field)
     if values.dtype.kind == "u" and values.size and int(values.max()) >= 1 << 62:

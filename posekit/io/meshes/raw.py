@@ -1,4 +1,4 @@
-"""A mesh as a reader finds it, in pieces, and cleaned: checked, merged, without what no face uses."""
+"""A mesh as a reader returns it, in pieces, and its clean-up: checked, merged, unused vertices dropped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GREY = np.array([128, 128, 128], dtype=np.uint8)
 
 @dataclass(frozen=True, kw_only=True)
 class RawMesh:
-    """A mesh in its file's unit, cleaned: finite, every vertex used and unique, no degenerate face."""
+    """A cleaned mesh in its file's unit: finite, every vertex used and unique, no degenerate face."""
 
     vertices: Float64  # (V, 3)
     faces: Int64  # (F, 3)
@@ -29,7 +29,7 @@ class RawMesh:
 
 @dataclass
 class Parts:
-    """Pieces of a mesh as a reader finds them; corners index the vertices of their own piece."""
+    """The pieces of a mesh as a reader returns them. Corners index the vertices of their own piece."""
 
     vertices: list[Float64]
     faces: list[Int64]
@@ -46,12 +46,12 @@ def check_claim(faces: int, vertices: int, max_faces: int, field: str | None) ->
 
 
 def bad_index(field: str | None) -> BadData:
-    """Make the error for a face that names a vertex which is not there."""
+    """Make the error for a face that names a missing vertex."""
     return BadData("the mesh is broken: a face points to a vertex that does not exist", field)
 
 
 def cleaned(parts: Parts, max_faces: int, field: str | None) -> RawMesh:
-    """One mesh of all parts: checked, equal vertices merged, unused ones and degenerate faces dropped."""
+    """Join all parts into one mesh: check it, merge equal vertices, drop unused ones and degenerate faces."""
     if sum(len(faces) for faces in parts.faces) == 0:
         raise InvalidInput("the mesh has no faces; a point cloud is not enough, send a triangle mesh", field)
     for vertices, faces in zip(parts.vertices, parts.faces, strict=True):
@@ -92,7 +92,7 @@ def cleaned(parts: Parts, max_faces: int, field: str | None) -> RawMesh:
 
 
 def _compact(faces: Int64, count: int) -> tuple[Int64, Int64]:
-    """Which of `count` vertices are used, and the faces in their new numbers."""
+    """Return which of `count` vertices are used, and the faces renumbered."""
     mask = np.zeros(count, dtype=bool)
     mask[faces] = True
     number = np.cumsum(mask) - 1
@@ -100,13 +100,13 @@ def _compact(faces: Int64, count: int) -> tuple[Int64, Int64]:
 
 
 def _merged(vertices: Float64, colors: UInt8 | None, faces: Int64) -> tuple[Int64, Int64]:
-    """Vertices that are equal in place and colour become one: (their representatives, the faces in new numbers)."""
+    """Merge vertices that are equal in place and colour; return (one representative each, the faces renumbered)."""
     first, inverse = unique_rows(vertices, colors)
     return first, inverse[faces]
 
 
 def unique_rows(vertices: Float64, colors: UInt8 | None = None) -> tuple[Int64, Int64]:
-    """(index of each distinct row, in order of appearance; for each row the place of its own among them)."""
+    """Return (index of each distinct row, in order of appearance; for each row the position of its own among them)."""
     keys = [vertices[:, 0], vertices[:, 1], vertices[:, 2]]
     if colors is not None:
         keys.append(colors.astype(np.int64) @ np.array([65536, 256, 1]))

@@ -1,4 +1,4 @@
-"""From a client's files to one mesh in the file's own unit."""
+"""Read a client's files into one mesh in the file's own unit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from posekit.io.meshes.stl import read_stl
 
 
 def load_mesh(files: Mapping[str, bytes], cad_format: str, max_faces: int, field: str | None = "file") -> RawMesh:
-    """Read a mesh; `files` maps names to contents: one file, or an OBJ with its material and texture files, or a zip.
+    """Read a mesh. `files` maps names to contents: one file, or an OBJ with its material and texture files, or a zip.
 
     Several bodies become one mesh, each at its place; textures and face colours become vertex colours (vertices are
     doubled where face colours meet). Raises BadData for what is not a mesh of that format, TooLarge for more faces than

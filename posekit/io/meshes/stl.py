@@ -1,4 +1,4 @@
-"""STL, as text and binary."""
+"""Read STL, text and binary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from posekit.io.meshes.raw import Parts, check_claim
 
 
 def read_stl(data: bytes, max_faces: int, field: str | None) -> Parts:
-    """Read three vertices a facet, in the file's unit. BadData for what is cut short, TooLarge for too many facets."""
+    """Read three vertices per facet, in the file's unit. Raises BadData if cut short, TooLarge for too many facets."""
     claimed = int.from_bytes(data[80:84], "little") if len(data) >= 84 else 0
     text = re.match(rb"\s*solid\b", data[:512], re.IGNORECASE) and re.search(rb"facet|endsolid", data, re.IGNORECASE)
     if text and len(data) != 84 + 50 * claimed:

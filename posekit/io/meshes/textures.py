@@ -1,4 +1,4 @@
-"""The pictures beside a mesh, and the colours that its vertices take from them."""
+"""Read the pictures beside a mesh, and take vertex colours from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_TEXTURE_MEGAPIXELS = 50.0
 
 
 class Files:
-    """The given files as trimesh wants to see them; by last name, whatever the case, and never anything else."""
+    """A resolver for trimesh that finds the given files by last name, in any case, and never anything else."""
 
     def __init__(self, files: Mapping[str, bytes], notes: list[str]) -> None:
         self.files = {_last_name(name): content for name, content in files.items()}
@@ -50,7 +50,7 @@ def _last_name(name: str) -> str:
 
 
 def texture_image(files: Files, name: str, notes: list[str]) -> UInt8 | None:
-    """Decode a texture by its name: (H, W, 3) RGB; None, with a note, where it is missing or cannot be used."""
+    """Decode a texture by its name: (H, W, 3) RGB; None, with a note, if it is missing or cannot be used."""
     try:
         return images.decode_color(files.get(name), MAX_TEXTURE_MEGAPIXELS)
     except FileNotFoundError:
@@ -61,7 +61,7 @@ def texture_image(files: Files, name: str, notes: list[str]) -> UInt8 | None:
 
 
 def sampled(image: UInt8, uv: Float64) -> UInt8:
-    """The texture's colour at (N, 2) coordinates, v upwards, repeating outside of 0 to 1; the nearest pixel."""
+    """Return the texture's colours at (N, 2) coordinates, v upwards, repeating outside 0 to 1; the nearest pixel."""
     height, width = image.shape[:2]
     wrapped = np.nan_to_num(uv, posinf=0.0, neginf=0.0)
     wrapped = np.where((wrapped >= 0) & (wrapped <= 1), wrapped, wrapped % 1.0)

@@ -1,1 +1,1 @@
-"""Weights: where they come from, which they are, how they are read."""
+"""The network's weights: their source, their version, and how to read them."""

@@ -1,10 +1,10 @@
-"""What is known of the files of weights in a folder: where each is from, on what terms, and its sha256.
+"""Records of the weight files in a folder: the source of each, its licence, and its sha256.
 
     <folder>/sam-6d-pem-base.safetensors    the weights
     <folder>/sam-6d-pem-base.json           their WeightsEntry, written by the import
-    <folder>/manifest.json                  entries that came with the folder; its files are held to them as well
+    <folder>/manifest.json                  entries that came with the folder; its files must match these too
 
-It imports no torch, so that the gateway can afford it.
+Imports no torch, so that the gateway can afford it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LICENCE: Final = "unknown: the repository that publishes it states none"
 
 
 class WeightsEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one file of weights. checkpoints/manifest.json explains the fields to people."""
+    """The record of one weight file. checkpoints/manifest.json explains the fields."""
 
     name: str
     engine: str
@@ -43,14 +43,14 @@ class _Manifest(msgspec.Struct, frozen=True):
 
 
 def files(folder: Path) -> list[Path]:
-    """The files of weights in a folder, by name; none where there is no such folder."""
+    """Return the weight files in a folder, by name; an empty list if the folder does not exist."""
     return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
 
 
 def entry(path: Path) -> WeightsEntry | None:
-    """What is recorded of a file of weights, without reading it; None where nothing is, or of a file of another size.
+    """Return the record of a weight file without reading the file; None without a record, or if the size differs.
 
-    That the bytes are still those of the entry is for `posekit.sam6d.checkpoint.weights.verify` to say.
+    `posekit.sam6d.checkpoint.weights.verify` checks that the bytes still match the record.
     """
     try:
         nbytes = path.stat().st_size
@@ -60,9 +60,9 @@ def entry(path: Path) -> WeightsEntry | None:
 
 
 def entries(path: Path) -> list[WeightsEntry]:
-    """All that is recorded of a file of weights: beside it, and in the folder's manifest.
+    """Return all records of a weight file: beside it, and in the folder's manifest.
 
-    Raises BrokenCheckpoint where one of these two files cannot be read.
+    Raises BrokenCheckpoint if either of these two files cannot be read.
     """
     found = []
     with contextlib.suppress(FileNotFoundError):
@@ -73,13 +73,13 @@ def entries(path: Path) -> list[WeightsEntry]:
 
 
 def record(path: Path, known: WeightsEntry) -> None:
-    """Write the entry beside a file of weights; StoreError where that fails."""
+    """Write the record beside a weight file; raise StoreError if that fails."""
     text = msgspec.json.format(msgspec.json.encode(known), indent=2) + b"\n"
     write_atomically(_beside(path), text, "the entry of the weights")
 
 
 def forget(path: Path) -> None:
-    """Remove the entry beside a file of weights, where there is one."""
+    """Remove the record beside a weight file, if there is one."""
     _beside(path).unlink(missing_ok=True)
 
 

@@ -1,6 +1,6 @@
-"""The version of what the network makes of an object: another one for other weights, since features are theirs.
+"""The version of the network's object models. It changes with the weights, because the stored features do.
 
-It imports no torch, so that the gateway can afford it.
+Imports no torch, so that the gateway can afford it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from posekit.sam6d.network.config import Config
 
 
 def version_of(weights_file: Path, views: int = Config.views) -> str:
-    """`VERSION`, eight digits of the weights' sha256, and the number of views where it is not the published one.
+    """Return `VERSION`, eight digits of the weights' sha256, and the number of views if it is not the published one.
 
-    Raises BrokenCheckpoint where there is no such file.
+    Raises BrokenCheckpoint if the file does not exist.
     """
     return f"{VERSION}.{sha256_of(weights_file)[:8]}" + (f".v{views}" if views != Config.views else "")
 
 
 def sha256_of(weights_file: Path) -> str:
-    """Of the weights: recorded by their import, else of the file, in a second. BrokenCheckpoint as `version_of`."""
+    """Return the sha256 recorded by the import, else compute it in a second. BrokenCheckpoint as in `version_of`."""
     known = manifest.entry(weights_file)
     if known:
         return known.sha256

@@ -1,7 +1,7 @@
-"""The network's weights: a checkpoint is read without running anything in it, checked, and kept as safetensors.
+"""Import, verify and load the network's weights. Nothing in a checkpoint is executed; weights are kept as safetensors.
 
-What may be in a file is what the network itself has: its names, shapes and types (see `Network.state_dict`). What is
-known of a file, and which files lie beside it: `posekit.sam6d.checkpoint.manifest`.
+A file may hold exactly what the network has: its names, shapes and types (see `Network.state_dict`). The records of
+weight files, and the files beside them: `posekit.sam6d.checkpoint.manifest`.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ from posekit.sam6d.checkpoint.manifest import WeightsEntry
 from posekit.sam6d.network.whole import Network
 from posekit.store import write_atomically
 
-SIZE_LIMIT: Final = 4 * 2**30  # bytes of a file, and of what it unpacks to; the released checkpoint has a tenth
+SIZE_LIMIT: Final = 4 * 2**30  # bytes of a file, packed or unpacked; the released checkpoint has a tenth of that
 
-Tell = Callable[[str], None]  # what is being done now
+Tell = Callable[[str], None]  # told what is being done now
 
-#: type wanted -> types that are taken for it
+#: wanted type -> types that can be converted to it
 _CONVERTIBLE: Final[dict[torch.dtype, tuple[torch.dtype, ...]]] = {
     torch.float32: (torch.float16, torch.bfloat16, torch.float64),
     torch.int64: (torch.int32, torch.int16, torch.int8, torch.uint8),
 }
-_COUNTER: Final = "num_batches_tracked"  # of batch normalisation; says nothing in inference, so it may be missing
-_NAMED_AT_MOST = 10  # of each sort of misfit
+_COUNTER: Final = "num_batches_tracked"  # of batch normalisation; unused in inference, so it may be missing
+_NAMED_AT_MOST = 10  # names listed for each sort of misfit
 
-#: Modules that no checkpoint needs: a pickle that asks for them is made to do something.
+#: Modules that no checkpoint needs: a pickle that asks for them would run code.
 _RUNS_CODE = frozenset(
     {"os", "posix", "nt", "sys", "subprocess", "builtins", "shutil", "runpy", "importlib", "socket", "pty", "ctypes"}
 )
 
 
 class Imported(msgspec.Struct, frozen=True, kw_only=True):
-    """What an import came to."""
+    """The result of an import."""
 
     path: str
     entry: WeightsEntry
-    already: bool  # the very same weights were there before
-    notes: list[str]  # what was done to the tensors on the way
+    already: bool  # the same weights were already there
+    notes: list[str]  # changes made to the tensors
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What is to be said of a file of weights."""
+    """The facts and the first problem of a weight file."""
 
     name: str
     bytes: int
-    sha256: str | None  # of its bytes as they are now; None where they were not read
+    sha256: str | None  # sha256 of the bytes as they are now; None if they were not read
     entry: WeightsEntry | None
-    problem: str | None  # None: nothing is wrong with it
+    problem: str | None  # None: no problem found
 
 
 def _say_nothing(_: str) -> None:
@@ -74,11 +74,11 @@ def _say_nothing(_: str) -> None:
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """The network's tensors by name, exactly its 462 names, shapes and types in its order, from a safetensors file.
+    """Load the network's tensors from a safetensors file: exactly its 462 names, shapes and types, in its order.
 
     The tensors are views of the mapped file: nothing is copied, and processes that load the same file share its memory.
-    They are not meant to be written to. Raises BrokenCheckpoint for a file that is missing, cut short, damaged or of
-    another network.
+    Do not write to them. Raises BrokenCheckpoint if the file is missing, cut short, damaged or made for another
+    network.
     """
     tensors = _read_safetensors(path)
     misfits = _misfits(tensors, exact=True)
@@ -99,14 +99,14 @@ def import_checkpoint(
     force: bool = False,
     tell: Tell = _say_nothing,
 ) -> Imported:
-    """Write the weights in `file` (.pth, .pt or .safetensors) to `checkpoints_dir`, with their entry.
+    """Write the weights in `file` (.pth, .pt or .safetensors) to `checkpoints_dir`, with their record.
 
-    Taken are `{"model": ...}`, `{"state_dict": ...}` and the bare dict, with or without `module.` before each name,
+    Accepted are `{"model": ...}`, `{"state_dict": ...}` and the bare dict, with or without `module.` before each name,
     and floating-point tensors of any width. Everything is checked before anything is written, and nothing in the file
-    is executed. Tensors that the network has and inference leaves alone are kept.
+    is executed. Tensors that the network has but inference does not use are kept.
 
-    Raises BrokenCheckpoint where `file` is refused, or where other weights are in the way and `force` is false, and
-    StoreError where the folder cannot be written.
+    Raises BrokenCheckpoint if `file` is refused, or if other weights are in the way and `force` is false; StoreError if
+    the folder cannot be written.
     """
     tell("reading")
     found, notes = _read(file)
@@ -143,7 +143,7 @@ def import_checkpoint(
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Put the weights in place; the old entry goes first, so that a crash leaves none rather than a wrong one."""
+    """Replace the weights. The old record goes first, so that a crash leaves no record rather than a wrong one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         manifest.forget(path)
@@ -156,15 +156,15 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def describe(path: Path) -> Verdict:
-    """What is recorded of a file of weights, and whether its names, shapes and types are the network's.
+    """Return the record of a weight file, and check names, shapes and types against the network's.
 
-    Reads its header only: `verify` reads all of it.
+    Reads the header only; `verify` reads the whole file.
     """
     return _judge(path, sha256=None)
 
 
 def verify(path: Path) -> Verdict:
-    """Read a file of weights: are its bytes those of its entry, its tensors the network's, its numbers finite?"""
+    """Read and check a weight file: bytes against the record, tensors against the network, numbers for NaN or inf."""
     try:
         sha256 = _sha256(path)
     except BrokenCheckpoint as error:
@@ -173,7 +173,7 @@ def verify(path: Path) -> Verdict:
 
 
 def _judge(path: Path, sha256: str | None) -> Verdict:
-    """The first thing that is wrong, tensors before bytes; the numbers are read where `sha256` says that bytes were."""
+    """Return the first problem, tensors before bytes; check the numbers if `sha256` shows that the bytes were read."""
     recorded: list[WeightsEntry] = []
     nbytes = path.stat().st_size
     problem = None
@@ -204,7 +204,7 @@ def _sha256(path: Path) -> str:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
-    """What a checkpoint file holds by the network's names, not looked at yet, and notes on how it was found."""
+    """Return the unchecked content of a checkpoint file under the network's names, and notes on how it was found."""
     kind = _sniff(file)
     checkpoint: Any = _read_safetensors(file) if kind == "safetensors" else _read_pickled(file, kind)
     if not isinstance(checkpoint, Mapping):
@@ -224,7 +224,7 @@ def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _sniff(file: Path) -> Literal["zip", "pickle", "safetensors"]:
-    """What a file is by its first bytes: names say anything."""
+    """Return a file's kind by its first bytes; its name proves nothing."""
     name = file.name
     if file.is_dir():
         raise BrokenCheckpoint(f"{name} is a folder: name the file in it")
@@ -254,7 +254,7 @@ def _sniff(file: Path) -> Literal["zip", "pickle", "safetensors"]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, as views of its mapped pages."""
+    """Return all tensors of a file, as views of its mapped pages."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -269,24 +269,24 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickled(file: Path, kind: Literal["zip", "pickle"]) -> Any:
-    """What torch.save wrote, tensors only: torch builds nothing else from it, whatever the file asks for."""
+    """Load what torch.save wrote, tensors only: torch builds nothing else from it, whatever the file asks for."""
     try:
         if kind == "zip":
             _look_inside(file)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the file's age and kind: what matters is said below
+            warnings.simplefilter("ignore")  # about the file's age and kind; the checks below report what matters
             return torch.load(file, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except BrokenCheckpoint:
         raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise BrokenCheckpoint(_unsafe(file, asked[1]) if asked else _damaged(file)) from None
-    except Exception:  # a damaged file makes the readers raise anything
+    except Exception:  # a damaged file may make the readers raise anything
         raise BrokenCheckpoint(_damaged(file)) from None
 
 
 def _look_inside(file: Path) -> None:
-    """Refuse an archive that unpacks to more than it weighs, or that is no checkpoint, before any of it is unpacked."""
+    """Refuse, before unpacking, an archive that unpacks to more than SIZE_LIMIT or that is no checkpoint."""
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
     nbytes = sum(part.file_size for part in parts)
@@ -327,13 +327,16 @@ def _unsafe(file: Path, asked: str) -> str:
 
 @functools.cache
 def _expected() -> Mapping[str, Tensor]:
-    """The network's own tensors by name, without their numbers."""
+    """Return the network's own tensors by name, without their numbers."""
     with torch.device("meta"):
         return dict(Network().state_dict())
 
 
 def _misfits(found: Mapping[str, Any], *, exact: bool) -> list[str]:
-    """A line for each sort of difference from the network; empty where all fits, or could be made to if not `exact`."""
+    """Return a line for each sort of difference from the network; empty if all fits.
+
+    If not `exact`, tensors that can be made to fit count as fitting.
+    """
     expected = _expected()
     missing = [name for name in expected if name not in found and (exact or not name.endswith(_COUNTER))]
     left_over = [name for name in found if name not in expected]
@@ -360,12 +363,12 @@ def _fits(value: Any, wanted: Tensor, exact: bool) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether this is a tensor with a number for each place; a file may also hold sparse, nested and empty ones."""
+    """Return True for a tensor that stores a number for each place. A file may also hold sparse, nested, empty ones."""
     return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided and value.is_cpu
 
 
 def _form(tensor: Tensor) -> str:
-    """How a tensor is called in a list of misfits: its type and shape."""
+    """Return a tensor's type and shape for a list of misfits."""
     return f"{_short(tensor.dtype)} {tuple(tensor.shape)}"
 
 
@@ -383,7 +386,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _converted(found: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """Every tensor of the network in its own type, contiguous; what had to be done is added to the notes."""
+    """Return every tensor of the network in its own type, contiguous; add the changes made to `notes`."""
     done: Counter[str] = Counter()
     tensors = {}
     for name, wanted in _expected().items():

@@ -1,4 +1,4 @@
-// CPU kernel of `embed`: what pairs of points look like, read from tables and written in sixteen bits.
+// CPU kernel of `embed`: embeddings of pairs of points, read from tables and written in 16 bits.
 
 #include "vector.h"
 
@@ -11,7 +11,7 @@ struct Table {
   int64_t count, channels;
   float steps;  // rows per unit
 
-  // The place between two rows: a pointer to the lower one, and how far it is to the next.
+  // Return the place between two rows: a pointer to the lower one, and the fraction to the next.
   SAM6D_INLINE const float* find(float x, float& part) const {
     const float place = x * steps;
     int64_t row = static_cast<int64_t>(place);

@@ -1,4 +1,4 @@
-// CPU kernel of `focus`: channels to the third power, each vector's length kept.
+// CPU kernel of `focus`: raise channels to the third power, keeping each vector's length.
 
 #include "vector.h"
 

@@ -1,4 +1,4 @@
-// The schemas; each kernel stands in a file of its own name.
+// The schemas; each kernel is in a file of its own name.
 
 #include <torch/library.h>
 

@@ -1,4 +1,4 @@
-// CPU kernel of `look_around`: a small network for each neighbour of each point, and the most of each channel.
+// CPU kernel of `look_around`: a small network for each neighbour of each point, and the largest of each channel.
 
 #include "vector.h"
 
@@ -7,8 +7,8 @@ namespace {
 using namespace sam6d;
 
 constexpr int64_t kFirst = 32, kSecond = 64, kThird = 128;
-constexpr int64_t kTogether = 4;             // neighbours
-constexpr int64_t kWide = 4;                 // vectors of outputs
+constexpr int64_t kTogether = 4;             // neighbours at a time
+constexpr int64_t kWide = 4;                 // vectors of outputs at a time
 constexpr int64_t kOutputs = kWide * kLanes;  // 64
 
 struct Layers {
@@ -16,7 +16,7 @@ struct Layers {
   const float *third, *third_bias;    // (64, 128), (128)
 };
 
-// Sixty-four outputs for a few neighbours: in (neighbours, inputs), weight (inputs, stride), with ReLU.
+// Compute 64 outputs for a few neighbours: in (neighbours, inputs), weight (inputs, stride), with ReLU.
 SAM6D_INLINE void layer(const float* in, int64_t inputs, const float* weight, int64_t stride, const float* bias,
                         V (&out)[kTogether][kWide]) {
   for (int64_t w = 0; w < kWide; ++w) {
@@ -33,7 +33,7 @@ SAM6D_INLINE void layer(const float* in, int64_t inputs, const float* weight, in
     for (int64_t w = 0; w < kWide; ++w) larger(out[n][w], V{});
 }
 
-// index: the neighbours in ascending order; slots left over repeat the first.
+// index: the neighbours in ascending order; spare slots repeat the first.
 SAM6D_CLONES void look_around_one(const float* there, const float* here, const int64_t* index, int64_t slots,
                                   const Layers& layers, float* out) {
   int64_t count = 1;

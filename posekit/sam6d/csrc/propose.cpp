@@ -21,11 +21,11 @@ Point cross(const Point& a, const Point& b) {
 }
 float length(const Point& a) { return std::sqrt(dot(a, a)); }
 
-// Three points lie in a plane: two axes along it, one across, from where they turn to the left. So two triangles, each in
-// its plane, turn the same way, and a turn within the plane is all that is left to find.
+// The frame of three points: two axes in their plane, and one across, on the side from which they turn to the left. Two
+// triangles in such frames turn the same way, so only a rotation within the plane remains to be found.
 struct Plane {
   Point u, v, n;
-  bool line;  // or only one
+  bool line;  // the points lie on a line, or are all one
 };
 
 Plane plane_of(const Point* p) {
@@ -37,7 +37,7 @@ Plane plane_of(const Point* p) {
   const Point u = reach > 0 ? sides[longest] * (1 / reach) : Point{1, 0, 0};
   Point n = cross(u, sides[(longest + 1) % 3]);
   const bool line = !(length(n) > 1e-6f * reach);
-  if (line) {  // any plane through it
+  if (line) {  // any plane through the line
     const Point least = std::fabs(u.x) < 0.6f ? Point{1, 0, 0} : Point{0, 1, 0};
     n = cross(u, least);
   }
@@ -45,8 +45,8 @@ Plane plane_of(const Point* p) {
   return {u, cross(n, u), n, line};
 }
 
-// The motion of `from` onto `to` that leaves the least squared distance; the middles carry the weight of the original,
-// which sums to a little less than one.
+// Return the motion of `from` onto `to` with the least squared distance. The middles carry the weights of the original,
+// which sum to a little less than one.
 void align(const Point* from, const Point* to, float* R, float* t, float& residual) {
   const float weight = 1.0f / (3.0f + 1e-5f);
   const Point from_middle = (from[0] + from[1] + from[2]) * weight, to_middle = (to[0] + to[1] + to[2]) * weight;
@@ -74,8 +74,8 @@ void align(const Point* from, const Point* to, float* R, float* t, float& residu
   t[0] = shift.x, t[1] = shift.y, t[2] = shift.z;
   residual = 0;
   for (int i = 0; i < 3; ++i) residual += length(to[i] - (turned(from[i]) + shift)) / 3;
-  // Points on one line leave the turn about it open. They fit well and so keep their place among the best, as in the
-  // original; there their turn is chance and never won, here they are put where they cannot.
+  // Points on one line leave the rotation about it undetermined. They fit well and so keep their place among the best,
+  // as in the original. There their rotation is chance and never won; here their t is out of reach.
   if (a.line || b.line) t[0] = t[1] = t[2] = kNowhere;
 }
 

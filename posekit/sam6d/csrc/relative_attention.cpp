@@ -1,4 +1,4 @@
-// CPU kernel of `relative_attention`: self-attention that looks at each pair's structure, in one pass over it.
+// CPU kernel of `relative_attention`: self-attention with each pair's structure, in one pass over the structure.
 
 #include "vector.h"
 
@@ -7,7 +7,7 @@ namespace {
 using namespace sam6d;
 
 constexpr int64_t kHeads = 4, kChannels = 256, kParts = kChannels / kLanes, kPartsOfHead = kParts / kHeads;
-constexpr int64_t kTogether = 4;  // pairs
+constexpr int64_t kTogether = 4;  // pairs at a time
 
 struct Row {
   const float *q, *folded;        // (C), (heads, C)

@@ -1,6 +1,7 @@
-// CPU kernel of `soft_matches`: both softmaxes of a matrix of logits, and what they say of each scene point.
+// CPU kernel of `soft_matches`: both softmaxes of a matrix of logits, and the match of each scene point.
 //
-// The matrix has millions of entries and is read three times; its exponentials are cheaper computed anew than kept.
+// The matrix has millions of entries and is read three times: computing its exponentials anew is cheaper than storing
+// them.
 
 #include "vector.h"
 
@@ -13,7 +14,7 @@ struct Matrix {
   int64_t rows, columns;
   float most;  // of all entries
 
-  // e^(logit - most) of sixteen entries, 0 beyond the last column.
+  // Return e^(logit - most) of sixteen entries, 0 beyond the last column.
   SAM6D_INLINE void entries(int64_t row, int64_t column, V& e) const {
     const float* from = logits + row * columns + column;
     const int64_t count = columns - column;
@@ -58,7 +59,8 @@ SAM6D_CLONES void add_up(const Matrix& m, float* of_rows, float* of_columns) {
   }
 }
 
-// Whether the likeliest partner of a column is no background: all entries of a column have the same divisor left out.
+// Mark columns whose likeliest partner is not the background. All entries of a column have the same divisor, which is
+// left out.
 SAM6D_CLONES void match_columns(const Matrix& m, const float* of_rows, float* background, float* best) {
   for (int64_t r = 0; r < m.rows; ++r) {
     const float per_row = 1.0f / of_rows[r];
@@ -78,7 +80,7 @@ struct Model {
   const float* per_column;           // 1 / sum
 };
 
-// One scene point: out = (x, y, z, weight, matched).
+// Match one scene point: out = (x, y, z, weight, matched).
 SAM6D_CLONES void match_row(const Matrix& m, int64_t row, float of_row, const Model& model, float* out) {
   V x{}, y{}, z{}, weight{}, best{}, e, by, value;
   float background = 0;

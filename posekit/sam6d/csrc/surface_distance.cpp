@@ -1,4 +1,4 @@
-// CPU kernel of `surface_distance`: how far placed points lie from the nearest of the model's.
+// CPU kernel of `surface_distance`: the distance of placed points from the nearest point of the model.
 
 #include "vector.h"
 
@@ -8,9 +8,9 @@ namespace {
 
 using namespace sam6d;
 
-constexpr int64_t kTogether = 4;  // points
+constexpr int64_t kTogether = 4;  // points at a time
 
-// A surface, coordinate by coordinate, filled up with points that are never the nearest.
+// A surface, by coordinate, padded with points that are never the nearest.
 struct Surface {
   std::vector<float> x, y, z;
   int64_t count;
@@ -35,7 +35,7 @@ SAM6D_CLONES void nearest(const Surface& surface, const float (&points)[kTogethe
   for (int64_t p = 0; p < kTogether; ++p) found[p] = std::sqrt(smallest(least[p]));
 }
 
-// One pose: scene (N, 3), wanted: which of the points, out (N), 0 for those that are not.
+// One pose: scene (N, 3); wanted: flags of the points to compute; out (N), 0 for the others.
 void distances(const Surface& surface, const float* scene, const float* R, const float* t,
                const std::vector<int64_t>& wanted, int64_t count, float* out) {
   std::fill(out, out + count, 0.0f);

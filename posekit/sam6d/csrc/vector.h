@@ -1,7 +1,7 @@
-// What the kernels of this folder share: sixteen floats at a time, on whatever the processor has.
+// Shared code of this folder's kernels: sixteen floats at a time, on any processor.
 //
-// Sums may be fused and reordered here: a kernel agrees with its reference to the rounding of float32. It works on one
-// row after the other, and rows share nothing, so that threads change no bit.
+// Sums may be fused and reordered here: a kernel agrees with its reference up to float32 rounding. It processes one row
+// after the other, and rows share nothing, so that threads change no bit.
 
 #pragma once
 
@@ -18,7 +18,7 @@
 
 #pragma GCC optimize("fp-contract=fast")
 
-// One name, compiled for several processors; the right one is picked when the library is loaded.
+// One name, compiled for several processors; the library picks the right one when it is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SAM6D_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
@@ -40,7 +40,7 @@ SAM6D_INLINE void load(V& v, const int16_t* from) {
   std::memcpy(&s, from, sizeof s);
   v = __builtin_convertvector(s, V);
 }
-SAM6D_INLINE void store(int16_t* to, const V& v) {  // rounded; beyond 16 bits it is cut off
+SAM6D_INLINE void store(int16_t* to, const V& v) {  // rounded, and clamped to 16 bits
   const V half = v < 0 ? V{} - 0.5f : V{} + 0.5f;
   V rounded = v + half;
   rounded = rounded > 32767.0f ? V{} + 32767.0f : rounded;
@@ -75,12 +75,12 @@ SAM6D_INLINE float smallest(const V& v) {
   return found;
 }
 
-// e^x to the rounding of float32, for x up to 0; below -87 it is nearly nothing.
+// Return e^x up to float32 rounding, for x up to 0; nearly 0 below -87.
 SAM6D_INLINE void exponential(V& x) {
   const V least = V{} - 87.0f;
   larger(x, least);
   const V turns = x * 1.44269504088896341f - 0.5f;
-  const I whole = __builtin_convertvector(turns, I);  // towards zero: rounds to nearest, as x <= 0
+  const I whole = __builtin_convertvector(turns, I);  // truncation rounds to nearest here, since x <= 0
   const V n = __builtin_convertvector(whole, V);
   const V rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   V p = rest * 1.9875691500e-4f + 1.3981999507e-3f;

@@ -1,1 +1,1 @@
-"""The network part by part, from small to large, as the checkpoint names its tensors."""
+"""The network part by part, from small to large. Parameters are named as in the checkpoint."""

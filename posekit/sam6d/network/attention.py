@@ -1,4 +1,4 @@
-"""The transformer layers of point matching. Names of parameters are the released checkpoint's.
+"""The transformer layers of point matching. Parameters are named as in the released checkpoint.
 
 Clouds have a background token in front (index 0). Norms come after the shortcut.
 """
@@ -52,7 +52,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class RelativeAttention(MultiHeadAttention):
-    """Softmax self-attention that also looks at the structure of each pair."""
+    """Softmax self-attention that also uses the structure of each pair."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__(channels, heads)
@@ -110,7 +110,7 @@ class AttentionBlock(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        """x: (B, N, C); other: what the attention looks at -> (B, N, C)."""
+        """x: (B, N, C); other: what the attention reads, structure or memory -> (B, N, C)."""
         out: Tensor = self.norm(x + self.linear(self.attention(x, other)))
         return out
 
@@ -124,13 +124,13 @@ class Layer(nn.Module):
         self.output = Output(channels)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        """x: (B, N, C); other: structure or memory, as the attention wants -> (B, N, C)."""
+        """x: (B, N, C); other: structure or memory, as the attention needs -> (B, N, C)."""
         out: Tensor = self.output(self.attention(x, other))
         return out
 
 
 class GeometricBlock(nn.Module):
-    """Each cloud looks at itself, then the scene at the object, then the object at the scene as it is by then."""
+    """Self-attention of each cloud, then scene to object, then object to the already updated scene."""
 
     def __init__(self, config: Config, relative: type[RelativeAttention]) -> None:
         super().__init__()
@@ -138,19 +138,19 @@ class GeometricBlock(nn.Module):
         self.layers = nn.ModuleList((Layer(relative(c, heads), c), Layer(MultiHeadAttention(c, heads), c)))
 
     def look_at_itself(self, x: Tensor, structure: Tensor) -> Tensor:
-        """(B, N, C), (B, N, N, C) -> (B, N, C)."""
+        """Apply self-attention: (B, N, C), (B, N, N, C) -> (B, N, C)."""
         out: Tensor = self.layers[0](x, structure)
         return out
 
     def look_at_each_other(self, scene: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, C), (B, M, C) -> the same shapes."""
+        """Apply attention between the clouds: (B, N, C), (B, M, C) -> the same shapes."""
         scene = self.layers[1](scene, model)
         model = self.layers[1](model, scene)
         return scene, model
 
 
 class SparseToDenseBlock(nn.Module):
-    """A few points meet in a geometric block; all points of their cloud then learn from them."""
+    """A few points go through a geometric block; all points of their cloud then attend to them."""
 
     def __init__(self, config: Config, relative: type[RelativeAttention], focused: type[FocusedAttention]) -> None:
         super().__init__()

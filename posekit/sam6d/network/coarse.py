@@ -1,6 +1,6 @@
 """Coarse point matching of SAM-6D (Lin et al., CVPR 2024, sec. 3.3): few points, many pose hypotheses, one survivor.
 
-Names of parameters are the released checkpoint's. Index 0 of a cloud, and of a row or column of logits, is the
+Parameters are named as in the released checkpoint. Index 0 of a cloud, and of a row or column of logits, is the
 background. Poses are `p_scene = R p_model + t`, in object radii.
 """
 
@@ -34,7 +34,7 @@ class Pose(NamedTuple):
 
 
 class CoarseMatching(nn.Module):
-    """From features of both clouds' sparse points to logits of which belong together."""
+    """Map the features of both clouds' sparse points to logits of their matches."""
 
     def __init__(self, config: Config, relative: type[RelativeAttention]) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class CoarseMatching(nn.Module):
 
     @property
     def steps(self) -> list[GeometricBlock]:
-        """The blocks, typed."""
+        """Return the blocks with their type."""
         return cast(list[GeometricBlock], list(self.transformers))
 
     def tokens(self, features: Tensor) -> Tensor:
@@ -55,11 +55,11 @@ class CoarseMatching(nn.Module):
         return with_background(self.in_proj(features), self.bg_token)
 
     def look_at_itself(self, tokens: Tensor, structure: Tensor) -> Tensor:
-        """What the first block makes of one cloud before it sees the other: of a model, it can be kept."""
+        """Apply the first block's self-attention to one cloud. Needs no other cloud: a model's result can be stored."""
         return self.steps[0].look_at_itself(tokens, structure)
 
     def blocks(self, tokens: Tokens, scene_structure: Tensor, model_structure: Tensor) -> Iterator[Tokens]:
-        """The tokens after each block; `tokens` are those of `look_at_itself`."""
+        """Yield the tokens after each block. `tokens` come from `look_at_itself`."""
         scene, model = tokens
         for index, block in enumerate(self.steps):
             if index > 0:
@@ -74,12 +74,12 @@ class CoarseMatching(nn.Module):
 
 
 def with_background(tokens: Tensor, background: Tensor) -> Tensor:
-    """Put the background's token in front. (B, N, C), (1, 1, C) -> (B, 1 + N, C)."""
+    """Put the background's token in front: (B, N, C), (1, 1, C) -> (B, 1 + N, C)."""
     return torch.cat((background.expand(len(tokens), -1, -1), tokens), dim=1)
 
 
 def cosine_logits(scene: Tensor, model: Tensor, temperature: float) -> Tensor:
-    """(B, N, C), (B, M, C) -> (B, N, M): cosines over the temperature."""
+    """Return cosines divided by the temperature: (B, N, C), (B, M, C) -> (B, N, M)."""
     return functional.normalize(scene, dim=-1) / temperature @ functional.normalize(model, dim=-1).mT
 
 
@@ -87,15 +87,15 @@ def cosine_logits(scene: Tensor, model: Tensor, temperature: float) -> Tensor:
 
 
 class Assignment(NamedTuple):
-    """How likely points belong together, background left out."""
+    """Match probabilities of points, background left out."""
 
-    score: Tensor  # (B, N, M); zero where a side rather belongs to the background
-    scene_matched: Tensor  # (B, N), 1.0 where the scene's point rather belongs to the model
-    model_matched: Tensor  # (B, M)
+    score: Tensor  # (B, N, M); zero where either point more likely belongs to the background
+    scene_matched: Tensor  # (B, N), 1.0 where the scene's point more likely belongs to the model
+    model_matched: Tensor  # (B, M), 1.0 where the model's point more likely belongs to the scene
 
 
 def assign(logits: Tensor) -> Assignment:
-    """(B, 1 + N, 1 + M) -> the product of both softmaxes, and who belongs to the background."""
+    """Multiply both softmaxes and mark the background: logits (B, 1 + N, 1 + M)."""
     product = logits.softmax(dim=2) * logits.softmax(dim=1)
     scene_matched = (product[:, 1:].argmax(dim=2) > 0).float()
     model_matched = (product[:, :, 1:].argmax(dim=1) > 0).float()
@@ -104,7 +104,7 @@ def assign(logits: Tensor) -> Assignment:
 
 
 def draw_pairs(score: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw matches, each as likely as its score to the power 1.5.
+    """Draw matches, each with a probability proportional to its score to the power 1.5.
 
     score: (B, N, M); uniforms: (B, D) in [0, 1) -> (B, D) flat indices into N x M. The sum runs in float64, so that
     every device draws the same.
@@ -115,10 +115,10 @@ def draw_pairs(score: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def weighted_procrustes(source: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The rigid motion of `source` onto `target`: (..., N, 3) twice, (..., N) -> R (..., 3, 3), t (..., 3).
+    """Return the rigid motion of `source` onto `target`: (..., N, 3) twice, (..., N) -> R (..., 3, 3), t (..., 3).
 
-    The released network was trained with 1e-5 beside the sum of weights, which draws both middles a little towards the
-    origin; its poses contain that, so it stays. `posekit.geometry.align_points` is the motion without it.
+    The released network was trained with 1e-5 added to the sum of weights, which draws both middles a little towards
+    the origin. Its poses contain that, so it stays. `posekit.geometry.align_points` is the motion without it.
     """
     weight = (weight / (weight.sum(dim=-1, keepdim=True) + 1e-5))[..., None]
     source_middle = (source * weight).sum(dim=-2)
@@ -129,7 +129,7 @@ def weighted_procrustes(source: Tensor, target: Tensor, weight: Tensor) -> tuple
 
 
 class Proposals(NamedTuple):
-    """Hypotheses from drawn triples, and how far each leaves its own three pairs apart."""
+    """Hypotheses from drawn triples, and the remaining distance of each triple's own pairs."""
 
     R: Tensor  # (B, H, 3, 3)
     t: Tensor  # (B, H, 3)
@@ -137,7 +137,10 @@ class Proposals(NamedTuple):
 
 
 def propose(pairs: Tensor, scene: Tensor, model: Tensor) -> Proposals:
-    """pairs: (B, 3 H) flat indices into N x M; scene: (B, N, 3); model: (B, M, 3)."""
+    """Propose a pose for each triple.
+
+    pairs: (B, 3 H) flat indices into N x M; scene: (B, N, 3); model: (B, M, 3).
+    """
     b, m = len(pairs), model.shape[1]
     p_scene = _take(scene, pairs.div(m, rounding_mode="floor")).view(b, -1, 3, 3)
     p_model = _take(model, pairs % m).view(b, -1, 3, 3)
@@ -147,14 +150,14 @@ def propose(pairs: Tensor, scene: Tensor, model: Tensor) -> Proposals:
 
 
 def keep_best(proposals: Proposals, kept: int) -> Pose:
-    """The `kept` proposals that fit their own pairs best: R (B, kept, 3, 3), t (B, kept, 3)."""
+    """Return the `kept` proposals that fit their own pairs best: R (B, kept, 3, 3), t (B, kept, 3)."""
     index = proposals.residual.topk(min(kept, proposals.residual.shape[1]), dim=1, largest=False).indices
     R = proposals.R.gather(1, index[..., None, None].expand(-1, -1, 3, 3))
     return Pose(R, proposals.t.gather(1, index[..., None].expand(-1, -1, 3)))
 
 
 def surface_distance(scene: Tensor, poses: Pose, surface: Tensor) -> Tensor:
-    """Distance of every scene point to the model's surface under every pose.
+    """Return the distance of every scene point to the model's surface under every pose.
 
     scene: (B, N, 3); poses: R (B, H, 3, 3), t (B, H, 3); surface: (B, S, 3) -> (B, H, N).
     """
@@ -165,7 +168,7 @@ def surface_distance(scene: Tensor, poses: Pose, surface: Tensor) -> Tensor:
 
 
 def choose_best(poses: Pose, distance: Tensor, matched: Tensor) -> Pose:
-    """The pose under which the matched scene points lie closest to the surface.
+    """Return the pose under which the matched scene points lie closest to the surface.
 
     distance: (B, H, N); matched: (B, N) -> R (B, 3, 3), t (B, 3).
     """
@@ -176,7 +179,10 @@ def choose_best(poses: Pose, distance: Tensor, matched: Tensor) -> Pose:
 
 
 def coarse_pose(logits: Tensor, scene: Tensor, model: Tensor, surface: Tensor, uniforms: Tensor, kept: int) -> Pose:
-    """The voting: logits (B, 1 + N, 1 + M), scene (B, N, 3), model (B, M, 3), surface (B, S, 3), uniforms (B, 3 H)."""
+    """Vote for a pose.
+
+    logits (B, 1 + N, 1 + M), scene (B, N, 3), model (B, M, 3), surface (B, S, 3), uniforms (B, 3 H).
+    """
     assignment = assign(logits)
     pairs = draw_pairs(assignment.score, uniforms)
     poses = keep_best(propose(pairs, scene, model), kept)

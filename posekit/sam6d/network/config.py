@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The released network. Another value fits no released weights; tests shrink some that the weights do not see."""
+    """The released network. Released weights fit no other values; tests shrink some that no weight depends on."""
 
-    # Image features: a ViT-B whose blocks `taken_blocks` make a pyramid, brought back to pixels.
+    # Image features: the blocks `taken_blocks` of a ViT-B form a pyramid, upscaled to pixels.
     image_px: int = 224
     patch_px: int = 16
     width: int = 768
@@ -28,7 +28,7 @@ class Config:
     temperature: float = 0.1
     background: float = 100.0  # each coordinate of the point that stands for the background
 
-    # Geometric structure embedding: what a pair of points looks like from anywhere.
+    # Geometric structure embedding: the geometry of a pair of points, independent of the view.
     sigma_d: float = 0.2
     sigma_a_deg: float = 15.0
     neighbours: int = 3
@@ -43,12 +43,12 @@ class Config:
     focusing: int = 3  # power of the focused linear attention
     score_distance: float = 0.15
 
-    # What the network is fed with.
+    # The network's input.
     views: int = 42
     view_points: int = 5000  # drawn from each view, before furthest-point sampling leaves `fine_points`
-    model_points: int = 1024  # of the CAD's surface
+    model_points: int = 1024  # points on the CAD's surface
 
     @property
     def patches(self) -> int:
-        """Patches along one side of the image."""
+        """Return the number of patches along one side of the image."""
         return self.image_px // self.patch_px

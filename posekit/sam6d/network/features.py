@@ -1,6 +1,6 @@
-"""Image features at points: the encoder's pyramid, brought back to pixels.
+"""Image features at points: the encoder's pyramid, upscaled to pixels.
 
-Parameters bear the names of the released checkpoint.
+Parameters are named as in the released checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 def normalize(rgb: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8, in whatever channel order the caller has, -> (B, 3, H, W) float32 as the encoder wants it."""
+    """Normalise for the encoder: (B, H, W, 3) uint8, in the caller's channel order, -> (B, 3, H, W) float32."""
     mean, std = (torch.tensor(values, device=rgb.device) for values in (MEAN, STD))
     return ((rgb.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
@@ -33,7 +33,7 @@ class ImageNetwork(nn.Module):
         self.output_upscaling = linear(pyramid, config.upscaling**2 * config.channels)
 
     def pyramid(self, images: Tensor) -> Tensor:
-        """(B, 3, 224, 224) -> the taken blocks side by side, without class token: (B, 196, 4 * 768)."""
+        """Encode: (B, 3, 224, 224) -> the taken blocks side by side, without class token: (B, 196, 4 * 768)."""
         return torch.cat([taken[:, 1:] for taken in self.vit(images)], dim=-1)
 
     def cells(self, pyramid: Tensor) -> Tensor:
@@ -43,15 +43,15 @@ class ImageNetwork(nn.Module):
         return cells.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.channels, n * s, n * s)
 
     def pixels(self, cells: Tensor) -> Tensor:
-        """(B, C, 56, 56) -> (B, C, 224, 224), bilinear."""
+        """Upscale bilinearly: (B, C, 56, 56) -> (B, C, 224, 224)."""
         side = self.config.image_px
         return functional.interpolate(cells, (side, side), mode="bilinear", align_corners=False)
 
 
 class FeatureExtraction(nn.Module):
-    """Features of the pixels that points came from."""
+    """Features at the pixels that points came from."""
 
-    linear: type[nn.Linear] = nn.Linear  # what the encoder is made of
+    linear: type[nn.Linear] = nn.Linear  # class of the encoder's linear layers
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Fine point matching of SAM-6D (Lin et al., CVPR 2024, sec. 3.4): all points, one pose, and how good it is.
+"""Fine point matching of SAM-6D (Lin et al., CVPR 2024, sec. 3.4): all points, one pose, and its score.
 
-Names of parameters are the released checkpoint's; conventions as in coarse.py.
+Parameters are named as in the released checkpoint; conventions as in coarse.py.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Conv(nn.Module):
 
 
 class PositionEncoding(nn.Module):
-    """What each point's surroundings look like, at two radii (PointNet++: Qi et al., 2017)."""
+    """Encoding of each point's surroundings, at two radii (PointNet++: Qi et al., 2017)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class PositionEncoding(nn.Module):
 
 
 def neighbourhoods(points: Tensor, radius: float, samples: int) -> Tensor:
-    """Neighbours as seen from each point, and where they are: (B, N, 3) -> (B, 6, N, samples)."""
+    """Return neighbours relative to each point, and their places: (B, N, 3) -> (B, 6, N, samples)."""
     b, n, _ = points.shape
     index = pointnet2_ext.ball_query(points, points, radius, samples).flatten(1)
     there = points.gather(1, index[..., None].expand(-1, -1, 3)).view(b, n, samples, 3)
@@ -92,7 +92,7 @@ def neighbourhoods(points: Tensor, radius: float, samples: int) -> Tensor:
 
 
 class FineMatching(nn.Module):
-    """From features of all points, and a pose to start with, to logits of which belong together."""
+    """Map features of all points, and an initial pose, to logits of their matches."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class FineMatching(nn.Module):
 
     @property
     def steps(self) -> list[SparseToDenseBlock]:
-        """The blocks, typed."""
+        """Return the blocks with their type."""
         return cast(list[SparseToDenseBlock], list(self.transformers))
 
     def tokens(self, features: Tensor, encoding: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class FineMatching(nn.Module):
         return with_background(self.in_proj(features) + encoding, self.bg_token)
 
     def look_at_itself(self, tokens: Tensor, sparse: Tensor, structure: Tensor) -> Tensor:
-        """The first block's few points before they see the other cloud; tokens (B, 1 + N, C) -> (B, 1 + n, C)."""
+        """Apply the first block's self-attention to its few points: tokens (B, 1 + N, C) -> (B, 1 + n, C)."""
         return self.steps[0].sparse_layer.look_at_itself(subset(tokens, sparse), structure)
 
     def blocks(
@@ -132,10 +132,10 @@ class FineMatching(nn.Module):
         scene_structure: Tensor,
         model_structure: Tensor,
     ) -> Iterator[Tokens]:
-        """The tokens after each block.
+        """Yield the tokens after each block.
 
-        tokens: all points, (B, 1 + N, C); first: the few, as `look_at_itself` left them, (B, 1 + n, C);
-        scene_sparse, model_sparse: (B, n) which those few are; structures: (B, 1 + n, 1 + n, C).
+        tokens: all points, (B, 1 + N, C); first: the sparse points from `look_at_itself`, (B, 1 + n, C);
+        scene_sparse, model_sparse: (B, n) indices of the sparse points; structures: (B, 1 + n, 1 + n, C).
         """
         scene, model = tokens
         for index, block in enumerate(self.steps):
@@ -154,17 +154,17 @@ class FineMatching(nn.Module):
 
 
 def subset(tokens: Tensor, sparse: Tensor) -> Tensor:
-    """The background and some points: (B, 1 + N, C), (B, n) indices of points -> (B, 1 + n, C).
+    """Return the background and some points: (B, 1 + N, C), (B, n) indices of points -> (B, 1 + n, C).
 
-    The indices count points and are used on tokens, which begin with the background: each point is stood in for by the
-    one before it. So the original does it, and so its weights were trained.
+    The indices count points but are applied to tokens, which begin with the background. So each point is replaced by
+    the one before it. The original does the same, and its weights were trained with it.
     """
     points = tokens.gather(1, sparse[..., None].expand(-1, -1, tokens.shape[-1]))
     return torch.cat((tokens[:, :1], points), dim=1)
 
 
 class ScoredPose(NamedTuple):
-    """Poses of a batch, in object radii, and the network's belief in them."""
+    """Poses of a batch, in object radii, and the network's score of them."""
 
     R: Tensor  # (B, 3, 3)
     t: Tensor  # (B, 3)
@@ -172,30 +172,30 @@ class ScoredPose(NamedTuple):
 
 
 class SoftMatches(NamedTuple):
-    """Where on the model each scene point is thought to lie."""
+    """The estimated place of each scene point on the model."""
 
     points: Tensor  # (B, N, 3), in the model's frame
     weight: Tensor  # (B, N)
-    matched: Tensor  # (B, N), 1.0 where the point rather belongs to the model than to the background
+    matched: Tensor  # (B, N), 1.0 where the point more likely belongs to the model than to the background
 
 
 def soft_matches(logits: Tensor, model: Tensor) -> SoftMatches:
-    """logits: (B, 1 + N, 1 + M); model: (B, M, 3)."""
+    """Estimate soft matches. logits: (B, 1 + N, 1 + M); model: (B, M, 3)."""
     score, matched, _ = assign(logits)
     weight = score.sum(dim=2)
     return SoftMatches((score / (weight[..., None] + 1e-6)) @ model, weight, matched)
 
 
 def solve(matches: SoftMatches, scene: Tensor) -> Pose:
-    """The pose of all soft matches; scene: (B, N, 3)."""
+    """Return the pose that fits all soft matches. scene: (B, N, 3)."""
     return Pose(*weighted_procrustes(matches.points, scene, matches.weight))
 
 
 def explained(pose: Pose, distance: Tensor, matched: Tensor, score_distance: float) -> ScoredPose:
-    """A pose with the share of the scene that it explains.
+    """Score a pose by the share of the scene that it explains.
 
-    The share of points that are matched, times the share of those that lie within `score_distance` of the surface.
-    distance, matched: (B, N).
+    The score is the share of points that are matched, times the share of those that lie within `score_distance` of the
+    surface. distance, matched: (B, N).
     """
     near = (distance < score_distance).float()
     of_matched = (near * matched).sum(dim=1) / (matched.sum(dim=1) + 1e-8)
@@ -203,7 +203,7 @@ def explained(pose: Pose, distance: Tensor, matched: Tensor, score_distance: flo
 
 
 def fine_pose(logits: Tensor, scene: Tensor, model: Tensor, surface: Tensor, score_distance: float) -> ScoredPose:
-    """logits (B, 1 + N, 1 + M), scene (B, N, 3), model (B, M, 3), surface (B, S, 3) -> the pose and its score."""
+    """Return pose and score. logits (B, 1 + N, 1 + M), scene (B, N, 3), model (B, M, 3), surface (B, S, 3)."""
     matches = soft_matches(logits, model)
     pose = solve(matches, scene)
     distance = pairwise_squared_distance(start_at(scene, pose), surface).amin(dim=-1).sqrt()
@@ -211,5 +211,5 @@ def fine_pose(logits: Tensor, scene: Tensor, model: Tensor, surface: Tensor, sco
 
 
 def start_at(scene: Tensor, pose: Pose) -> Tensor:
-    """Scene points in the model's frame under a pose: (B, N, 3) -> (B, N, 3)."""
+    """Map scene points into the model's frame under a pose: (B, N, 3) -> (B, N, 3)."""
     return (scene - pose.t[:, None]) @ pose.R

@@ -1,7 +1,7 @@
-"""Geometric structure embedding (GeoTransformer: Qin et al., CVPR 2022, sec. 3.2): pairs of points, seen from anywhere.
+"""Geometric structure embedding of pairs of points (GeoTransformer: Qin et al., CVPR 2022, sec. 3.2).
 
-What a pair looks like is its distance, and the angles at one point between the other one and its nearest neighbours.
-Parameters bear the names of the released checkpoint.
+A pair is described by its distance, and by the angles at one point between the other point and the first point's
+nearest neighbours. Neither depends on the view. Parameters are named as in the released checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from posekit.sam6d.network.config import Config
 
 
 class SinusoidalEmbedding(nn.Module):
-    """A number as sines and cosines of rising wavelength, in turns."""
+    """Embed a number as sines and cosines of rising wavelength, alternating."""
 
     div_term: Tensor
 
@@ -31,7 +31,7 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class GeometricStructureEmbedding(nn.Module):
-    """Every ordered pair of a cloud's points as `channels` numbers."""
+    """Embed every ordered pair of a cloud's points as `channels` numbers."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -48,15 +48,15 @@ class GeometricStructureEmbedding(nn.Module):
         return embedded
 
     def values(self, structure: Tensor) -> Tensor:
-        """What `forward` returned, as float32: here it is so already."""
+        """Return the result of `forward` as float32; here it is float32 already."""
         return structure
 
     def indices(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances (B, N, N) in units of sigma_d and angles (B, N, N, k) in units of sigma_a.
+        """Return distances (B, N, N) in units of sigma_d and angles (B, N, N, k) in units of sigma_a.
 
-        Neither changes when the cloud is moved, so it is moved to its middle first, and lengths are those of
-        differences: the original's differences of squares lose so many digits far from the origin that nearest
-        neighbours change. The first point, which stands for the background, has no part in that middle.
+        Neither changes when the cloud moves. So the cloud is centred first, and lengths are computed from differences
+        of points: the original's differences of squares lose so many digits far from the origin that nearest neighbours
+        change. The first point, which stands for the background, does not count for the centre.
         """
         points = points - points[:, 1:].mean(dim=1, keepdim=True)
         to_other = points[:, None] - points[:, :, None]  # (B, N, N, 3)
@@ -68,12 +68,12 @@ class GeometricStructureEmbedding(nn.Module):
         to_each = to_other[:, :, :, None].expand(-1, -1, -1, k, -1)
         sine = torch.linalg.cross(to_neighbour, to_each).norm(dim=-1)
         cosine = (to_neighbour * to_each).sum(dim=-1)
-        # In float64: of float32 its last bit depends on where the threads' shares end, and with it single draws.
+        # In float64: in float32 the last bit depends on how threads split the work, and with it single draws.
         angle = torch.atan2(sine.double(), cosine.double()).float()
         return distance / self.config.sigma_d, angle * (180.0 / (self.config.sigma_a_deg * math.pi))
 
 
 def pairwise_squared_distance(a: Tensor, b: Tensor) -> Tensor:
-    """(B, N, 3), (B, M, 3) -> (B, N, M), as |a|^2 - 2 a.b + |b|^2, never below zero."""
+    """Return (B, N, 3), (B, M, 3) -> (B, N, M), as |a|^2 - 2 a.b + |b|^2, never below zero."""
     squared = a.square().sum(-1)[:, :, None] - 2 * (a @ b.mT) + b.square().sum(-1)[:, None]
     return squared.clamp(min=0)

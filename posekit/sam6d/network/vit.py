@@ -1,6 +1,6 @@
-"""ViT-B/16 (Dosovitskiy et al., 2021) as an image encoder that shows its intermediate blocks.
+"""ViT-B/16 (Dosovitskiy et al., 2021) as an image encoder that returns its intermediate blocks.
 
-Parameters bear the names of the released checkpoint.
+Parameters are named as in the released checkpoint.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and beside a shortcut."""
+    """Attention and MLP, each after a norm and with a shortcut."""
 
     def __init__(self, config: Config, linear: type[nn.Linear]) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts the image into patches and makes a token of each."""
+    """Cut the image into patches and turn each into a token."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The encoder. `head` is part of the released weights and not used."""
+    """The encoder. `head` is part of the released weights but is not used."""
 
     def __init__(self, config: Config, linear: type[nn.Linear]) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""The same network for speed: on a CPU and on a GPU."""
+"""Fast versions of the network for CPU and GPU, with the same weights."""

@@ -2,16 +2,16 @@
 
     part                       plain                                       here
     features of points         every pixel's, then those wanted            those wanted
-    structure of pairs         four layers for each pair of points         tables of what they make of a number
+    structure of pairs         four layers for each pair of points         tables of the layers' results
     attention to structure     a layer for each pair, then a product       the layer folded into the query
-    linear attention           eight passes over a layer's numbers         one
+    linear attention           eight passes over a layer's numbers         one pass
     surroundings of a point    every slot, repeated neighbours, too        each neighbour once; first layer by point
-    voting                     6000 decompositions; 59 million distances   closed form; the nearest as they come
+    voting                     6000 decompositions; 59 million distances   closed form; running minimum of distances
                                written and read again
-    last matches               five passes over two softmaxes              three, which keep nothing
+    last matches               five passes over two softmaxes              three passes, nothing stored
 
-Where the kernels of kernels.py are compiled, most of these are loops of C++. Elsewhere they are plain torch, which
-gains less, or the plain part itself. benchmarks/network/run.py measures them stage by stage.
+Where the kernels of kernels.py are compiled, most of these are C++ loops. Elsewhere they are plain torch, which gains
+less, or the plain part itself. benchmarks/network/run.py measures them stage by stage.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from posekit.sam6d.network.fine import (
 from posekit.sam6d.network.structure import GeometricStructureEmbedding
 from posekit.sam6d.network.whole import Network, Parts
 
-TABLE_STEPS = 128  # rows per unit of a table; between two of them it is off by less than 1e-5
+TABLE_STEPS = 128  # rows per unit of a table; interpolating between rows is off by less than 1e-5
 TABLE_UNITS = 16  # angles end at 12, distances within a cloud at 12 or little more
-BACKGROUND_UNITS = 1024  # the background lies some 866 away
-DISTANCES_AT_A_TIME = 2_000_000  # of the voting, where no kernel takes them as they come
+BACKGROUND_UNITS = 1024  # the background is some 866 units away
+DISTANCES_AT_A_TIME = 2_000_000  # distances held at once in the voting, without a kernel
 
 
 def compiled(tensor: Tensor) -> bool:
-    """Whether the kernels answer for this tensor."""
+    """Return True if the kernels answer for this tensor."""
     return tensor.dtype == torch.float32 and kernels.kernel_for(tensor.device) == "compiled"
 
 
 class Linear(nn.Linear):
-    """On a CPU by oneDNN, whose products of a few hundred rows are a tenth faster than those that torch chooses."""
+    """Multiplies on a CPU by oneDNN, which is a tenth faster for a few hundred rows than what torch chooses."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C')."""
@@ -69,12 +69,12 @@ class Linear(nn.Linear):
 
 
 class PointFeatures(FeatureExtraction):
-    """Bilinear between the four cells around each point, for these alone."""
+    """Features interpolated bilinearly from the four cells around each point, for these points alone."""
 
     linear = Linear
 
     def forward(self, images: Tensor, choose: Tensor) -> Tensor:
-        """images: (B, 3, 224, 224); choose: (B, N) -> (B, N, C) float32, whatever the encoder computes in."""
+        """Return features: images (B, 3, 224, 224), choose (B, N) -> (B, N, C) float32, whatever the encoder's type."""
         net = self.rgb_net
         config = net.config
         n, s, c = config.patches, config.upscaling, config.channels
@@ -98,18 +98,18 @@ class PointFeatures(FeatureExtraction):
 
 
 class TabledStructure(GeometricStructureEmbedding):
-    """What the layers make of a distance, or of an angle, depends on one number: it is read from a table.
+    """Reads the layers' result for a distance or an angle from a table: it depends on a single number.
 
-    Where the kernels are, the structure is kept in 16 bits, in units of `step`: it is read six times over, and at that
-    size half of it fits into a cache. That costs 0.0001 of a channel whose values go up to 4.
+    Where kernels are compiled, the structure is stored in 16 bits, in units of `step`. It is read six times, and at
+    that size half of it fits into a cache. The error is 0.0001 in channels whose values go up to 4.
     """
 
     distances: Tensor  # (rows, C)
     angles: Tensor
-    step: Tensor  # (), what 1 stands for
+    step: Tensor  # (), value of the unit
 
     def fold(self) -> None:
-        """Fill the tables; once the weights are there."""
+        """Fill the tables; call it after loading the weights."""
         device = self.proj_d.weight.device
         numbers = torch.arange(TABLE_STEPS * TABLE_UNITS + 1, device=device) / TABLE_STEPS
         distances, angles = self.proj_d(self.embedding(numbers)), self.proj_a(self.embedding(numbers))
@@ -120,10 +120,10 @@ class TabledStructure(GeometricStructureEmbedding):
         self.register_buffer("step", most * (1.1 / 32767), persistent=False)
 
     def forward(self, points: Tensor) -> Tensor:
-        """(B, N, 3) -> (B, N, N, C), as `values` reads it."""
+        """Embed (B, N, 3) -> (B, N, N, C), in the form that `values` reads."""
         distance, angle = self.indices(points)
         small = compiled(distance)
-        if bool((distance[:, 1:, 1:] >= TABLE_UNITS).any()):  # no cloud of an object
+        if bool((distance[:, 1:, 1:] >= TABLE_UNITS).any()):  # not the cloud of an object
             return self._kept(super().forward(points), small)
         if small:
             structure = kernels.embed(distance, angle, self.distances, self.angles, TABLE_STEPS, float(self.step))
@@ -136,7 +136,7 @@ class TabledStructure(GeometricStructureEmbedding):
         return structure
 
     def values(self, structure: Tensor) -> Tensor:
-        """What `forward` returned, as float32."""
+        """Return the result of `forward` as float32."""
         return structure * self.step if structure.dtype == torch.int16 else structure
 
     def _kept(self, structure: Tensor, small: bool) -> Tensor:
@@ -158,9 +158,9 @@ def _embed(distance: Tensor, angle: Tensor, distances: Tensor, angles: Tensor, s
 
 
 class FoldedAttention(RelativeAttention):
-    """`q.(W p + b)` is `(W^T q).p` and a number that the softmax does not see."""
+    """Uses `q.(W p + b) = (W^T q).p + const`: the softmax ignores the constant."""
 
-    step: Tensor  # (), of a structure in 16 bits
+    step: Tensor  # (), unit of a structure in 16 bits
 
     def fold(self, step: Tensor) -> None:
         """Take over the unit of `TabledStructure`."""
@@ -180,12 +180,12 @@ class FoldedAttention(RelativeAttention):
 
 
 class OnePassAttention(FocusedAttention):
-    """The focusing in one pass."""
+    """Focuses in one pass."""
 
     positive_scale: Tensor
 
     def fold(self) -> None:
-        """Take the softplus of the scale; once the weights are there."""
+        """Compute the softplus of the scale; call it after loading the weights."""
         self.register_buffer("positive_scale", functional.softplus(self.scale).flatten(), persistent=False)
 
     def focus(self, x: Tensor) -> Tensor:
@@ -194,11 +194,11 @@ class OnePassAttention(FocusedAttention):
 
 
 class _FoldedMlp(nn.Module):
-    """A shared MLP with its batch norms inside its layers."""
+    """A shared MLP with its batch norms folded into its layers."""
 
-    there: Tensor  # (32, 3), what a neighbour's place gives
+    there: Tensor  # (32, 3), weight of a neighbour's place
     there_bias: Tensor
-    here: Tensor  # (32, 3), what is taken away for the place it is seen from
+    here: Tensor  # (32, 3), weight of the point's place, subtracted
     second: Tensor  # (32, 64)
     second_bias: Tensor
     third: Tensor  # (64, 128)
@@ -207,7 +207,7 @@ class _FoldedMlp(nn.Module):
     def __init__(self, mlp: SharedMlp) -> None:
         super().__init__()
         (first, first_bias), *others = (_without_norm(layer) for layer in (mlp.layer0, mlp.layer1, mlp.layer2))
-        seen, placed = first[:, :3], first[:, 3:]  # of a neighbour: as seen from the point, and where it is
+        seen, placed = first[:, :3], first[:, 3:]  # input weights of a neighbour: relative to the point, and its place
         tensors = {"there": seen + placed, "there_bias": first_bias, "here": seen}
         for name, (weight, bias) in zip(("second", "third"), others, strict=True):
             tensors |= {name: weight.T.contiguous(), f"{name}_bias": bias}
@@ -222,7 +222,7 @@ class _FoldedMlp(nn.Module):
 
 
 def _without_norm(layer: SharedLayer) -> tuple[Tensor, Tensor]:
-    """A layer's weight (out, in) and bias (out,) with its batch norm in them."""
+    """Return a layer's weight (out, in) and bias (out,) with its batch norm folded in."""
     norm = layer.normlayer.bn
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -231,10 +231,10 @@ def _without_norm(layer: SharedLayer) -> tuple[Tensor, Tensor]:
 
 
 class NeighbourlyEncoding(PositionEncoding):
-    """Each neighbour once, and the first layer once for each point: it is linear in where both are."""
+    """Handles each neighbour once, and the first layer once for each point: that layer is linear in both places."""
 
     def fold(self) -> None:
-        """Put the batch norms into the layers before them; once the weights are there."""
+        """Fold the batch norms into the layers before them; call it after loading the weights."""
         self.folded = nn.ModuleList(_FoldedMlp(mlp) for mlp in (self.mlp1, self.mlp2))
 
     def forward(self, points: Tensor) -> Tensor:
@@ -249,13 +249,13 @@ class NeighbourlyEncoding(PositionEncoding):
 
 
 class FastNetwork(Network):
-    """The network of these parts, and with a shorter way from logits to poses."""
+    """The network built of these parts, with a shorter way from logits to poses."""
 
     parts = Parts(PointFeatures, TabledStructure, FoldedAttention, OnePassAttention, NeighbourlyEncoding)
 
     @classmethod
     def of(cls, network: Network, precision: str = "float32") -> FastNetwork:
-        """The same weights in these parts. `precision`, of the image encoder alone: "float32" or "bf16"."""
+        """Copy the weights into these parts. `precision` of the image encoder alone: "float32" or "bf16"."""
         with torch.device("meta"):
             fast = cls(network.config)
         fast.load_state_dict(network.state_dict(), assign=True)
@@ -274,7 +274,7 @@ class FastNetwork(Network):
         return fast
 
     def coarse_pose(self, logits: Tensor, scene: Tensor, model: Tensor, surface: Tensor, uniforms: Tensor) -> Pose:
-        """The voting; shapes as in the plain one."""
+        """Vote for a pose; shapes as in `Network.coarse_pose`."""
         assignment = assign(logits)
         pairs = draw_pairs(assignment.score, uniforms)
         matched = assignment.scene_matched
@@ -285,7 +285,7 @@ class FastNetwork(Network):
             lost = best.t[:, 0] >= kernels.NOWHERE
             if not bool(lost.any()):
                 return best
-            # A dozen matches or fewer: all that were kept lie on lines. Their turn is chance, their place is not.
+            # A dozen matches or fewer: all kept triples lie on lines. Their rotation is chance, their place is not.
             rows = (values[lost] for values in (logits, scene, model, surface, uniforms))
             best.R[lost], best.t[lost] = super().coarse_pose(*rows)
             return best
@@ -296,7 +296,7 @@ class FastNetwork(Network):
         return choose_best(poses, distance, matched)
 
     def fine_pose(self, logits: Tensor, scene: Tensor, model: Tensor, surface: Tensor) -> ScoredPose:
-        """The last pose; shapes as in the plain one."""
+        """Compute the final pose; shapes as in `Network.fine_pose`."""
         if not compiled(logits):
             return super().fine_pose(logits, scene, model, surface)
         matches = SoftMatches(*kernels.soft_matches(logits, model))

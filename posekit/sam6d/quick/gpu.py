@@ -1,18 +1,18 @@
-"""The network as a GPU is quick at it: plain torch, products on the matrix units, and no word with the host in between.
+"""The network rewritten for a GPU: plain torch, products on the matrix units, no synchronisation with the host.
 
-Weights and answers are those of network/whole.py. What differs from it, beside the parts taken from cpu.py:
+Weights and answers are those of network/whole.py. The differences, beside the parts taken from cpu.py:
 
     structure of pairs        in bf16: one row of a table for a distance or an angle, no layers
-    attention                 torch's fused one
+    attention                 torch's fused attention
     surroundings of a point   the first layer by point, the norms inside the layers
     voting                    triples aligned in closed form; one product for the distances of many hypotheses
     rotation of a pose        by repeated squaring: a decomposition would wait for the host
 
-`precision` says how layers multiply: "float32", "tf32" (float32 numbers, 10 bits of them in products) or "bf16". Points
-and all that is made of them stay float32 in each, and so do norms, softmaxes, logits and the tokens between layers.
-Weights are converted to bf16 once; autocast would do it anew in each pass.
+`precision` sets how layers multiply: "float32", "tf32" (float32 numbers, 10 bits of them in products) or "bf16". Points
+and all that is computed from them stay float32 in each, and so do norms, softmaxes, logits and the tokens between
+layers. Weights are converted to bf16 once; autocast would convert them in each pass.
 
-`Runner` repeats passes as CUDA graphs. It all runs on a CPU, too, slowly: so it is tested.
+`Runner` repeats passes as CUDA graphs. Everything also runs on a CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ from posekit.sam6d.quick.cpu import (
 Answer = TypeVar("Answer")
 
 PRECISIONS = ("float32", "tf32", "bf16")
-PASS = 8  # instances that a pass is filled up to
+PASS = 8  # a pass is padded to this many instances
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
-TABLE_STEPS = 512  # rows per unit of a table: off by a quarter of what bf16 rounds off
-TABLE_UNITS = 32  # what is farther apart than 6.4 radii counts as that far
-DISTANCES_AT_A_TIME = 1 << 26  # of the voting: 256 MB
+TABLE_STEPS = 512  # rows per unit of a table: the error is a quarter of bf16's rounding
+TABLE_UNITS = 32  # distances over 6.4 radii count as 6.4
+DISTANCES_AT_A_TIME = 1 << 26  # distances held at once in the voting: 256 MB
 SQUARINGS = 32
-NOWHERE = 1e6  # radii
+NOWHERE = 1e6  # radii; each coordinate of the t of a triple without a unique rotation
 
 
 def keep_float32() -> None:
-    """Have torch multiply float32 numbers in full, but where `matrix_units` says otherwise.
+    """Make torch multiply float32 numbers in full, except inside `matrix_units`.
 
-    For this process, on GPUs. Left to itself torch takes TF32 for convolutions.
+    Applies to GPUs in this process. By default torch uses TF32 for convolutions.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -74,7 +74,7 @@ def keep_float32() -> None:
 
 @contextmanager
 def matrix_units(tf32: bool) -> Iterator[None]:
-    """Products inside may take TF32; the setting is the process's, and put back."""
+    """Allow TF32 products inside the block. The setting is the process's, and is restored."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
@@ -87,7 +87,7 @@ def matrix_units(tf32: bool) -> Iterator[None]:
 
 
 class Linear(nn.Linear):
-    """Multiplies in the type of its weights, whatever comes in; float32 in TF32."""
+    """Multiplies in the type of its weights, whatever the input; float32 in TF32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C'), in the type of the weights."""
@@ -98,7 +98,7 @@ class Linear(nn.Linear):
 
 
 class Patches(nn.Conv2d):
-    """The image's patches in the type of the weights, whatever comes in."""
+    """Computes the image's patches in the type of the weights, whatever the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, H / 16, W / 16)."""
@@ -106,7 +106,7 @@ class Patches(nn.Conv2d):
 
 
 class FusedAttention(MultiHeadAttention):
-    """Softmax attention in one kernel; its softmax is float32 inside."""
+    """Softmax attention in one kernel, with a float32 softmax."""
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """x: (B, N, C); memory: (B, M, C) -> (B, N, C)."""
@@ -118,7 +118,7 @@ class PairAttention(FoldedAttention):
     """The folded attention to pairs, in torch on every device."""
 
     def forward(self, x: Tensor, structure: Tensor) -> Tensor:
-        """x: (B, N, C); structure: (B, N, N, C), as the projections' type -> (B, N, C)."""
+        """x: (B, N, C); structure: (B, N, N, C), in the type of the projections -> (B, N, C)."""
         q, k, v = self.split(self.proj_q(x)), self.split(self.proj_k(x)), self.split(self.proj_v(x))
         d = q.shape[-1]
         folded = torch.einsum("bhnd,hdc->bnhc", q, self.proj_p.weight.view(self.heads, d, -1))
@@ -127,7 +127,7 @@ class PairAttention(FoldedAttention):
 
 
 class Focus(OnePassAttention):
-    """The focusing, in float32 as its scale is: a third power takes digits that bf16 does not have."""
+    """Focuses in float32, like its scale: a third power needs digits that bf16 does not have."""
 
     def focus(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C), in the type of x."""
@@ -135,36 +135,36 @@ class Focus(OnePassAttention):
 
 
 class _SharpLogits:
-    """Logits in float32 from tokens of any type."""
+    """Computes logits in float32 from tokens of any type."""
 
     tf32 = False
     temperature: float
     out_proj: nn.Linear
 
     def logits(self, tokens: Tokens) -> Tensor:
-        """(B, 1 + N, 1 + M) float32."""
+        """Return (B, 1 + N, 1 + M) float32."""
         scene, model = self.out_proj(tokens.scene).float(), self.out_proj(tokens.model).float()
         with matrix_units(self.tf32):
             return cosine_logits(scene, model, self.temperature)
 
 
 class SharpCoarseMatching(_SharpLogits, CoarseMatching):
-    """With logits in float32."""
+    """Coarse matching with logits in float32."""
 
 
 class SharpFineMatching(_SharpLogits, FineMatching):
-    """With logits in float32."""
+    """Fine matching with logits in float32."""
 
 
 class Structure(TabledStructure):
-    """As network/whole.py's; in bf16 the nearest row of a table instead, whose numbers need no step in between."""
+    """Embeds as network/whole.py does; in bf16 it takes the nearest row of a table, without interpolation."""
 
     near_distances: Tensor  # (rows, C) bf16
     near_angles: Tensor
     tabled = False
 
     def narrow(self) -> None:
-        """Fill the tables of bf16 rows, and read them from now on; once the weights are there."""
+        """Fill tables of bf16 rows and use them from now on; call it after loading the weights."""
         numbers = torch.arange(TABLE_STEPS * TABLE_UNITS + 1, device=self.proj_d.weight.device) / TABLE_STEPS
         embedded = self.embedding(numbers)
         self.register_buffer("near_distances", self.proj_d(embedded).bfloat16(), persistent=False)
@@ -188,18 +188,18 @@ class Structure(TabledStructure):
 
 
 def _row(numbers: Tensor, table: Tensor) -> Tensor:
-    """(...) -> (..., C), the nearest row of each number, the last one for what is beyond."""
+    """Return the nearest row of each number, the last row for larger numbers: (...) -> (..., C)."""
     return functional.embedding((numbers * TABLE_STEPS + 0.5).long().clamp(max=len(table) - 1), table)
 
 
 class Encoding(NeighbourlyEncoding):
     """The first layer by point and without norms, in torch on every device."""
 
-    dtype = torch.float32  # of the second and third layer
+    dtype = torch.float32  # type of the second and third layer
     tf32 = False
 
     def narrow(self) -> None:
-        """Convert all layers but the first, which looks at places."""
+        """Convert all layers but the first, whose inputs are coordinates."""
         self.dtype = torch.bfloat16
         self.mlp3.to(self.dtype)
         for mlp in self.folded:
@@ -235,10 +235,11 @@ class Encoding(NeighbourlyEncoding):
 
 
 def propose(pairs: Tensor, scene: Tensor, model: Tensor) -> Proposals:
-    """`coarse.propose` in closed form; shapes as there.
+    """Compute `coarse.propose` in closed form, with the same shapes.
 
-    Three points on a line, repeated ones above all, leave a turn open. They fit well and so keep their place among the
-    best, as in the original; there their turn is chance and never won, here their t is where it cannot.
+    Three points on a line, repeated ones above all, leave a rotation undetermined. They fit well and so keep their
+    place among the best, as in the original. There their rotation is chance and never won; here their t is out of
+    reach.
     """
     b, m = len(pairs), model.shape[1]
     source = take(model, pairs % m).view(b, -1, 3, 3)
@@ -251,16 +252,16 @@ def propose(pairs: Tensor, scene: Tensor, model: Tensor) -> Proposals:
     u, v, n = to.unbind(-2)
     turned = torch.stack((u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin(), n), dim=-1)
     R = turned @ of
-    weight = 1 / (3 + 1e-5)  # the original's, as in coarse.weighted_procrustes
+    weight = 1 / (3 + 1e-5)  # as in coarse.weighted_procrustes, from the original
     t = weight * (target.sum(dim=-2) - (R @ source.sum(dim=-2)[..., None])[..., 0])
     residual = ((target - t[:, :, None]) @ R - source).norm(dim=-1).mean(dim=-1)
     return Proposals(R, torch.where((of_line | to_line)[..., None], NOWHERE, t), residual)
 
 
 def _frame(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Three points: the axes of their plane and its normal as rows, (..., 3, 3), and whether they are on a line, (...).
+    """Return axes and normal of the plane through three points as rows, (..., 3, 3), and if they are collinear, (...).
 
-    The first axis lies along the longest side. Of a line it is any plane.
+    The first axis lies along the longest side. Collinear points get any plane.
     """
     sides = points.roll(-1, dims=-2) - points
     squared = sides.square().sum(dim=-1)
@@ -280,7 +281,10 @@ def _frame(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def surface_distance(scene: Tensor, poses: Pose, surface: Tensor) -> Tensor:
-    """`coarse.surface_distance`, (B, H, N), as one product: |p|^2 is added to the smallest |s|^2 - 2 p.s of each p."""
+    """Compute `coarse.surface_distance`, (B, H, N), as one product.
+
+    |p|^2 is added to the smallest |s|^2 - 2 p.s of each p.
+    """
     b, h = poses.t.shape[:2]
     placed = ((scene[:, None] - poses.t[:, :, None]) @ poses.R).flatten(1, 2)  # (B, H * N, 3)
     of_surface = torch.cat((-2 * surface, surface.square().sum(dim=-1, keepdim=True)), dim=-1)
@@ -289,10 +293,10 @@ def surface_distance(scene: Tensor, poses: Pose, surface: Tensor) -> Tensor:
 
 
 def nearest_rotation(M: Tensor) -> Tensor:
-    """`posekit.geometry.nearest_rotation` without a decomposition: (..., 3, 3) -> (..., 3, 3).
+    """Compute `posekit.geometry.nearest_rotation` without a decomposition: (..., 3, 3) -> (..., 3, 3).
 
-    The rotation is the first eigenvector of a 4 x 4 matrix, as a quaternion (Horn, 1987), and what is left of a matrix
-    that is multiplied with itself often enough. Where more than one rotation is nearest it is one of them.
+    The rotation, as a quaternion, is the first eigenvector of a 4 x 4 matrix (Horn, 1987). Multiplying that matrix with
+    itself often enough leaves only this eigenvector. If several rotations are equally near, the result is one of them.
     """
     M = M.double()
     eye = torch.eye(3, dtype=M.dtype, device=M.device)
@@ -314,7 +318,7 @@ def nearest_rotation(M: Tensor) -> Tensor:
 
 
 def solve(matches: SoftMatches, scene: Tensor) -> Pose:
-    """`fine.solve` with the rotation above; scene: (B, N, 3)."""
+    """Compute `fine.solve` with `nearest_rotation` from above. scene: (B, N, 3)."""
     weight = (matches.weight / (matches.weight.sum(dim=-1, keepdim=True) + 1e-5))[..., None]
     source_middle = (matches.points * weight).sum(dim=-2)
     target_middle = (scene * weight).sum(dim=-2)
@@ -327,13 +331,13 @@ def solve(matches: SoftMatches, scene: Tensor) -> Pose:
 
 
 class GpuNetwork(FastNetwork):
-    """The network of these parts."""
+    """The network built of these parts."""
 
     parts = Parts(PointFeatures, Structure, PairAttention, Focus, Encoding)
 
     @classmethod
     def of(cls, network: Network, precision: str = "float32") -> GpuNetwork:
-        """The same weights in these parts; `precision` is one of PRECISIONS."""
+        """Copy the weights into these parts; `precision` is one of PRECISIONS."""
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         made = super().of(network)
@@ -347,7 +351,7 @@ class GpuNetwork(FastNetwork):
 
     @staticmethod
     def _adapt(part: nn.Module, precision: str) -> None:
-        """Give a part of network/whole.py, which keeps its weights, the ways of its twin here."""
+        """Give a part of network/whole.py, which keeps its weights, the methods of its twin here."""
         if type(part) is MultiHeadAttention:
             part.__class__ = FusedAttention
         elif type(part) is CoarseMatching:
@@ -360,7 +364,7 @@ class GpuNetwork(FastNetwork):
             part.tf32 = precision != "float32"
 
     def _narrow(self) -> None:
-        """Convert to bf16 what is to multiply in it. The layers of the pairs' structure fill a table, in float32."""
+        """Convert to bf16 what multiplies in bf16. The layers of the pair structure fill a table, in float32."""
         structure, encoding = self.geo_embedding, self.fine_point_matching.PE
         assert isinstance(structure, Structure)
         assert isinstance(encoding, Encoding)
@@ -375,13 +379,13 @@ class GpuNetwork(FastNetwork):
                     layer.bfloat16()
 
     def features(self, rgb: Tensor, choose: Tensor) -> Tensor:
-        """Image features of points; shapes as in the plain one, whose constants come from the host."""
+        """Return image features of points, shapes as in `Network.features`, whose constants come from the host."""
         channels = [(rgb[..., c].float() / 255 - MEAN[c]) / STD[c] for c in range(3)]
         out: Tensor = self.feature_extraction(torch.stack(channels, dim=1), choose)
         return out
 
     def coarse_pose(self, logits: Tensor, scene: Tensor, model: Tensor, surface: Tensor, uniforms: Tensor) -> Pose:
-        """The voting; shapes as in the plain one."""
+        """Vote for a pose; shapes as in `Network.coarse_pose`."""
         assignment = assign(logits)
         poses = keep_best(propose(draw_pairs(assignment.score, uniforms), scene, model), self.config.kept)
         at_a_time = max(1, DISTANCES_AT_A_TIME // (scene.shape[0] * scene.shape[1] * surface.shape[1]))
@@ -390,7 +394,7 @@ class GpuNetwork(FastNetwork):
         return choose_best(poses, distance, assignment.scene_matched)
 
     def fine_pose(self, logits: Tensor, scene: Tensor, model: Tensor, surface: Tensor) -> ScoredPose:
-        """The last pose; shapes as in the plain one."""
+        """Compute the final pose; shapes as in `Network.fine_pose`."""
         matches = soft_matches(logits, model)
         pose = solve(matches, scene)
         distance = surface_distance(scene, Pose(pose.R[:, None], pose.t[:, None]), surface)[:, 0]
@@ -401,25 +405,25 @@ class GpuNetwork(FastNetwork):
 
 
 class Runner:
-    """Passes of fixed sizes, each size a CUDA graph that is captured when it is first wanted.
+    """Runs passes of fixed sizes. Each size is a CUDA graph, captured at its first use.
 
-    A pass is filled up with its last instance, and what is too much for the largest size takes several. With a single
-    size an instance meets the same kernels alone and in company. With several (BUCKETS) it is quicker alone, but other
-    kernels round differently, and the voting may take another draw for it. On a CPU nothing is captured.
+    A pass is padded with its last instance; more instances than the largest size take several passes. With a single
+    size, an instance meets the same kernels alone and in a batch. With several (BUCKETS) a single instance is faster,
+    but other kernels round differently, and the voting may draw differently for it. On a CPU nothing is captured.
     """
 
     def __init__(self, run: Callable[[Scene, Model], Poses], sizes: Sequence[int] = (PASS,)) -> None:
-        """`run`: the network, or what it was compiled to; it must not need the host."""
+        """`run`: the network, or its compiled form; it must not need the host."""
         keep_float32()
         self._run = run
         self._sizes = sorted(sizes)
         self._inputs: list[Tensor] = []
         self._graphs: dict[int, tuple[Callable[[], None], Poses]] = {}
-        self._pool: Any = None  # of memory, which all graphs share
+        self._pool: Any = None  # memory pool that all graphs share
 
     @torch.inference_mode()
     def __call__(self, scene: Scene, models: Sequence[Model]) -> Poses:
-        """Poses of instances, each with its object's model of one."""
+        """Estimate poses of instances; each comes with its object's model, a batch of one."""
         largest = self._sizes[-1]
         found = [
             self._pass(Scene(*(field[begin : begin + largest] for field in scene)), models[begin : begin + largest])
@@ -441,7 +445,7 @@ class Runner:
         return Poses(*(values[:rows].clone() for values in self._poses(size)))
 
     def _poses(self, size: int) -> Poses:
-        """What the network says of the inputs as they are."""
+        """Run the network on the inputs as they are."""
         scene, model = self._views(size)
         if not scene.rgb.is_cuda:
             return self._run(scene, model)
@@ -460,9 +464,9 @@ class Runner:
 
 
 def captured(call: Callable[[], Answer], pool: Any = None) -> tuple[Callable[[], None], Answer]:
-    """A call on the current GPU as a graph: what repeats it, and the answer that is then written anew.
+    """Capture a call on the current GPU as a graph; return a function that repeats it, and the answer that it rewrites.
 
-    It runs twice before, for what libraries do once. `pool`: memory to share with other graphs; none of them may read
+    The call runs twice before, for what libraries do once. `pool`: memory to share with other graphs; no graph may read
     what another one left there.
     """
     beside = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""Examples of requests for poses and their answers, in both dialects; their pictures and masks really decode."""
+"""Examples of pose requests and their answers, in both dialects. Their pictures and masks can be decoded."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The instance-segmentation (ISM) server, as `POST /api/v1/full_pipeline` asks it for detections.
+"""Client of the instance-segmentation (ISM) server, which `POST /api/v1/full_pipeline` asks for detections.
 
-One POST with base64 pictures, 16-bit depth passed on untouched. A refused connection or a 5xx is tried once more; an
-answer that is none, says it failed, or does not fit the contract is `ism_failed` (502), never an empty scene. What the
-client is told names the status or the timeout, not the ISM server's address or its paths; the log has the rest.
+One POST with base64 pictures; 16-bit depth is passed on unchanged. A refused connection or a 5xx is tried once more. An
+answer that cannot be read, reports a failure, or does not fit the contract is `ism_failed` (502), never an empty scene.
+The client is told the status or the timeout, not the ISM server's address or its paths; these are in the log.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ class _Answer(msgspec.Struct):
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What the ISM server found: four columns of equal length, in its order."""
+    """The ISM server's detections: four columns of equal length, in its order."""
 
-    masks: list[msgspec.Raw]  # JSON text of each mask as it came: an RLE object or a nested 0/1 list
-    boxes: list[list[float]]  # xywh, pixels; empty where there is none that makes sense: the mask's own is used
+    masks: list[msgspec.Raw]  # JSON text of each mask as received: an RLE object or a nested 0/1 list
+    boxes: list[list[float]]  # xywh, pixels; empty if there is no sensible one: the mask's own is used
     scores: list[float]
     object_ids: list[Category]
-    inference_time: float | None  # seconds, as the ISM server says
+    inference_time: float | None  # seconds, as the ISM server reports
     seconds: float  # of the whole call, a retry included
 
 
 class IsmClient:
-    """Keeps connections to the configured server; make it and use it in one event loop."""
+    """Keeps connections to the configured server. Create and use it in one event loop."""
 
     def __init__(self, settings: Ism) -> None:
         self._settings = settings
@@ -68,7 +68,7 @@ class IsmClient:
 
     @property
     def configured(self) -> bool:
-        """Whether there is a server to ask."""
+        """Return True if there is a server to ask."""
         return self._url is not None
 
     async def find(
@@ -84,10 +84,10 @@ class IsmClient:
         request_id: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Found:
-        """Every detection of the picture.
+        """Return every detection of the picture.
 
-        rgb, depth: encoded files, passed on as they are; template_dir, cad_path, output_dir: the ISM server's own
-        paths; deadline_unix: time.time() after which no answer is of use; headers: of the trace, sent along.
+        rgb, depth: encoded files, passed on unchanged; template_dir, cad_path, output_dir: the ISM server's own paths;
+        deadline_unix: time.time() after which an answer is useless; headers: of the trace, sent along.
         Raises ApiError: `no_ism`, `ism_failed`, `deadline`.
         """
         if self._url is None:
@@ -107,7 +107,7 @@ class IsmClient:
         return _found(text, time.monotonic() - started, request_id)
 
     async def healthy(self) -> bool:
-        """Whether the server says that it is up; False where none is configured."""
+        """Return True if the server reports that it is up; False if none is configured."""
         if self._url is None:
             return False
         timeout = aiohttp.ClientTimeout(total=min(_HEALTH_TIMEOUT_S, self._settings.timeout_s))
@@ -118,7 +118,7 @@ class IsmClient:
             return False
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -131,7 +131,7 @@ class IsmClient:
     async def _ask(
         self, body: bytes, deadline_unix: float, request_id: str | None, headers: Mapping[str, str]
     ) -> bytes:
-        """The text of a 200, after at most one retry."""
+        """Return the text of a 200, after at most one retry."""
         first = await self._try(body, deadline_unix, request_id, headers)
         if isinstance(first, bytes):
             return first
@@ -144,7 +144,7 @@ class IsmClient:
     async def _try(
         self, body: bytes, deadline_unix: float, request_id: str | None, headers: Mapping[str, str]
     ) -> bytes | str:
-        """The text of a 200, or in words what is worth a retry; raises what is not."""
+        """Return the text of a 200, or the description of a failure worth a retry; raise for other failures."""
         left_s = deadline_unix - time.time()
         if left_s <= 0:
             raise ApiError("deadline", "the deadline passed before the instance-segmentation server answered")
@@ -163,7 +163,7 @@ class IsmClient:
                 if response.status >= 500:
                     return words
                 raise ApiError("ism_failed", f"the instance-segmentation server {words}")
-        except aiohttp.ConnectionTimeoutError:  # a TimeoutError, too
+        except aiohttp.ConnectionTimeoutError:  # it is a TimeoutError, too
             if left_s <= self._settings.connect_timeout_s:
                 raise ApiError(
                     "deadline", "the deadline passed before the instance-segmentation server was reached"
@@ -190,7 +190,7 @@ class IsmClient:
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """The body, within bounds."""
+    """Read the body, within limits."""
     parts = []
     total = 0
     async for part in response.content.iter_any():
@@ -239,7 +239,7 @@ def _found(text: bytes, seconds: float, request_id: str | None) -> Found:
 
 
 def _xywh(box: list[float] | None) -> list[float]:
-    """xyxy as the ISM server writes it; a box that is none ([0, 0, -1, -1] of an empty mask, say) becomes empty."""
+    """Convert xyxy to xywh. An invalid box (such as [0, 0, -1, -1] of an empty mask) becomes empty."""
     if box is None or len(box) != 4:
         return []
     left, top, right, bottom = box
@@ -264,7 +264,7 @@ _ADDRESS: Final = re.compile(r"\w+://\S+|(?:[A-Za-z]:)?(?:[\\/][^\s\\/'\"]+){2,}
 
 
 def _said(reason: object) -> str:
-    """The ISM server's own words for the client: one line, no address or path."""
+    """Return the ISM server's own words for the client: one line, without addresses and paths."""
     if not isinstance(reason, str) or not reason.strip():
         return ""
     words = _ADDRESS.sub("…", " ".join(reason.strip().splitlines()[0].split()))

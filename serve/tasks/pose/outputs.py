@@ -1,7 +1,7 @@
-"""Files under the output root leave after a time: those that this server wrote, and no others.
+"""Remove files under the output root after a time: those that this server wrote, and no others.
 
-Which folders those are stands in a list in the data directory, a line for each request with an `output_dir`; nothing is
-added to the folders themselves, and a folder of somebody else's is never touched, whatever its files are called.
+A list in the data directory records the folders, one line for each request with an `output_dir`. Nothing is added to
+the folders themselves, and a folder of somebody else's is never touched, whatever its files are called.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Outputs:
 
     def __init__(self, list_path: Path, days: int) -> None:
         self._path = list_path
-        self._days = days  # 0: for ever
+        self._days = days  # 0: keep for ever
 
     def wrote(self, folder: Path) -> None:
-        """Note a folder. Where there is no room for that, its files stay."""
+        """Record a folder. If there is no room for the record, the folder's files stay."""
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(f"{time.time():.0f} {os.fsencode(folder).hex()}\n")
@@ -39,7 +39,7 @@ class Outputs:
             log.warning("output_not_noted", error=error.strerror, hint="its files will not be removed by themselves")
 
     async def sweep_for_ever(self) -> None:
-        """Once an hour."""
+        """Sweep once an hour, for ever."""
         while self._days:
             removed = await asyncio.to_thread(self.sweep, time.time() - self._days * 86_400)
             if removed:
@@ -47,7 +47,7 @@ class Outputs:
             await asyncio.sleep(_PERIOD_S)
 
     def sweep(self, oldest_unix: float) -> int:
-        """Remove the files in folders that were last written before `oldest_unix`; returns how many."""
+        """Remove the files in folders that were last written before `oldest_unix`; return how many."""
         try:
             lines = self._path.read_text(encoding="utf-8").splitlines()
         except OSError:
@@ -73,5 +73,5 @@ def _remove(folder: Path) -> int:
             (folder / name).unlink()
             removed += 1
     with contextlib.suppress(OSError):
-        folder.rmdir()  # only where nothing else is in it
+        folder.rmdir()  # only if nothing else is in it
     return removed

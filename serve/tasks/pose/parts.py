@@ -1,4 +1,4 @@
-"""What a pose request costs, how it is split into parts, and how their answers become the one that the client gets."""
+"""The cost of a pose request, its split into parts, and the merge of their answers into the client's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from serve.tasks.pose.question import Question
 from workers.messages import Answer as Reply
 from workers.messages import Failure, FinishPart, Job, Part, PartAnswer
 
-UNIT: Final = "detection"  # what a pose request's cost counts
+UNIT: Final = "detection"  # unit of a pose request's cost
 ROUTE: Final = "/pose"
 FINISH: Final = "/finish"
 
@@ -34,10 +34,10 @@ _encode = msgspec.msgpack.encode
 
 @dataclass
 class Solution:
-    """All rows of one request, in order, with what they cost."""
+    """All rows of one request, in order, with their cost."""
 
     rows: list[Row]
-    engine: str  # another than was asked for where that answered any of the parts
+    engine: str  # another engine than requested, if it answered any of the parts
     warnings: list[str]
     receipt: Receipt
     batch_detections: int
@@ -48,7 +48,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class PoseShare:
-    """Detections [start, stop) of a job; `whole` where that is all of them."""
+    """Detections [start, stop) of a job; `whole` if these are all."""
 
     share_id: str
     start: int
@@ -57,11 +57,11 @@ class PoseShare:
 
     @property
     def cost(self) -> int:
-        """Its detections; a request without any still takes a turn."""
+        """Return the number of detections; a request without any still takes a turn."""
         return max(1, self.stop - self.start)
 
     def message(self, *, path: str | None, inline: bytes) -> bytes:
-        """The `Part` that goes to decode."""
+        """Return the encoded `Part` for decode."""
         return _encode(
             Part(part_id=self.share_id, start=self.start, stop=self.stop, path=path, job=inline, finish=self.whole)
         )
@@ -80,13 +80,13 @@ class PoseWork:
         self._job: Job | None = job
 
     def encoded(self) -> bytes:
-        """The job as the stages read it, which is then let go with its pictures."""
+        """Return the job as the stages read it, and release the job with its pictures."""
         assert self._job is not None
         job, self._job = self._job, None
         return _encode(job)
 
     def split(self, most: int) -> list[PoseShare]:
-        """Runs of at most `most` detections, in order."""
+        """Return runs of at most `most` detections, in order."""
         starts = range(0, self.cost, most) if self.cost else [0]
         bounds = [(start, min(start + most, self.cost)) for start in starts]
         return [
@@ -95,14 +95,14 @@ class PoseWork:
         ]
 
     def read(self, answer: bytes) -> PartAnswer | Failure:
-        """The answer to a part."""
+        """Decode the answer to a part."""
         return _decoder.decode(answer)
 
 
 async def solve(queue: Queue, work: PoseWork, client: str, deadline: float) -> Solution:
-    """Rows for a job; `deadline` is monotonic. Cancelling it drops what has not started.
+    """Return the rows of a job; `deadline` is monotonic. Cancelling drops what has not started.
 
-    Raises ApiError: what the pipeline found wrong, the deadline, or a worker lost for good.
+    Raises ApiError: for errors that the pipeline found, for the deadline, or for a worker lost for good.
     """
     async with queue.worked_off(work, client, deadline) as gathered:
         if len(gathered.answers) == 1 or not work.draws:
@@ -111,7 +111,7 @@ async def solve(queue: Queue, work: PoseWork, client: str, deadline: float) -> S
 
 
 async def _finished(queue: Queue, work: PoseWork, gathered: Gathered[PartAnswer]) -> PartAnswer:
-    """Overlay and files of a request that was split."""
+    """Have overlay and files made for a request that was split."""
     message = FinishPart(
         part_id=f"{work.request_id}/finish",
         path=gathered.path,
@@ -129,7 +129,7 @@ async def _finished(queue: Queue, work: PoseWork, gathered: Gathered[PartAnswer]
 
 
 def merged(work: PoseWork, gathered: Gathered[PartAnswer], *more: PartAnswer) -> Solution:
-    """What the parts, and `more` that was done for all of them, come to."""
+    """Merge the answers of the parts, and of `more` messages for the whole request."""
     answers = gathered.answers
     largest = max(answers, key=lambda answer: answer.batch_detections)
     return Solution(
@@ -158,7 +158,7 @@ def pose_answer(
     ism_ms: float | None,
     found: contract.FoundDetections | None,
 ) -> Answer:
-    """The answer of all three pose routes; also notes what the log is to say."""
+    """Make the answer of all three pose routes, and note what the log is to contain."""
     rows, notes = solution.rows, asker.notes
     notes.poses = sum(row.status == "ok" for row in rows)
     notes.rejected = dict(Counter(row.error.code for row in rows if row.error is not msgspec.UNSET))
@@ -229,7 +229,7 @@ def _as_rle(mask: bytes, height: int, width: int) -> dict[str, Any]:
 
 
 def found_detections(question: Question, rows: list[Row]) -> contract.FoundDetections:
-    """The ISM server's detections, masks as compressed RLE whatever they came as."""
+    """Return the ISM server's detections, with masks as compressed RLE whatever their form was."""
     info = images.inspect(question.asked.rgb, "rgb_image")
     return contract.FoundDetections(
         masks=[_as_rle(spec.raw, info.height, info.width) for spec in question.asked.detections],

@@ -1,7 +1,7 @@
-"""From a request's body to a checked question: every rule of the contract that needs no picture to be decoded.
+"""Turn a request's body into a checked question, by every rule of the contract that needs no decoded picture.
 
-`pose_question`, `full_pipeline_question` and `seg_data_question` turn the three spellings into one `Question`, so that
-everything behind them knows one form. Refusals are ApiErrors that name the field as the client wrote it.
+`pose_question`, `full_pipeline_question` and `seg_data_question` turn the three forms into one `Question`, so that the
+rest of the server knows one form. Refusals are ApiErrors that name the field as the client wrote it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from serve.reading import Protocol, decode_field, validation_error
 from serve.settings import Limits
 from workers.messages import Asked, MaskSpec
 
-_FOCAL_PX = (1.0, 1e6)  # of any camera
-_FARTHEST_MM = 1e6  # that an initial pose may be
+_FOCAL_PX = (1.0, 1e6)  # range for any camera
+_FARTHEST_MM = 1e6  # largest distance of an initial pose
 
 Category = int | str | None
 
 FILE_PARTS = {"rgb": "rgb_image", "depth": "depth_image", "cad": "cad"}
-FORM_PARTS = frozenset({"request", *FILE_PARTS, *FILE_PARTS.values()})  # of a multipart request
+FORM_PARTS = frozenset({"request", *FILE_PARTS, *FILE_PARTS.values()})  # parts of a multipart request
 
 
 @dataclass(kw_only=True)
 class Question:
-    """A checked pose request; `choices` are the distinct CADs, and `MaskSpec.object` indexes them."""
+    """A checked pose request. `choices` are the distinct CADs, and `MaskSpec.object` indexes them."""
 
     asked: Asked
     choices: list[CadChoice]
@@ -49,7 +49,7 @@ class Question:
     # full pipeline only
     template_dir: str | None = None
     ism_cad_path: str | None = None
-    # second dialect only: what was left out of seg_data, and the items as they were sent
+    # second dialect only: items of seg_data that were left out, and the items as they were sent
     left_out: list[tuple[int, str, str]] = field(default_factory=list)
     coco: list[dict[str, Any]] | None = None
 
@@ -58,7 +58,7 @@ class Question:
         self.asked = msgspec.structs.replace(self.asked, **changes)
 
     def let_pictures_go(self) -> None:
-        """The job has them."""
+        """Release the pictures: the job has them."""
         self.change(rgb=b"", depth=b"")
 
 
@@ -95,7 +95,7 @@ def full_pipeline_question(request: schemas.FullPipelineRequest, protocol: Proto
 
 
 def seg_data_question(request: schemas.SegDataRequest, protocol: Protocol, limits: Limits) -> Question:
-    """`POST /api/v1/pose-estimation`: COCO items above the threshold, the others reported as left out."""
+    """Make the question of `POST /api/v1/pose-estimation`: COCO items over the threshold, others listed as left out."""
     question = _common(request, protocol, limits)
     specs, _ = _detections(request.seg_data, protocol, "xywh", limits, name="seg_data", only_list=True)
     question.coco = _coco_items(request.seg_data, protocol, "seg_data")
@@ -125,7 +125,7 @@ def seg_data_question(request: schemas.SegDataRequest, protocol: Protocol, limit
 def detections_from_ism(
     question: Question, masks: list[Any], boxes: list[list[float]], scores: list[float], ids: list[Category]
 ) -> None:
-    """Put what the ISM server found into the question; every detection is kept."""
+    """Put the ISM server's detections into the question; every detection is kept."""
     specs = [
         MaskSpec(
             raw=msgspec.json.encode(mask),
@@ -168,7 +168,7 @@ def _common(request: schemas.Asked, protocol: Protocol, limits: Limits) -> Quest
 
 
 def check_engine(name: str) -> None:
-    """Refuse an engine that is neither "auto" nor registered, in the words of msgspec's closed lists."""
+    """Refuse an engine that is neither "auto" nor registered, in the words that msgspec uses for closed lists."""
     if name not in registry.choices():
         raise validation_error(f"Invalid enum value {name!r} - at `$.engine`")
 
@@ -180,14 +180,14 @@ def _picture(data: bytes, name: str) -> bytes:
 
 
 def _bare_depth_size(request: schemas.SegDataRequest) -> tuple[int, int]:
-    """(height, width) where the second dialect's depth is bare float32, else (0, 0)."""
+    """Return (height, width) if the second dialect's depth is bare float32, else (0, 0)."""
     depth = request.depth_image
     if depth[:8] == b"\x89PNG\r\n\x1a\n" or _is_tiff(depth):
         return 0, 0
     try:
         info = images.inspect(request.rgb_image, "rgb_image")
     except PoseError:
-        return 0, 0  # decode says what is wrong with the colour image
+        return 0, 0  # the decode stage reports what is wrong with the colour image
     return (info.height, info.width) if len(depth) == 4 * info.height * info.width else (0, 0)
 
 
@@ -216,7 +216,7 @@ def _depth_scale(request: schemas.Asked) -> tuple[float, bool]:
 def _intrinsics(
     raw: msgspec.Raw, protocol: Protocol
 ) -> tuple[float, float, float, float, float, float, float, float, float]:
-    """Nine numbers row-major, or three rows of three."""
+    """Return nine numbers, from nine row-major or from three rows of three."""
     where = "cam_params.cam_K"
     value: object = decode_field(bytes(raw), protocol, object, where)
     if isinstance(value, list) and len(value) == 3 and all(isinstance(row, list) and len(row) == 3 for row in value):
@@ -302,7 +302,7 @@ def _no_unit_for(request: schemas.Asked, *, by_id: bool) -> None:
 
 
 def assign_objects(question: Question, specs: list[MaskSpec]) -> None:
-    """Take the detections, each with its CAD; a category without an entry gets None (the row `no_cad`)."""
+    """Set the detections, each with its CAD; a category without an entry gets None (the row `no_cad`)."""
     if (by := question.by_category) is None:
         question.change(detections=[msgspec.structs.replace(spec, object=0) for spec in specs])
     else:
@@ -321,7 +321,7 @@ def _detections(
     name: str = "detections",
     only_list: bool = False,
 ) -> tuple[list[MaskSpec], bool]:
-    """Both forms -> specs, and whether it was the list."""
+    """Parse detections in either form; return their specs, and True if the form was the list."""
     data = bytes(raw)
     if _is_list(data, protocol):
         items = decode_field(data, protocol, list[schemas.Detection], name)
@@ -373,7 +373,7 @@ def _box(box: list[float] | None, box_format: str, where: str) -> tuple[float, f
 
 
 def _mask(data: bytes, protocol: Protocol, where: str) -> tuple[bytes, bytes]:
-    """(JSON text, PNG bytes) of a mask, one of them empty. Only its kind is looked at: pixels are decode's matter."""
+    """Return (JSON text, PNG bytes) of a mask, one of them empty. Only its type is checked: decode reads the pixels."""
     if protocol == "json":
         if data[:1] not in (b"{", b"[", b'"'):
             raise _mask_error(where)
@@ -390,7 +390,7 @@ def _mask(data: bytes, protocol: Protocol, where: str) -> tuple[bytes, bytes]:
 
 
 def _text_counts(value: Any) -> Any:
-    """RLE counts sent as bytes, as pycocotools makes them, are ASCII text."""
+    """Convert RLE counts sent as bytes, as pycocotools makes them, to ASCII text."""
     if isinstance(value, dict) and isinstance(value.get("counts"), bytes):
         return {**value, "counts": value["counts"].decode("ascii")}
     return value
@@ -427,7 +427,7 @@ def _is_list(data: bytes, protocol: Protocol) -> bool:
 
 
 def _coco_items(raw: msgspec.Raw, protocol: Protocol, name: str) -> list[dict[str, Any]]:
-    """COCO items as they were sent, unknown keys and all, since the answer repeats them in whichever form it has."""
+    """Return COCO items as they were sent, unknown keys included, since the answer repeats them in any form."""
     items = decode_field(bytes(raw), protocol, list[dict[str, Any]], name)
     try:
         items = msgspec.json.decode(msgspec.json.encode(items), type=list[dict[str, Any]])
@@ -440,7 +440,7 @@ def _coco_items(raw: msgspec.Raw, protocol: Protocol, name: str) -> list[dict[st
 
 
 def header_deadline_ms(headers: Mapping[str, str]) -> int | None:
-    """`X-Request-Deadline-Ms`, checked."""
+    """Return `X-Request-Deadline-Ms`, checked."""
     text = headers.get("x-request-deadline-ms")
     if text is None:
         return None

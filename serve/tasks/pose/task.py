@@ -33,7 +33,7 @@ log = structlog.get_logger()
 
 
 class PoseTask:
-    """Answers the pose routes; one for the life of the server."""
+    """Answers the pose routes; one instance for the life of the server."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class PoseTask:
         self.outputs = Outputs(settings.data_path / "outputs.list", settings.storage.output_days)
 
     async def close(self) -> None:
-        """Let go of the connections to the ISM server."""
+        """Close the connections to the ISM server."""
         await self._ism.close()
 
     async def answer(self, asker: Asker, question: Question) -> Answer:
-        """The answer in the dialect of the question. Raises ApiError for what spoils the whole request."""
+        """Return the answer in the dialect of the question. Raises ApiError for errors of the whole request."""
         pick = self._engines.pick(question.engine)
         output_dir = self._output_dir(question.output_dir)
         whole = question.template_dir is not None
@@ -76,9 +76,9 @@ class PoseTask:
         ism_ms = await self._ask_ism(asker, question) if whole else None
         if time.monotonic() >= asker.deadline:
             raise ApiError("deadline", "the deadline passed before the answer was ready")
-        self._admit(asker, len(question.asked.detections), pick.engine)  # others came meanwhile
+        self._admit(asker, len(question.asked.detections), pick.engine)  # others may have come meanwhile
         work = PoseWork(self._job(asker, question, resolved, pick, output_dir))
-        if not whole:  # the work lets go of the pictures once they are spooled
+        if not whole:  # the work releases the pictures once they are spooled
             question.let_pictures_go()
         try:
             with self._tracing.queued(work.request_id, asker.trace):
@@ -139,7 +139,7 @@ class PoseTask:
         return path
 
     async def _ask_ism(self, asker: Asker, question: Question) -> float:
-        """Put the ISM server's detections into the question; returns the milliseconds that it took."""
+        """Put the ISM server's detections into the question; return the milliseconds that it took."""
         begun = time.monotonic()
         assert question.template_dir is not None
         asked = question.asked
@@ -165,7 +165,7 @@ class PoseTask:
         limits = self._settings.limits
         return Job(
             **shared(Asked, question.asked),
-            request_id=f"{asker.request_id}-{secrets.token_hex(4)}",  # a client may send one id twice
+            request_id=f"{asker.request_id}-{secrets.token_hex(4)}",  # a client may send the same id twice
             objects=[one.ref for one in resolved],
             engine=pick.engine,
             refine=pick.refine if question.refine == "auto" else question.refine,

@@ -1,4 +1,4 @@
-"""A little HTTP server that is exactly an M/D/1 queue when requests come as a Poisson process does."""
+"""A small HTTP server that is exactly an M/D/1 queue when requests arrive as a Poisson process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pem.bench.sample import Target
 
 
 class QueueServer:
-    """A little HTTP server with one worker that takes exactly so long for each request; `broken`: it says 500."""
+    """A small HTTP server with one worker and a fixed time per request; `broken`: it answers 500."""
 
     def __init__(self, served_s: float, broken: bool = False) -> None:
         self.served_s = served_s
@@ -45,7 +45,7 @@ class QueueServer:
 
 @contextlib.contextmanager
 def queue_server(served_s: float, broken: bool = False) -> Iterator[Target]:
-    """Runs in a thread of its own."""
+    """Run the server in a thread of its own."""
     one = QueueServer(served_s, broken)
     thread = threading.Thread(target=one.loop.run_forever)
     thread.start()
@@ -59,7 +59,7 @@ def queue_server(served_s: float, broken: bool = False) -> Iterator[Target]:
             for talk in talks:
                 talk.cancel()
             await asyncio.gather(*talks, return_exceptions=True)
-            await asyncio.sleep(0)  # closed connections are let go in the loop's next turn
+            await asyncio.sleep(0)  # closed connections are released in the loop's next turn
 
         asyncio.run_coroutine_threadsafe(end(), one.loop).result(5)
         one.loop.call_soon_threadsafe(one.loop.stop)

@@ -1,4 +1,4 @@
-"""A server that answers pose requests as a test wants, over real sockets; it has no engine."""
+"""A server without an engine that answers pose requests as a test wants, over real sockets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMING = {
 
 
 class PoseFake:
-    """`reply(number, body)` makes each pose answer; `number` counts from 0. `page`: what /metrics says."""
+    """`reply(number, body)` makes each pose answer; `number` counts from 0. `page`: the text of /metrics."""
 
     def __init__(self, reply: Callable[[int, bytes], Reply], page: Callable[[], str] | None = None) -> None:
         self.asked: list[tuple[str, dict[str, str]]] = []  # path and headers of each pose request
@@ -34,7 +34,7 @@ class PoseFake:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            disable_nagle_algorithm = True  # head and body leave in two pieces, and the second would wait
+            disable_nagle_algorithm = True  # head and body are sent in two pieces; the second must not wait
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -87,7 +87,7 @@ class PoseFake:
 
 
 def row(T_cam_obj: Float64 | None) -> dict[str, Any]:
-    """An answer's row with this pose (metres); None: rejected."""
+    """Make an answer's row with this pose (metres); None: rejected."""
     if T_cam_obj is None:
         return {"status": "rejected", "rotation": None, "translation": None, "error": {"code": "no_fit", "detail": "-"}}
     return {
@@ -98,12 +98,12 @@ def row(T_cam_obj: Float64 | None) -> dict[str, Any]:
 
 
 def answer(*poses: Float64 | None, **changes: Any) -> dict[str, Any]:
-    """A pose answer with these poses."""
+    """Make a pose answer with these poses."""
     return {"success": True, "poses": [row(pose) for pose in poses], "timing": TIMING, **changes}
 
 
 def pose(x_mm: float = 0.0, turn_deg: float = 0.0) -> Float64:
-    """Half a metre before the camera, shifted by so much and turned so far about z."""
+    """Return a pose half a metre before the camera, shifted by `x_mm` and turned by `turn_deg` about z."""
     T_cam_obj = np.eye(4)
     angle = np.radians(turn_deg)
     T_cam_obj[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
@@ -112,7 +112,7 @@ def pose(x_mm: float = 0.0, turn_deg: float = 0.0) -> Float64:
 
 
 def question(*truths: Float64 | None, symmetries: Symmetries | None = None, body: bytes = b"{}") -> Question:
-    """A question whose right answers are these poses."""
+    """Make a question whose right answers are these poses."""
     return Question(
         name=f"{len(truths)} masks",
         body=body,

@@ -1,4 +1,4 @@
-"""The engine's own setting for all tests here: one thread of torch."""
+"""Run all tests here with one thread of torch, as the engine does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the geometric engine share: one engine, objects onboarded once, pictures and crops of them."""
+"""Helpers for the tests of the geometric engine: one engine, objects onboarded once, pictures and crops of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from posekit.synthetic.scenes import Scene, SceneInstance, demo_scene
 from posekit.synthetic.shapes import SHAPES, Shape, rotation
 
 NO_SYMMETRY = Symmetries()
-SURE = 0.8  # an answer over it is taken for right
+SURE = 0.8  # a larger confidence counts as right
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def onboarded(mesh: Mesh, object_id: str = "primitive") -> ObjectModel:
 
 @functools.cache
 def model(name: str) -> ObjectModel:
-    """An object of SHAPES."""
+    """Return the onboarded model of an object in SHAPES."""
     return onboarded(SHAPES[name]().mesh, name)
 
 
@@ -56,13 +56,13 @@ def solved(instance: Instance, models: Mapping[str, ObjectModel] | None = None) 
 
 
 def off_by(answer: Estimate, truth: SceneInstance) -> tuple[float, float]:
-    """Degrees and millimetres to the truth, modulo the symmetries of the shape."""
+    """Return degrees and millimetres to the truth, modulo the symmetries of the shape."""
     angle_deg, distance_m = pose_difference(answer.T_cam_obj, truth.T_cam_obj, truth.shape.symmetries)
     return angle_deg, 1000 * distance_m
 
 
 def cut(scene: Scene, index: int, mask: Bool | None = None, **changes: Any) -> Instance:
-    """An instance of a scene, or what `mask` (H, W) says of it, with a margin around it."""
+    """Cut an instance out of a scene, or the pixels of `mask` (H, W), with a margin around it."""
     truth = scene.instances[index]
     mask = truth.mask if mask is None else mask
     rows, columns = np.nonzero(mask)
@@ -81,12 +81,12 @@ def cut(scene: Scene, index: int, mask: Bool | None = None, **changes: Any) -> I
 
 @functools.cache
 def demo(index: int = 0) -> Instance:
-    """The crop of an object of the demo scene, the housing first."""
+    """Return the crop of an object of the demo scene, the housing first."""
     return cut(demo_scene(), index)
 
 
 def at(x_m: float, y_m: float, z_m: float, R: Float64 | None = None) -> Float64:
-    """T_cam_obj (4, 4)."""
+    """Return T_cam_obj (4, 4) of an object at this place."""
     T = np.eye(4)
     T[:3, :3] = np.eye(3) if R is None else R
     T[:3, 3] = x_m, y_m, z_m
@@ -94,7 +94,7 @@ def at(x_m: float, y_m: float, z_m: float, R: Float64 | None = None) -> Float64:
 
 
 def nudged(T_cam_obj: Float64, degrees: float, metres: float) -> Float64:
-    """A pose turned about a slanted axis of the object's and shifted along a slanted one of the camera's."""
+    """Return a pose turned about a slanted axis of the object and shifted along a slanted axis of the camera."""
     T = T_cam_obj.copy()
     T[:3, :3] = T[:3, :3] @ rotation((1, 2, 0.5), degrees)
     T[:3, 3] += metres * np.array([0.54, -0.45, 0.71])
@@ -110,7 +110,7 @@ def photograph(
     width: int = 640,
     height: int = 480,
 ) -> Scene:
-    """Shapes before a wall, without noise and without light; depth in tenths of a millimetre."""
+    """Picture shapes before a wall, without noise and without light; depth in tenths of a millimetre."""
     K = np.array([[focal_px, 0, width / 2 - 0.5], [0, focal_px, height / 2 - 0.5], [0, 0, 1]])
     seen = Caster([shape.mesh for shape in shapes], T_cam_obj).render(np.eye(4), K, width, height)
     there = seen.depth_m > 0
@@ -135,7 +135,7 @@ def mesh_of(solid: trimesh.Trimesh, colours: UInt8 | None = None) -> Mesh:
 
 
 def cuboid(extents_m: Sequence[float], cuts: int = 0) -> trimesh.Trimesh:
-    """A box of 12 triangles, each of them divided into four `cuts` times."""
+    """Make a box of 12 triangles, each divided into four `cuts` times."""
     box: trimesh.Trimesh = trimesh.creation.box(extents_m)
     for _ in range(cuts):
         box = box.subdivide()
@@ -143,7 +143,7 @@ def cuboid(extents_m: Sequence[float], cuts: int = 0) -> trimesh.Trimesh:
 
 
 def of_shells(*shells: trimesh.Trimesh) -> Mesh:
-    """One mesh of several surfaces, in order."""
+    """Join several surfaces into one mesh, in order."""
     vertices = np.concatenate([shell.vertices for shell in shells])
     first = np.cumsum([0, *(len(shell.vertices) for shell in shells)])
     faces = np.concatenate([shell.faces + start for shell, start in zip(shells, first, strict=False)])
@@ -157,20 +157,20 @@ def cleaned(instance: Instance, diameter_m: float) -> Cleaned:
 
 
 def looked_at(instance: Instance, model: Prepared) -> tuple[Shelf, Observations]:
-    """What the steps of the engine work on, for one instance."""
+    """Return the inputs of the engine's steps, for one instance."""
     shelf = Shelf.of([model])
     return shelf, together([cleaned(instance, model.diameter_m)], shelf.diameter_m)
 
 
 def poses_of(T_cam_obj: Sequence[Float64], model: Prepared) -> Poses:
-    """Poses (4, 4) each as the hypotheses of one instance, centred."""
+    """Return poses, (4, 4) each, as the hypotheses of one instance, centred."""
     T = torch.from_numpy(np.stack(T_cam_obj))
     t = T[:, :3, 3] + T[:, :3, :3] @ model.centre_m.double()
     return Poses(T[None, :, :3, :3].float(), t[None].float())
 
 
 def pose_of(poses: Poses, index: int, model: Prepared) -> Float64:
-    """One of an instance's hypotheses as a pose (4, 4) of the object's own frame."""
+    """Return one of an instance's hypotheses as a pose (4, 4) of the object's own frame."""
     R, t = poses.R[0, index].double(), poses.t[0, index].double()
     x_m, y_m, z_m = (t - R @ model.centre_m.double()).tolist()
     return at(x_m, y_m, z_m, R.numpy())

@@ -1,4 +1,4 @@
-"""The network's own setting for all tests here, and a way to run some of them without its compiled kernels."""
+"""Run all tests here in the network's own setting, and some of them also without its compiled kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=["compiled", "reference"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A test that asks for this runs with the compiled kernels, and without them as where none were built."""
+    """Run the test twice: with the compiled kernels, and without them, as if none were built."""
     wanted: str = request.param
     if wanted == "compiled" and kernels.kernel_for("cpu") == "reference":
         pytest.skip("no compiled kernels here")

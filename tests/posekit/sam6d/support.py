@@ -1,4 +1,4 @@
-"""What the tests of the network share: numbers, clouds, and logits of a known pose."""
+"""Helpers for the tests of the network: numbers, clouds, and logits of a known pose."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
 
 
 def rotations(*shape: int, seed: int = 0) -> Tensor:
-    """(..., 3, 3), from all of them."""
+    """Return random rotations, (..., 3, 3), drawn from all rotations."""
     return rotation_from_vector(3 * random(*shape, 3, seed=seed))
 
 
 def sphere(*shape: int, seed: int = 0) -> Tensor:
-    """Points of a ball's surface, (..., 3): the cloud of an object, in its radii."""
+    """Return points on a sphere, (..., 3), as an object's cloud in its radii."""
     return nn.functional.normalize(random(*shape, 3, seed=seed), dim=-1)
 
 
 def filled(module: nn.Module, seed: int = 0) -> nn.Module:
-    """The module with numbers of its own in every tensor, such that activations stay near one; ready for inference."""
+    """Fill every tensor of the module with numbers that keep activations near one; return it ready for inference."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in module.state_dict().items():
         if not tensor.is_floating_point() or name.endswith("div_term"):
@@ -37,7 +37,7 @@ def filled(module: nn.Module, seed: int = 0) -> nn.Module:
         numbers = torch.randn(tensor.shape, generator=generator)
         if name.endswith("running_var"):
             numbers = 0.3 + 0.2 * numbers.abs()
-        elif name.endswith("weight") and tensor.ndim == 1:  # of a norm
+        elif name.endswith("weight") and tensor.ndim == 1:  # weight of a norm
             numbers = 1 + 0.3 * numbers
         elif name.endswith("weight"):
             numbers = numbers * (2 / tensor[0].numel()) ** 0.5
@@ -48,7 +48,7 @@ def filled(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 class Posed(NamedTuple):
-    """Two clouds whose points belong together under a pose, and logits that know it."""
+    """Two clouds whose points match under a pose, and logits that express it."""
 
     logits: Tensor  # (B, 1 + N, 1 + M)
     scene: Tensor  # (B, N, 3), R model + t
@@ -59,7 +59,7 @@ class Posed(NamedTuple):
 
 
 def posed(batch: int, scene: int, model: int, *, far: float = 13.0, seed: int = 0) -> Posed:
-    """Every fifth scene point is of something else, and the logits give it to the background.
+    """Make clouds and logits of a known pose. Every fifth scene point is not on the model: its logits say background.
 
     `scene` points are drawn from `model` ones, so that some repeat. `far`: distance from the camera, in object radii.
     """
