@@ -1,1 +1,1 @@
-"""The public port: routes, keys, bodies, and a call from its first byte to its log line."""
+"""The public port: routes, keys, and each call from its first byte to its log line."""

@@ -1,7 +1,7 @@
-"""The public port: who may ask, what they ask, and what they are told. Everything heavy happens behind it.
+"""The public port: check each request, find its route and send its answer. Everything heavy happens behind it.
 
-A request passes through `Gateway.__call__`: its id, its route (routes.py), its key (keys.py), the route's handler, and
-one form for all failures, one log line, one set of headers for all answers.
+`Gateway.__call__` takes a request through these steps: its id, its route (routes.py), its key (keys.py), the route's
+handler. All failures have one form, and all answers get one log line and one set of headers.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Gateway:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._buckets: dict[str, tuple[float, float]] = {}  # key -> tokens, when
+        self._buckets: dict[str, tuple[float, float]] = {}  # key name -> tokens, when they were counted (monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One HTTP request."""
+        """Answer one HTTP request; refuse WebSockets."""
         if scope["type"] != "http":
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
@@ -56,7 +56,7 @@ class Gateway:
         answer.headers["Server-Timing"] = call.server_timing
         answer.headers["traceparent"] = call.trace.traceparent
         if call.sends_body and not call.body_read:
-            # Whoever is still sending would never see the answer if the connection were closed under the body.
+            # A client that is still sending would miss the answer if the connection were closed now.
             patient = call.error != "body_timeout" and "expect" not in call.headers
             idle_s = self.service.settings.limits.body_idle_s
             if not (patient and await reading.discard(call.receive, idle_s)):
@@ -66,7 +66,7 @@ class Gateway:
             (name.lower().encode(), value.encode("latin-1", "replace")) for name, value in answer.headers.items()
         ]
         self._log(call, found, answer.status)
-        with contextlib.suppress(OSError):  # the client may be gone by now
+        with contextlib.suppress(OSError):  # the client may have left
             await send({"type": "http.response.start", "status": answer.status, "headers": headers})
             await send({"type": "http.response.body", "body": b"" if call.method == "HEAD" else answer.body})
 
@@ -96,7 +96,7 @@ class Gateway:
         return route
 
     def _check_key(self, call: Call, route: Route) -> None:
-        """Sets `call.client`, whose turn it is in the queue: the key's name, or else the address."""
+        """Check the key and set `call.client`, who takes turns in the queue: the key's name, or else the address."""
         call.client = f"address {call.peer}"
         if route.who == "anyone" or (route.who == "as the settings say" and self.service.settings.metrics.open):
             return
@@ -126,7 +126,7 @@ class Gateway:
             self._spend(record.name, record.rate)
 
     def _spend(self, name: str, rate: float) -> None:
-        """A token bucket: `rate` requests a second, one second's worth at once."""
+        """Take a token from a key's bucket, or raise: `rate` requests a second, a burst of one second's worth."""
         now = time.monotonic()
         burst = max(rate, 1.0)
         tokens, when = self._buckets.get(name, (burst, now))

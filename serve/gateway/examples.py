@@ -1,4 +1,4 @@
-"""Examples of what the server says about itself: status, version, health of the second dialect."""
+"""Examples of answers about the server: status, version, health of the second dialect, model metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One HTTP exchange: the request as the routes see it, and the answer on its way out."""
+"""One HTTP exchange: the request as the routes see it, and the answer that they return."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 @dataclass
 class Answer:
-    """A response on its way out."""
+    """The response that a route returns."""
 
     status: int
     body: bytes = b""
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass
 class Call:
-    """One HTTP request, and what its log line will say."""
+    """One HTTP request, with the notes for its log line."""
 
     method: str
     path: str
@@ -48,17 +48,17 @@ class Call:
     arrived: float
     trace: Trace
     client: str = ""
-    name: str = ""  # what stands for the `{id}` of its route's path
+    name: str = ""  # the text in place of `{id}` in the route's path
     body_read: bool = False
     body_received: float = 0.0
     error: str | None = None
     detail: str | None = None  # of the error, for the log
-    field: str | None = None  # at fault, likewise
+    field: str | None = None  # the field at fault, for the log
     notes: Notes = dataclasses.field(default_factory=Notes)
 
     @classmethod
     def of(cls, scope: Scope, receive: Receive) -> Self:
-        """The request that an ASGI scope describes."""
+        """Return the request that an ASGI scope describes."""
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
         query = dict(urllib.parse.parse_qsl(scope.get("query_string", b"").decode("latin-1")))
@@ -76,40 +76,40 @@ class Call:
         )
 
     async def receive(self) -> dict[str, Any]:
-        """ASGI's receive, noting when the body has ended."""
+        """Receive the next ASGI message, and note when the body has ended."""
         message = await self.raw_receive()
         if message["type"] == "http.request" and not message.get("more_body", False):
             self.body_read = True
         return message
 
     async def gone(self) -> None:
-        """Returns when the client has closed the connection; to be awaited once the body is read."""
+        """Wait until the client has closed the connection. Call it only after the body is read."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
     @property
     def sends_body(self) -> bool:
-        """Whether the client announced a body."""
+        """Return True if the client announced a body."""
         return self.headers.get("content-length", "0") != "0" or "transfer-encoding" in self.headers
 
     def asker(self, deadline: float) -> Asker:
-        """The same for a task; `deadline` is monotonic."""
+        """Return the request as a task sees it; `deadline` is monotonic."""
         return Asker(self.request_id, self.client, self.body_received, deadline, self.trace, self.notes)
 
     def encode(self, value: object) -> tuple[bytes, str]:
-        """A struct in the form that the client accepts, and its content type."""
+        """Encode a struct in the format that the client accepts; return the bytes and their content type."""
         if MSGPACK in self.headers.get("accept", ""):
             return msgspec.msgpack.encode(value), MSGPACK
         return msgspec.json.encode(value), JSON
 
     def answer(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> Answer:
-        """A struct as the answer."""
+        """Return a struct as the answer."""
         body, content_type = self.encode(value)
         return Answer(status, body, content_type, headers or {})
 
     @property
     def server_timing(self) -> str:
-        """The header `Server-Timing`: what is known by now."""
+        """Return the header `Server-Timing`, with the times known so far."""
         entries = [("total", (time.monotonic() - self.arrived) * 1e3)]
         if self.notes.timing is not None:
             parts = {

@@ -1,7 +1,7 @@
 """API keys: a small JSON file of hashes. A key is shown once, when it is made, and never stored.
 
-The keys are 192 random bits, so that a plain SHA-256 of them is as hard to turn back as to guess: no salt is needed.
-A running server reads the file again when it changes; one that cannot be read closes the door instead of opening it.
+A key is 192 random bits, so that inverting its plain SHA-256 is as hard as guessing it: no salt is needed. A running
+server reads the file again when it changes. While the file cannot be read, every request that needs a key is refused.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class KeyFileError(Exception):
-    """Base of what can go wrong with keys; the message tells the user what to do."""
+    """Base of the errors with keys; the message tells the user what to do."""
 
 
 class KeysBroken(KeyFileError):
-    """The file of keys exists and cannot be used: nobody is let in until it can."""
+    """The file of keys exists but cannot be used: nobody is let in until it can."""
 
 
 class KeyNameTaken(KeyFileError):
-    """There already is a key of this name."""
+    """A key of this name exists already."""
 
 
 class KeyNameUnknown(KeyFileError):
-    """There is no key of this name."""
+    """No key has this name."""
 
 
 class BadKeyName(KeyFileError):
@@ -45,12 +45,12 @@ class BadKeyName(KeyFileError):
 
 
 class KeyRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is kept of a key."""
+    """The stored record of a key."""
 
     name: str
     sha256: str  # of the whole key, hexadecimal
     created: float  # unix seconds
-    rate: float | None = None  # requests per second; None = no limit of its own
+    rate: float | None = None  # requests per second; None = unlimited
 
 
 class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -58,9 +58,9 @@ class _File(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def add(path: Path, name: str, rate: float | None = None) -> str:
-    """Make a key and return it: the only time that it is seen. `rate`: requests per second, None = unlimited.
+    """Make a key and return it: it is shown only this once. `rate`: requests per second, None = unlimited.
 
-    Raises KeyNameTaken, BadKeyName, and KeysBroken where the file cannot be read or written.
+    Raises KeyNameTaken, BadKeyName, and KeysBroken if the file cannot be read or written.
     """
     if not _NAME.fullmatch(name):
         raise BadKeyName(f"{name!r} is no key name: use up to 64 letters, digits, dots, dashes and underscores")
@@ -77,12 +77,12 @@ def add(path: Path, name: str, rate: float | None = None) -> str:
 
 
 def list_keys(path: Path) -> list[KeyRecord]:
-    """All keys, oldest first; none where there is no file. Raises KeysBroken."""
+    """Return all keys, oldest first; an empty list if there is no file. Raises KeysBroken."""
     return _read(path)
 
 
 def revoke(path: Path, name: str) -> None:
-    """Forget a key: a running server refuses it from its next request on. Raises KeyNameUnknown, KeysBroken."""
+    """Remove a key: a running server refuses it from the next request on. Raises KeyNameUnknown, KeysBroken."""
     if not path.exists():
         raise KeyNameUnknown(f"there is no key named {name!r}; `pem keys list` shows those there are")
     with _locked(path):
@@ -94,24 +94,24 @@ def revoke(path: Path, name: str) -> None:
 
 
 class KeyRing:
-    """The keys as a server asks for them: read again whenever the file changes, closed where it is broken.
+    """The keys of a running server, read again whenever the file changes.
 
-    Every method raises KeysBroken while the file exists and cannot be used. Without a file there are no keys.
+    Every method raises KeysBroken while the file exists but cannot be used. Without a file there are no keys.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: tuple[int, int, int] | None = None  # mtime, size, inode of what was read
+        self._seen: tuple[int, int, int] | None = None  # mtime in ns, size, inode of the file that was read
         self._records: list[KeyRecord] = []
         self._reload()
 
     def __bool__(self) -> bool:
-        """Whether there are any keys: without them the service is open."""
+        """Return True if there are keys: without any the service is open."""
         self._reload()
         return bool(self._records)
 
     def check(self, presented: str) -> KeyRecord | None:
-        """The record of the key that a client presents, None where it is not known. Takes the same time either way."""
+        """Return the record of a presented key; None if the key is unknown. Takes the same time either way."""
         self._reload()
         digest = _digest(presented)
         found = None
@@ -154,7 +154,7 @@ def _read(path: Path) -> list[KeyRecord]:
 
 
 def _write(path: Path, records: list[KeyRecord]) -> None:
-    """Whole or not at all, and readable by its owner alone."""
+    """Write the file whole or not at all, readable by its owner alone."""
     data = msgspec.json.format(msgspec.json.encode(_File(keys=records))) + b"\n"
     temporary = None
     try:
@@ -172,7 +172,7 @@ def _write(path: Path, records: list[KeyRecord]) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One writer at a time, by a lock file beside the keys."""
+    """Admit one writer at a time, by a lock file beside the keys."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)

@@ -39,7 +39,7 @@ async def add_object(service: Service, call: Call) -> Answer:
                     "invalid", "the multipart body needs the mesh as the part `file`, with a file name", field="file"
                 )
             request = decode(form.values.get("request") or b"{}", "json", contract.ObjectRequest)
-            registering = True  # from here on the folder is the registration's, which goes on when the client does not
+            registering = True  # the registration now owns the folder, and goes on if the client leaves
             work = asyncio.ensure_future(objects.register(staged, form.file_names.get("file", ""), request))
             work.add_done_callback(lambda done: done.cancelled() or done.exception())
             return await unless_gone(call, _registered(service, call, asyncio.shield(work), wait_s))
@@ -56,7 +56,7 @@ async def _registered(
     while answer.status == "onboarding" and not service.draining and (left := end - time.monotonic()) > 0:
         going_on = await service.objects.onboarding.wait(answer.object_id, min(left, 0.25))
         answer = service.objects.get(answer.object_id)
-        if not going_on:  # it ended without a model and without an error of the CAD's: nothing more will come
+        if not going_on:  # the onboarding ended without a model and without an error of the CAD: stop waiting
             break
     return call.answer(answer, 201 if created else 200, {"Location": f"/api/v1/objects/{answer.object_id}"})
 
@@ -78,7 +78,7 @@ async def delete_object(service: Service, call: Call) -> Answer:
 
 
 def _seconds(text: str | None) -> float:
-    """`?wait=SECONDS`, at most ten minutes."""
+    """Read `?wait=SECONDS`: 0 to 600, 0 if absent."""
     if text is None:
         return 0.0
     try:

@@ -1,7 +1,7 @@
-"""The contract as an OpenAPI 3.1 document, out of the structs that validate requests; and the page that shows it.
+"""The contract as an OpenAPI 3.1 document, made from the structs that validate requests; and the page that shows it.
 
-The structs give types, defaults, bounds, and the words and forms of every field. This file adds the routes, the
-failures each may answer with, examples, and the values that this server knows for a field (`x-values` in the structs).
+The structs give types, defaults, bounds, and the words and formats of every field. This file adds the routes, the
+failures of each, examples, and the values that this server allows for a field (`x-values` in the structs).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _FIELD_AT_FAULT: Final = {
 
 
 def failure_example(code: str, schema: str = "PoseAnswer") -> Json:
-    """What a failure with this code looks like; `schema` is PoseAnswer, or SegDataAnswer in the second dialect."""
+    """Return an example of a failure; `schema` is PoseAnswer, or SegDataAnswer in the second dialect."""
     at, detail = _FIELD_AT_FAULT.get(code, (None, CODES[code][1]))
     error = contract.ErrorBody(code=code, detail=detail, request_id="c0ffee0123456789abcdef01", field=at)
     kind = contract.SegDataAnswer if schema == "SegDataAnswer" else contract.PoseAnswer
@@ -58,7 +58,7 @@ def failure_example(code: str, schema: str = "PoseAnswer") -> Json:
 # --------------------------------------------------------------------------------------------------------------- routes
 
 KEY_CODES: Final = ("key_missing", "key_wrong")
-BASE: Final = "http://127.0.0.1:8003"  # of the examples; the docs page puts its own address there
+BASE: Final = "http://127.0.0.1:8003"  # address in the examples; the docs page puts its own in its place
 POSES, OBJECTS, SERVER, OIP, SECOND = "Poses", "Objects", "Server", "Open Inference Protocol", "Second dialect"
 TAGS: Final = {
     POSES: "An image pair, instance masks and a CAD model in; one row with a pose, or the reason for none, out.",
@@ -135,7 +135,7 @@ _STRUCTS: Final = (
 
 
 def document(version: str, routes: Sequence[Route], engines: Sequence[str] | None = None) -> Json:
-    """The whole document; requests may name `engines` (all there are). Routes without a summary are left out."""
+    """Return the document; requests may name `engines` (default: all). Routes without a summary are left out."""
     components = _schemas(registry.names() if engines is None else engines)
     paths: Json = {}
     for route in routes:
@@ -175,7 +175,7 @@ def document(version: str, routes: Sequence[Route], engines: Sequence[str] | Non
 
 
 def _schemas(engines: Sequence[str]) -> dict[str, Json]:
-    """Every component schema, out of the structs; the requests also as the JSON part of a form."""
+    """Return every component schema, made from the structs; requests also as the JSON part of a form."""
     _, components = msgspec.json.schema_components(_STRUCTS, ref_template=_REF)
     components = {**components, "Mask": contract.MASK_SCHEMA}
     values: dict[str, Json] = {
@@ -185,7 +185,7 @@ def _schemas(engines: Sequence[str]) -> dict[str, Json]:
     for component in components.values():
         for schema in component.get("properties", {}).values():
             if name := schema.pop("x-values", None):
-                del schema["type"]  # "string", which the values say better
+                del schema["type"]  # "string": the values say more
                 schema.update(values[name])
     for name in ("PoseRequest", "FullPipelineRequest", "SegDataRequest"):
         components[f"{name}Part"] = _without_files(components[name])
@@ -193,7 +193,7 @@ def _schemas(engines: Sequence[str]) -> dict[str, Json]:
 
 
 def _without_files(schema: Json) -> Json:
-    """A request as the JSON part of a form, whose pictures and mesh are files."""
+    """Return the schema of a request as the JSON part of a form, whose pictures and mesh are files."""
     part = copy.deepcopy(schema)
     for name in ("rgb_image", "depth_image", "cad"):
         del part["properties"][name]
@@ -204,7 +204,7 @@ def _without_files(schema: Json) -> Json:
 
 
 def _examples() -> dict[str, Json]:
-    """Answers and failures that several operations share."""
+    """Return the examples of failures, which several operations share."""
     examples: dict[str, Json] = {}
     for schema in ("PoseAnswer", "SegDataAnswer"):
         for code, (_, text) in CODES.items():
@@ -305,7 +305,7 @@ def _success(route: Route, status: int, text: str) -> Json:
 
 
 def _failures(route: Route) -> Json:
-    """One response for each status, with the codes that it may carry as examples."""
+    """Return one response per failure status, with an example for each of its codes."""
     schema = route.failure.__name__
     by_status: dict[int, list[str]] = {}
     for code in CODES:
@@ -327,10 +327,10 @@ def _failures(route: Route) -> Json:
     }
 
 
-# ---------------------------------------------------------------------------------------------- page and model metadata
+# ----------------------------------------------------------------------------------------------------------------- page
 
 
 @cache
 def page() -> bytes:
-    """The documentation page: one HTML file that loads nothing but ./openapi.json."""
+    """Return the documentation page: one HTML file that loads only ./openapi.json."""
     return _PAGE.read_bytes()

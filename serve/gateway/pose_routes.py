@@ -1,4 +1,4 @@
-"""The pose routes: read the body, check it, find its deadline, let the task answer unless the client goes away."""
+"""The pose routes: read and check the body, find its deadline, and let the task answer unless the client leaves."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ async def _pose(service: Service, call: Call, kind: type[Any], ask: Callable[...
         request, protocol = await _read(service, call, kind)
         call.trace.add("read", call.trace.begun_unix, call.trace.unix(call.body_received))
         asked = ask(request, protocol, service.settings.limits)
-        del request  # and with it the pictures, once they are on their way
+        del request  # frees its pictures once they are sent on
         asker = call.asker(_deadline(service, call, asked))
         call.notes.detections = len(asked.asked.detections)
         return call.answer(await unless_gone(call, service.pose.answer(asker, asked)))
 
 
 async def _read(service: Service, call: Call, kind: type[T]) -> tuple[T, Protocol]:
-    """The typed body, in any of its three forms."""
+    """Read the typed body from JSON, MessagePack or a multipart form."""
     limits = service.settings.limits
     limit = limits.body_mb * 2**20
     media, _ = reading.media_type(call.headers)
@@ -70,7 +70,7 @@ async def _read(service: Service, call: Call, kind: type[T]) -> tuple[T, Protoco
 
 
 def _deadline(service: Service, call: Call, asked: Question) -> float:
-    """When the answer must be there (monotonic): the body's or the header's, the shorter one, else the default."""
+    """Return the monotonic deadline: the shorter of the body's and the header's, else the default."""
     settings = service.settings.queue
     given = [ms for ms in (asked.deadline_ms, question.header_deadline_ms(call.headers)) if ms is not None]
     longest = settings.deadline_max_ms
@@ -82,7 +82,7 @@ def _deadline(service: Service, call: Call, asked: Question) -> float:
 
 
 async def unless_gone(call: Call, work: Awaitable[T]) -> T:
-    """The work's answer; when the client goes away first, the work is dropped."""
+    """Return the result of `work`; cancel it and raise ClientGone if the client leaves first."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(call.gone())
     try:

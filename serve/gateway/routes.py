@@ -1,6 +1,6 @@
 """ONE table of routes: path, method, handler, request and answer, words, examples, labels, who may call.
 
-A new route is a new row here and a handler beside its kin (pose_routes.py, object_routes.py, server_routes.py).
+A new route is a new row here and a handler in pose_routes.py, object_routes.py or server_routes.py.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _TAKES: Final = (
 _LIVE: Final[tuple[str, Json]] = (JSON, {"live": True})
 _READY: Final[tuple[str, Json]] = (JSON, {"ready": True})
 
-#: Every route. The gateway, the OpenAPI document, metrics, logs and traces read it; a new route is a new row.
+#: Every route. The gateway, the OpenAPI document, metrics, logs and traces read this table.
 ROUTES: Final = (
     Route(method="GET", path="/", handler=server_routes.root, label=OTHER),
     Route(
@@ -305,8 +305,8 @@ class Found:
     label: str
     quiet: Quiet
     timed: bool
-    failure: Failure  # the form in which its failures are answered
-    name: str  # what stands for `{id}`
+    failure: Failure  # the struct of its failures
+    name: str  # the text in place of `{id}`
     methods: Mapping[str, Route]
 
 
@@ -327,19 +327,19 @@ NOWHERE: Final = Found(OTHER, None, False, contract.PoseAnswer, "", {})
 
 
 def find(path: str) -> Found:
-    """The routes of a path; NOWHERE where there is none."""
+    """Return the routes of a path; NOWHERE if there are none."""
     if path in _PATHS and not path.endswith("{id}"):
         return _PATHS[path]
     for prefix, template in _TEMPLATES.items():
-        if path.startswith(prefix):  # with nothing behind it, too: that is no object's name
+        if path.startswith(prefix):  # also with nothing after it: the handler refuses the empty name
             found, name = _PATHS[template], path[len(prefix) :]
-            label = found.label if "/" not in name else OTHER  # no object's name has one: a client cannot make labels
+            label = found.label if "/" not in name else OTHER  # object names have no slash: clients cannot make labels
             return replace(found, label=label, name=name)
     return NOWHERE
 
 
 def counted() -> dict[str, frozenset[int]]:
-    """The statuses that the metrics show from the start, by label."""
+    """Return label -> the statuses that the metrics show from the start."""
     every = {200, *(status for status, _ in CODES.values())}
     labels: dict[str, frozenset[int]] = {}
     for route in ROUTES:

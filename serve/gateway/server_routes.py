@@ -1,4 +1,4 @@
-"""The routes that tell how the server is: for people, probes, Prometheus and model registries."""
+"""The routes about the server itself: for people, probes, Prometheus and model registries."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ async def version(service: Service, call: Call) -> Answer:
 
 
 async def livez(service: Service, call: Call) -> Answer:
-    """Alive as long as it can answer at all."""
+    """`GET /livez`: 200 as long as the server can answer at all."""
     return call.answer({"live": True})
 
 
 async def readyz(service: Service, call: Call) -> Answer:
-    """200 when pose requests are taken, else 503 with the reason."""
+    """`GET /readyz`: 200 when pose requests are taken, else 503 with the reason."""
     if service.ready:
         return call.answer({"ready": True})
     if service.draining:
@@ -107,17 +107,17 @@ async def metrics_page(service: Service, call: Call) -> Answer:
 
 
 async def root(service: Service, call: Call) -> Answer:
-    """A browser that was pointed at the bare address."""
+    """`GET /`: send a browser on to the docs."""
     return Answer(307, headers={"Location": "/docs"})
 
 
 async def model(service: Service, call: Call) -> Answer:
-    """`GET /v2/models/pem`: what goes in and out, and under which licence."""
+    """`GET /v2/models/pem`: inputs, outputs and licences."""
     return call.answer(model_metadata(__version__, service.engines.release, service.engines.engine))
 
 
 def model_metadata(version: str, release: str, engine: str) -> contract.ModelMetadata:
-    """What goes in and out of an engine, and under which terms. Shapes use -1 for any number."""
+    """Return the inputs, outputs and licences of an engine. In shapes, -1 means any number."""
     spec = registry.spec(engine)
     return contract.ModelMetadata(
         name="pem",

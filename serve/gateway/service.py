@@ -1,4 +1,4 @@
-"""What the routes share: the parts of a running server, and what happens to them."""
+"""What the routes share: the parts of a running server, and the events that reach them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 
 class Service:
-    """One server. `routes` has the statuses that the metrics show from the start, by label of a route."""
+    """One running server. `routes`: route label -> the statuses that the metrics show from the start."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Service:
         self.backend = backend
         self.device = device
         self.started = time.time()
-        self.warm = False  # the backend was ready once, and every registered object onboarded
+        self.warm = False  # True once the backend was ready and the objects at start were onboarded
         self.draining = False
         self.in_flight = 0
         self._in_flight_bytes = 0
@@ -73,24 +73,24 @@ class Service:
         )
 
     async def close(self) -> None:
-        """Let go of what a request may have opened."""
+        """Close what requests may have opened."""
         await self.pose.close()
 
     # ------------------------------------------------------------------------------------------------------ state
 
     @property
     def ready(self) -> bool:
-        """Whether pose requests are taken."""
+        """Return True if pose requests are taken."""
         return self.warm and self.backend.is_ready and not self.draining
 
     def kernels(self) -> dict[str, str]:
-        """Operation -> kernel, as the pose worker says."""
+        """Return operation -> kernel, as the pose worker reports."""
         return dict(self.backend.pose_info().get("kernels") or {})
 
     # ----------------------------------------------------------------------------------------------------- events
 
     async def backend_ready(self) -> None:
-        """The backend can be called (again)."""
+        """Note that the backend can be called, for the first time or again."""
         for name, reason in self.engines.lost.items():
             weights, hint = self.settings.weights_path(name), registry.spec(name).hint
             log.error("degraded", reason=reason, weights=weights and str(weights), hint=hint)
@@ -102,13 +102,13 @@ class Service:
         self.queue.wake()
 
     def worker_died(self, worker: WorkerState) -> None:
-        """For the metrics."""
+        """Record a worker's death in the metrics."""
         self.count_cache(worker)
         self.metrics.worker_gone(worker.pid)
         self.metrics.restarted()
 
     def count_cache(self, worker: WorkerState) -> None:
-        """Take a pose worker's word on its object cache."""
+        """Record what a pose worker reports of its object cache."""
         info = worker.info
         if worker.stage == "pose" and "cache_hits" in info:
             self.metrics.cache(worker.pid, info["cache_hits"], info["cache_misses"], info["cache_bytes"])
@@ -120,7 +120,7 @@ class Service:
     # -------------------------------------------------------------------------------------------------- admission
 
     def check_taking(self) -> None:
-        """Raise where no work is taken now, before anything of it is read."""
+        """Raise ApiError if no work is taken now. To be called before the body is read."""
         if self.draining:
             raise ApiError("draining", "the server is shutting down", retry_after_s=5)
         if not self.warm:
@@ -132,11 +132,11 @@ class Service:
 
     @contextlib.contextmanager
     def held(self, call: Call) -> Iterator[None]:
-        """Count the request, and the memory that its body may take, from before it is read until it is answered."""
+        """Count the request, and the memory that its body may take, from before the body is read until the answer."""
         limits = self.settings.limits
         declared = call.headers.get("content-length", "")
         limit = limits.body_mb * 2**20
-        plain = declared.isdigit() and "content-encoding" not in call.headers  # a compressed body may become the limit
+        plain = declared.isdigit() and "content-encoding" not in call.headers  # compressed: may unpack to the limit
         size = min(int(declared), limit) if plain else limit
         if self._in_flight_bytes and self._in_flight_bytes + size > limits.in_flight_mb * 2**20:
             raise ApiError("over_capacity", "the requests in flight take all the memory that they may", retry_after_s=1)
@@ -149,7 +149,7 @@ class Service:
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Count a request that is worked on: a drain waits for it."""
+        """Count a request in progress: a drain waits for it."""
         self.in_flight += 1
         try:
             yield
