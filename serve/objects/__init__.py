@@ -1,1 +1,1 @@
-"""The CAD store: the catalogue, what comes in, and its onboarding."""
+"""The CAD store: the catalogue, the files that come in, and their onboarding."""

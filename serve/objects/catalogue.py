@@ -1,8 +1,8 @@
 """The CAD models that the service knows: registered, found by path, or sent along; onboarded once, however many ask.
 
 An object's identity is its content (posekit/io/meshes/content.py: `content_id`). Its folder on disk is the truth
-(posekit/store.py); this module adds the bound on the disk. What comes in passes through ingest.py, what engines make of
-it through onboarding.py, and what it is called through names.py.
+(posekit/store.py); this module adds the limit on disk space. ingest.py reads the files, onboarding.py builds the
+engines' models, and names.py keeps the names.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _METRES = {"m": "metres", "mm": "millimetres"}
 
 @dataclass(frozen=True)
 class Resolved:
-    """A CAD as a pose request may use it."""
+    """A CAD that a pose request may use."""
 
     ref: ObjectRef
-    path_used: str | None = None  # relative to the CAD root, where the request named a path
-    onboard_ms: float | None = None  # what this request waited for onboarding
+    path_used: str | None = None  # relative to the CAD root, if the request named a path
+    onboard_ms: float | None = None  # how long this request waited for onboarding
 
 
 class Objects:
@@ -63,12 +63,12 @@ class Objects:
         self.onboarding.is_known = lambda known: self._known.get(known.stored.object_id) is known
         self.onboarding.ended = self._settle
         self._ingesting: dict[tuple[Any, ...], asyncio.Task[str]] = {}
-        self._sources: dict[tuple[Any, ...], str] = {}  # what a path or an inline CAD turned out to be
+        self._sources: dict[tuple[Any, ...], str] = {}  # key of a source -> the object that it turned out to be
 
     # ------------------------------------------------------------------------------------------------------- start
 
     def load(self) -> None:
-        """Read what is on disk; sweep what interrupted work left."""
+        """Read the stored objects; delete what interrupted work left behind."""
         swept = self._store.sweep()
         if swept:
             log.info("objects_swept", leftovers=swept)
@@ -90,9 +90,9 @@ class Objects:
         return known
 
     async def warm_up(self) -> None:
-        """Onboard whatever is not yet (interrupted, or a new engine version).
+        """Onboard the objects that lack a model: after an interruption, or for a new engine version.
 
-        The service says ready once every object can be used by the quickest engine; the others go on behind it.
+        Returns once the quickest engine has tried every object, and the service becomes ready. The others go on.
         """
         everything = [task for known in self._known.values() for task in self.onboarding.onboard_all(known)]
         first = self.onboarding.first()
@@ -104,21 +104,21 @@ class Objects:
 
     @property
     def count(self) -> int:
-        """Objects registered."""
+        """Return the number of registered objects."""
         return len(self._known)
 
     def label(self, object_id: str | None) -> str:
-        """The name for a metric's label: one of the object's that is on the settings' list, or `other`."""
+        """Return an object's label in metrics: the first of the settings' list that is a name of it, or `other`."""
         known = self._known.get(object_id or "")
         names = known.stored.names if known is not None else []
         return next((name for name in self._settings.metrics.objects if name in names), "other")
 
     def listing(self) -> list[schemas.ObjectAnswer]:
-        """All of them, oldest first."""
+        """Return all objects, oldest first."""
         return [self._answer(known) for known in sorted(self._known.values(), key=lambda k: k.stored.created_unix)]
 
     def get(self, id_or_name: str) -> schemas.ObjectAnswer:
-        """One of them; 404 where there is none."""
+        """Return one object; 404 if there is none."""
         known = self._find(id_or_name, "object_id")
         for engine in self.onboarding.versions:
             self.onboarding.look(known, engine)
@@ -145,7 +145,7 @@ class Objects:
         return "ready" if usable else "failed"
 
     def _settle(self, known: Known) -> None:
-        """Move the names that an object waits for to it once it is ready; leave them where they are if it failed."""
+        """Give an object the names that it waits for once it is ready; if it failed, their holders keep them."""
         if not known.stored.awaited or not self.onboarding.is_known(known):
             return
         status = self._status(known)
@@ -204,11 +204,10 @@ class Objects:
     # ------------------------------------------------------------------------------------------- use by a pose request
 
     async def resolve(self, choice: CadChoice, unit: schemas.Unit | None, deadline: float, engine: str) -> Resolved:
-        """The object behind a request's CAD, onboarded for `engine`; waits for that until `deadline` (monotonic).
+        """Return the object of a request's CAD, onboarded for `engine`; wait for that until `deadline` (monotonic).
 
-        `unit` is that of a file's numbers, None for the one of its format.
-        Raises ApiError: unknown or forbidden CAD, a mesh that cannot be used, `onboarding` where that lasts too long,
-        `onboarding_failed` where it cannot be.
+        `unit` is the unit of a file's numbers; None: its format's default. Raises ApiError for an unknown or forbidden
+        CAD, for an unusable mesh, with `onboarding` if onboarding lasts too long, and `onboarding_failed` if it fails.
         """
         begun = time.monotonic()
         path_used: str | None = None
@@ -248,7 +247,7 @@ class Objects:
         words: str,
         onboarding: tuple[Known, str] | None,
     ) -> T:
-        """Wait for shared work until the deadline; the work itself goes on."""
+        """Wait for shared work until the deadline. The work goes on after it."""
         future = asyncio.ensure_future(work)
         try:
             return await asyncio.wait_for(asyncio.shield(future), max(deadline - time.monotonic(), 0.0))
@@ -264,7 +263,7 @@ class Objects:
             ) from None
 
     async def _once(self, source: Source) -> Known:
-        """Read a CAD once, however many ask at the same time, and remember what it was."""
+        """Read a CAD once, however many requests ask at the same time, and remember its object."""
         key = source.key
         known = self._known.get(self._sources.get(key, ""))
         if known is not None:
@@ -293,7 +292,7 @@ class Objects:
     async def register(
         self, staged: Path, file_name: str, request: schemas.ObjectRequest
     ) -> tuple[schemas.ObjectAnswer, bool]:
-        """An uploaded CAD -> its answer, and whether it is new. Starts the onboarding and does not wait for it."""
+        """Register an uploaded CAD and start its onboarding; return its answer, and True if it is new."""
         try:
             cad_format = request.cad_format or format_of(
                 file_name,
@@ -316,7 +315,7 @@ class Objects:
                 replace=request.replace,
                 declared=declared_symmetries(request),
             )
-            if any(model.error for model in known.models.values()):  # asked for once more: perhaps the reason is gone
+            if any(model.error for model in known.models.values()):  # registered again: the cause may be gone
                 known.missed = []
                 for model in known.models.values():
                     model.error = None
@@ -328,7 +327,7 @@ class Objects:
             self.ingest.discard(staged)
 
     def remove(self, id_or_name: str) -> None:
-        """Take a name away, and the object with its last one; by its id, remove the object with all of its names."""
+        """Remove a name, and the object with its last name; given an id, remove the object with all its names."""
         known = self._find(id_or_name, "object_id")
         object_id = known.stored.object_id
         left = [name for name in known.stored.names if name != id_or_name]
@@ -357,7 +356,7 @@ class Objects:
         replace: bool = False,
         declared: dict[str, Any] | None = None,
     ) -> tuple[Known, bool]:
-        """A staged CAD -> the object it is, and whether it is new. The staged folder is gone afterwards."""
+        """Enter a staged CAD; return its object, and True if it is new. The staging folder is gone afterwards."""
         object_id = ""
         try:
             inspected = await self.ingest.inspect(staged, cad_format, unit, field)
@@ -365,7 +364,7 @@ class Objects:
             known = self._known.get(object_id)
             if known is not None and declared not in (None, known.stored.declared_symmetries):
                 if running := self.onboarding.of(object_id):
-                    await asyncio.wait(running)  # or a model with other symmetries would come after the change
+                    await asyncio.wait(running)  # else a model with the old symmetries would arrive after the change
                 known = self._known.get(object_id)
             if name is not None and not replace:
                 await self._check_name(name, inspected, staged)
@@ -374,7 +373,7 @@ class Objects:
                 return known, False
             awaited = [name] if name is not None and self._names.holder(name) not in (None, object_id) else []
             if name is not None and not awaited:
-                self._names.reserve(name, object_id)  # from here on, not only once it is stored
+                self._names.reserve(name, object_id)  # before it is stored, so that no other request takes the name
             await self._make_room()
             health = inspected.health
             stored = StoredObject(
@@ -421,7 +420,7 @@ class Objects:
                 self._names.release(name, object_id)
 
     async def _check_name(self, name: str, inspected: Inspected, staged: Path) -> None:
-        """Refuse a name that another object has, or takes as soon as it is ready."""
+        """Refuse a name that another object holds or waits for."""
         taken_by = self._names.kept_from(inspected.object_id, name)
         if taken_by is None:
             return
@@ -449,10 +448,10 @@ class Objects:
     def _update(
         self, known: Known, name: str | None, declared: dict[str, Any] | None, *, replace: bool = False
     ) -> None:
-        """A known object that is registered once more, perhaps under one more name or with other symmetries."""
+        """Update a known object that is registered again, perhaps with another name or other symmetries."""
         stored, object_id = known.stored, known.stored.object_id
         if name is not None and self._names.holder(name) in (None, object_id):
-            if name != stored.name:  # those before stay: somebody may be using them
+            if name != stored.name:  # earlier names stay: clients may be using them
                 stored = stored.named([*(one for one in stored.names if one != name), name])
             stored = msgspec.structs.replace(stored, awaited=[one for one in stored.awaited if one != name])
         elif name is not None and name not in stored.awaited:
@@ -470,7 +469,7 @@ class Objects:
             known.models = {engine: Model(error=model.error) for engine, model in known.models.items()}
 
     async def _make_room(self) -> None:
-        """Keep the store below its bound: unnamed objects leave first, least recently used."""
+        """Remove unnamed objects, least recently used first, until the store is below its limit, or raise ApiError."""
         limit = self._settings.storage.objects_mb * 2**20
         while await asyncio.to_thread(self._store.bytes_used) > limit:
             idle = [

@@ -1,4 +1,4 @@
-"""Which CAD a request means, as its client wrote it."""
+"""The CAD that a request names or brings, as its client wrote it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class CadChoice:
-    """Where one object's CAD comes from: exactly one of the three."""
+    """The source of one object's CAD: exactly one of `cad_path`, `object_id` and `cad`."""
 
-    field: str  # as the client calls it
+    field: str  # the client's name for the field
     cad_path: str | None = None
     object_id: str | None = None
     cad: bytes | None = None

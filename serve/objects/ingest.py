@@ -1,6 +1,6 @@
-"""How a CAD gets in: the files of a path, of an upload or of a request, staged and inspected.
+"""Bring a CAD in: stage and inspect the files of a path, an upload or a request.
 
-A mesh comes from anywhere: it is parsed in a process of its own (workers/stages/inspect_cad.py), never here.
+A mesh may come from anyone. It is parsed in a separate process (workers/stages/inspect_cad.py), never in this one.
 """
 
 from __future__ import annotations
@@ -34,46 +34,46 @@ from workers.messages import Failure, InspectAnswer, Inspected, InspectTask
 
 log = structlog.get_logger()
 
-FORMATS: Final = {f".{name}": name for name in meshes.FORMATS}  # by a file name's ending
+FORMATS: Final = {f".{name}": name for name in meshes.FORMATS}  # file name ending -> format
 _decoder: msgspec.msgpack.Decoder[Inspected | Failure] = msgspec.msgpack.Decoder(InspectAnswer)
 _REMEMBERED = 4096
 _MAX_COMPANIONS = 64  # files that an OBJ may refer to
-_INSPECT_S = 120.0  # for reading a mesh, waiting for others included
+_INSPECT_S = 120.0  # limit for reading one mesh, including the wait for others
 
 
 @dataclass(frozen=True)
 class Source:
-    """A CAD that a request brings or names, not yet read."""
+    """A CAD that a request names or brings, not read yet."""
 
-    key: tuple[Any, ...]  # the same for the same files in the same unit
+    key: tuple[Any, ...]  # equal for the same files in the same unit
     cad_format: str
-    unit: contract.Unit | None  # None: the format's
-    field: str  # of the request
-    fill: Callable[[Path], list[str]]  # puts the files into a folder; their names, the CAD's first
+    unit: contract.Unit | None  # None: the format's default
+    field: str  # the request's field, for errors
+    fill: Callable[[Path], list[str]]  # puts the files into a folder and returns their names, the CAD's first
 
 
 class Ingest:
-    """Stages what comes in and has it inspected."""
+    """Stages incoming files and has them inspected."""
 
     def __init__(self, settings: Settings, backend: Backend, store: ObjectStore) -> None:
         self._settings = settings
         self._backend = backend
         self._store = store
-        self._companions: dict[tuple[str, int, int], list[Path]] = {}  # an OBJ's stamp -> the files it refers to
+        self._companions: dict[tuple[str, int, int], list[Path]] = {}  # stamp of an OBJ -> the files that it refers to
 
     def stage(self) -> Path:
-        """A staged folder for an upload; `discard` it, or what becomes of it is somebody else's."""
+        """Make a staging folder for an upload. The caller must pass it on or `discard` it."""
         try:
             return self._store.stage()
         except PoseError as error:
             raise from_posekit(error) from None
 
     def discard(self, staged: Path) -> None:
-        """An upload that came to nothing."""
+        """Delete a staging folder, if it is still there."""
         shutil.rmtree(staged, ignore_errors=True)
 
     async def staged(self, source: Source) -> tuple[Path, list[str]]:
-        """A folder with the source's files in it, and their names."""
+        """Stage a source's files; return the folder and their names, the CAD's first."""
         staged = await asyncio.to_thread(self.stage)
         try:
             return staged, await asyncio.to_thread(source.fill, staged / "source")
@@ -88,15 +88,15 @@ class Ingest:
             ) from None
 
     def cad_file(self, text: str, field: str) -> Path:
-        """The CAD file at a path below the CAD root."""
+        """Return the CAD file at a path below the CAD root. Raises ApiError if none is there."""
         path = inside(self._settings.cad_path, text, field)
         format_of(path.name, f"a CAD file ends in {', '.join(FORMATS)}", field)
-        if not os.path.isfile(path):  # unlike Path.is_file, also where the name is too long for any file
+        if not os.path.isfile(path):  # Path.is_file raises an error if the name is too long for any file
             raise ApiError("no_cad_file", "no CAD file at this path under the CAD root", field=field)
         return path
 
     async def from_path(self, path: Path, unit: contract.Unit | None, field: str) -> Source:
-        """A CAD file with whatever it refers to. ApiError where it cannot be read or is too large."""
+        """Return a CAD file and the files that it refers to. Raises ApiError if they are unreadable or too large."""
         limit = self._settings.limits.object_body_mb
         try:
             companions = await self._companions_of(path)
@@ -112,7 +112,7 @@ class Ingest:
 
     @staticmethod
     def from_inline(choice: CadChoice, unit: contract.Unit | None) -> Source:
-        """A mesh that stands in the request itself."""
+        """Return a mesh that the request itself holds."""
         assert choice.cad is not None
         assert choice.cad_format is not None
         data, cad_format = choice.cad, choice.cad_format
@@ -120,7 +120,7 @@ class Ingest:
         return Source(key, cad_format, unit, "cad", lambda folder: _write(folder / f"model.{cad_format}", data))
 
     async def _companions_of(self, path: Path) -> list[Path]:
-        """The files that belong to a CAD file, found anew only when that has changed."""
+        """Return the files that a CAD file refers to; search again only when the CAD file has changed."""
         if path.suffix.lower() != ".obj":
             return []
         stamp = _stamp(path)
@@ -131,7 +131,7 @@ class Ingest:
         return self._companions[stamp]
 
     async def inspect(self, staged: Path, cad_format: str, unit: contract.Unit | None, field: str) -> Inspected:
-        """What the files in a staged folder are. ApiError where they are no usable mesh, or nobody gets to it."""
+        """Inspect the files in a staging folder. Raises ApiError if they are no usable mesh, or no worker got to it."""
         task = InspectTask(
             task_id=f"inspect-{uuid.uuid4().hex}",
             folder=str(staged),
@@ -165,7 +165,7 @@ class Ingest:
 
 
 def format_of(file_name: str, otherwise: str, field: str) -> str:
-    """The format that a file name's ending tells. ApiError where it tells none, in the words `otherwise`."""
+    """Return the format that a file name's ending names. Raises ApiError with the words `otherwise` if none."""
     suffix = Path(file_name).suffix.lower()
     if suffix not in FORMATS:
         raise ApiError("invalid", meshes.unreadable(suffix.removeprefix(".")) or otherwise, field=field)
@@ -173,7 +173,7 @@ def format_of(file_name: str, otherwise: str, field: str) -> str:
 
 
 def same_files(one: Path, other: Path) -> bool:
-    """Whether two folders hold files of the same names and bytes; False also where one cannot be read."""
+    """Return True if two folders hold files of the same names and bytes; False if one cannot be read."""
     try:
         names = sorted(path.name for path in one.iterdir())
         if names != sorted(path.name for path in other.iterdir()):
@@ -184,7 +184,7 @@ def same_files(one: Path, other: Path) -> bool:
 
 
 def inside(root: Path, text: str, field: str) -> Path:
-    """The absolute path that `text` means under `root`, symlinks resolved; 422 for anything outside."""
+    """Return the absolute path of `text` under `root`, symlinks resolved. A path outside the root is 422."""
     outside = ApiError("invalid", "this path is outside the root that the server allows", field=field)
     if "\0" in text:
         raise outside
@@ -202,7 +202,7 @@ _REFERENCE = re.compile(rb"^[ \t]*(mtllib|map_\w+|bump|norm|disp|decal)[ \t]+(\S
 
 
 def _companions(path: Path, root: Path) -> list[Path]:
-    """What an OBJ refers to beside itself: material files and their textures, inside the root only."""
+    """Return the material files and textures that an OBJ refers to; only files inside `root`."""
     found: list[Path] = []
     queue = [path]
     while queue and len(found) < _MAX_COMPANIONS:
@@ -221,7 +221,7 @@ def _companions(path: Path, root: Path) -> list[Path]:
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
-    """What tells a file from what it was before."""
+    """Return what changes when a file changes: path, mtime in ns, size."""
     status = path.stat()
     return str(path), status.st_mtime_ns, status.st_size
 
@@ -232,7 +232,7 @@ def _beginning(path: Path) -> bytes:
 
 
 def _copy(paths: list[Path], folder: Path) -> list[str]:
-    """Copy a CAD file and its companions; the CAD file gets the canonical name, on which its id depends."""
+    """Copy a CAD file and its companions. The CAD file gets the canonical name, which its id depends on."""
     names = []
     for index, path in enumerate(paths):
         name = f"model{path.suffix.lower()}" if index == 0 else path.name
@@ -247,7 +247,7 @@ def _write(path: Path, data: bytes) -> list[str]:
 
 
 def declared_symmetries(request: contract.ObjectRequest) -> dict[str, Any] | None:
-    """The user's symmetries in BOP's spelling, checked; None where none are declared."""
+    """Check the symmetries that the user declared; return them in BOP's notation, None if there are none."""
     if request.symmetries_discrete is None and request.symmetries_continuous is None:
         return None
     discrete = [[float(x) for x in numbers] for numbers in request.symmetries_discrete or []]

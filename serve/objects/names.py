@@ -1,7 +1,7 @@
-"""Which object answers to which name, and which waits for a name that another has.
+"""The names of objects: which object holds a name, and which waits for a name that another holds.
 
-The names stand in each object's folder (posekit/store.py). A name moves by one write, that of its new object; whatever
-claims it with a smaller revision has lost it, also where the file still has to be told.
+Each object's folder holds its names (posekit/store.py). A name moves by a single write, that of its new object. An
+object that claims the name with a smaller revision has lost it, even while its file still lists the name.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ class Names:
     def __init__(self, store: ObjectStore, known: Mapping[str, Known]) -> None:
         self._store = store
         self._known = known
-        self._holders: dict[str, str] = {}  # name -> the object that answers to it
+        self._holders: dict[str, str] = {}  # name -> the object that holds it
         self._waiting: dict[str, str] = {}  # name -> the object that takes it once it is ready
-        self._outdated: set[str] = set()  # objects whose file claims a name that they have lost
+        self._outdated: set[str] = set()  # objects whose files still claim names that they have lost
         self._revision = 0
 
     def holder(self, name: str) -> str | None:
-        """The id of the object that answers to a name."""
+        """Return the id of the object that holds a name; None if the name is free."""
         return self._holders.get(name)
 
     def kept_from(self, object_id: str, name: str) -> str | None:
-        """The id of another object that has a name, or else waits for it; None where `object_id` may have it."""
+        """Return the id of another object that holds a name or waits for it; None if `object_id` may have the name."""
         other = self._holders.get(name) or self._waiting.get(name)
         return None if other == object_id else other
 
     def next_revision(self) -> int:
-        """For what is written next."""
+        """Return a new revision, greater than all before, for the next write."""
         self._revision += 1
         return self._revision
 
@@ -48,12 +48,12 @@ class Names:
         self._holders[name] = object_id
 
     def release(self, name: str, object_id: str) -> None:
-        """Give a reserved name up, where the object did not come to be."""
+        """Give up a reserved name if its object was never stored."""
         if self._holders.get(name) == object_id and object_id not in self._known:
             del self._holders[name]
 
     def learn(self, known: Known) -> None:
-        """Take in what an object claims; of two that claim a name, the one of the greater revision has it."""
+        """Record the names that an object claims. If two objects claim a name, the greater revision has it."""
         object_id, stored = known.stored.object_id, known.stored
         self._revision = max(self._revision, stored.revision)
         for claims, names in ((self._holders, stored.names), (self._waiting, stored.awaited)):
@@ -67,7 +67,7 @@ class Names:
                     self._lose(other, name)
 
     def tidy(self) -> None:
-        """Write the objects that lost a name; one that cannot be written now gets its turn later."""
+        """Write the objects that lost a name. A failed write is logged and tried again by the next call."""
         for object_id in tuple(self._outdated):
             try:
                 self._store.replace(self._known[object_id].stored)
@@ -77,7 +77,7 @@ class Names:
                 self._outdated.discard(object_id)
 
     def change(self, known: Known, stored: StoredObject) -> None:
-        """Write an object anew, its names included; whoever had one of them loses it. PoseError changes nothing."""
+        """Write an object and its names, and take the names from other objects. PoseError: nothing has changed."""
         stored = msgspec.structs.replace(stored, revision=self.next_revision())
         self._store.replace(stored)
         self.forget(known)
@@ -86,7 +86,7 @@ class Names:
         self.tidy()
 
     def wait_no_more(self, name: str, object_id: str) -> None:
-        """Let `object_id` be the only one that may be waiting for a name."""
+        """Stop any object but `object_id` from waiting for a name."""
         other = self._known.get(self._waiting.get(name, object_id))
         if other is not None and other.stored.object_id != object_id:
             del self._waiting[name]
@@ -94,7 +94,7 @@ class Names:
             self.tidy()
 
     def settle(self, known: Known, *, ready: bool) -> None:
-        """Give an object the names that it waits for, in one step, or take it off the list if it failed."""
+        """Give an object the names that it waits for, in one step; if it is not `ready`, end the waiting instead."""
         names, object_id = known.stored.awaited, known.stored.object_id
         stored = msgspec.structs.replace(known.stored, awaited=[])
         if ready:
@@ -108,7 +108,7 @@ class Names:
         log.info("object_names_moved" if ready else "object_names_kept", object_id=object_id, names=names)
 
     def forget(self, known: Known) -> None:
-        """An object is gone: its names are free."""
+        """Free the names of an object that is gone."""
         object_id = known.stored.object_id
         self._outdated.discard(object_id)
         for claims, names in ((self._holders, known.stored.names), (self._waiting, known.stored.awaited)):
