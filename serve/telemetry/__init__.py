@@ -1,1 +1,1 @@
-"""What the people who run the server see: logs, metrics, traces, processes."""
+"""What operators see of the server: logs, metrics, traces, processes."""

@@ -1,10 +1,10 @@
 """The log: one line for each request, one for each event; the console for people, JSON lines in a file for machines.
 
-Callers only build a small dictionary; a thread of our own writes, so that neither a slow terminal nor a slow or full
-disk holds up the event loop. What cannot be written is counted, said once on standard error, and said again in the
-log as soon as there is room.
+Callers only build a small dictionary. A separate thread writes it, so that neither a slow terminal nor a slow or full
+disk delays the event loop. Lines that cannot be written are counted; standard error says so once, and the log says how
+many are missing as soon as there is room.
 
-No secret and no picture reaches the log: keys are blanked by name and by shape, bytes become their length, long texts
+No secret and no picture reaches the log: keys are blanked by name and by pattern, bytes become their length, long texts
 are cut.
 """
 
@@ -35,21 +35,21 @@ from structlog.typing import EventDict, WrappedLogger
 from serve.settings import Log
 
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
-_ALIASES: Final = {"trace": 10, "warn": 30, "fatal": 50}  # in lines of others
+_ALIASES: Final = {"trace": 10, "warn": 30, "fatal": 50}  # in lines of other programs
 _WAITING_LINES: Final = 20_000  # between the callers and the writing thread
-_FLUSH_S: Final = 3.0  # at the end, and in flush()
+_FLUSH_S: Final = 3.0  # limit of shutdown() and of flush()
 
 
 def configure(log: Log, data_path: Path, *, stream: TextIO | None = None) -> None:
     """Start logging to `stream` (default: standard error) and, unless switched off, `<data_path>/logs/pem.log`.
 
-    May be called again, with other settings: what was said before is written first.
+    May be called again with other settings: earlier lines are written first.
     """
     global _writer
     shutdown()
     stream = sys.stderr if stream is None else stream
     on_terminal = False
-    with contextlib.suppress(AttributeError, ValueError):  # there may be none, or a closed one
+    with contextlib.suppress(AttributeError, ValueError):  # standard error may be missing or closed
         on_terminal = stream.isatty()
     as_json = log.format == "json" or (log.format == "auto" and not on_terminal)
     console = None if as_json else Console(color=on_terminal and not os.environ.get("NO_COLOR"))
@@ -66,11 +66,11 @@ def configure(log: Log, data_path: Path, *, stream: TextIO | None = None) -> Non
     _undo.callback(root.setLevel, root.level)
     _undo.callback(root.removeHandler, handler)
     root.addHandler(handler)
-    root.setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))  # no chatter of libraries
+    root.setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))  # libraries: no chatter
 
 
 def shutdown() -> None:
-    """Write what is waiting and stop; logging goes back to where it was."""
+    """Write the waiting lines, stop, and restore the earlier logging."""
     global _writer
     writer, _writer = _writer, None
     if writer is not None:
@@ -79,24 +79,24 @@ def shutdown() -> None:
 
 
 def flush(timeout_s: float = _FLUSH_S) -> bool:
-    """Wait until everything said so far is written; False where that took too long."""
+    """Wait until all lines so far are written; return False if that takes longer than `timeout_s`."""
     return _writer is None or _writer.flush(timeout_s)
 
 
 def get(**fields: Any) -> structlog.typing.FilteringBoundLogger:
-    """A logger that adds `fields` to each of its lines: `get(track="production").warning("worker_lost", pid=7)`."""
+    """Return a logger that adds `fields` to its lines: `get(track="production").warning("worker_lost", pid=7)`."""
     return cast(structlog.typing.FilteringBoundLogger, structlog.get_logger(**fields))
 
 
 def dropped_lines() -> int:
-    """Lines that could not be written since the start."""
+    """Return the number of lines lost since the start."""
     return _writer.dropped if _writer is not None else 0
 
 
 # ------------------------------------------------------------------------------------------------------- what we log
 
-#: Whose requests are lines of level debug: "probe", asked by machines every few seconds, also where the answer is "not
-#: yet" (503); "watch", asked again and again while something goes on, where it was answered; None, nobody's.
+#: Routes whose request lines have level debug. "probe": machines ask every few seconds; a 503 ("not yet") is debug too.
+#: "watch": clients ask again and again while something is in progress; only successes are debug. None: never debug.
 Quiet = Literal["probe", "watch"] | None
 
 
@@ -116,11 +116,11 @@ def log_request(
     quiet: Quiet = None,
     **fields: Any,
 ) -> None:
-    """The one line of a request.
+    """Write the one line of a request.
 
     detections: how many were sent; poses: how many of them were solved; timing: the answer's receipt; error: its code.
-    Further fields (an error's detail and field, the client, the trace's id) are added where they are not None.
-    500 is of level error, what the operator may want to look at (429, 5xx) is warning, `quiet` may make it debug.
+    Other fields (an error's detail and field, the client, the trace's id) are added unless they are None.
+    Level: error for 500, warning for 429 and other 5xx, else info; `quiet` may lower it to debug.
     """
     level = "error" if status == 500 else "warning" if status == 429 or status > 500 else "info"
     if quiet is not None and (status < 400 or (status == 503 and quiet == "probe")):
@@ -139,7 +139,7 @@ def log_request(
     get().log(LEVELS[level], "request", **line)
 
 
-#: What Mosec says in the ordinary course of things: lines for those who look for it (level debug).
+#: Mosec's messages in normal operation: logged at level debug.
 _NOISE: Final = re.compile(
     r"begin listening to socket|socket accepted connection|socket connected to|socket closed|http service is running"
     r"|received signum|received terminate signal|service shutdown complete|service halted normally|cleanup completed"
@@ -150,9 +150,9 @@ _LONGEST_LINE: Final = 65_536
 
 
 def forward_line(line: bytes) -> None:
-    """A line that the backend wrote on its standard error, into our log at its own level.
+    """Log a line that the backend wrote on its standard error, at the level that it names.
 
-    Three kinds come: our workers' JSON (`event`, `stage`, `pid`), Mosec's JSON from Rust and from Python (`target`,
+    There are three kinds: our workers' JSON (`event`, `stage`, `pid`), Mosec's JSON from Rust and Python (`target`,
     `fields`), and plain text, such as a traceback from an interpreter that could not start.
     """
     line = line.strip()
@@ -202,13 +202,13 @@ def _iso(unix: float) -> str:
 
 
 def _stamp(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """The time, to the millisecond; structlog's stamper writes six digits, or none where they are noughts."""
+    """Add the time in milliseconds. structlog's stamper writes six decimals, or none if they are all zero."""
     event.setdefault("timestamp", _iso(time.time()))
     return event
 
 
 def _exception(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """`exc_info` (True, or an exception) becomes the text of its traceback."""
+    """Turn `exc_info` (True, or an exception) into the text of its traceback."""
     event = structlog.processors.format_exc_info(logger, method, event)
     if "exception" in event:
         event["traceback"] = event.pop("exception")
@@ -228,7 +228,7 @@ _BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{256,}={0,2}")
 
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """A copy without secrets and without bulk; the caller may go on changing what it gave."""
+    """Return a copy without secrets and bulk, so that the caller may go on changing its own event."""
     return {key: _clean(key, value, 0) for key, value in event.items()}
 
 
@@ -277,10 +277,10 @@ def _clean_text(text: str, longest: int) -> str:
 
 
 class _Writer:
-    """A thread that writes what it is handed; the levels' methods are what structlog calls.
+    """A thread that writes log lines. structlog calls the methods named for levels.
 
-    The standard library's QueueHandler and QueueListener were tried: a short line costs its caller half as much again,
-    and the listener's end waits for a stuck terminal for ever, or fails where the queue is full.
+    The standard library's QueueHandler and QueueListener do not serve here: a short line costs its caller 1.5 times as
+    much, and stopping the listener waits for a stuck terminal for ever, or fails if the queue is full.
     """
 
     def __init__(self, stream: TextIO, console: Console | None, file: RotatingFile | None) -> None:
@@ -299,7 +299,7 @@ class _Writer:
         return self._full + (self._file.dropped if self._file is not None else 0)
 
     def put(self, /, **event: Any) -> None:
-        """Never waits, never raises."""
+        """Queue an event. Never waits, never raises."""
         if self._closed:
             return
         if self._queue.qsize() < _WAITING_LINES:
@@ -324,7 +324,7 @@ class _Writer:
             if isinstance(item, threading.Event):
                 item.set()
                 continue
-            with contextlib.suppress(Exception):  # the log is never what brings the server down
+            with contextlib.suppress(Exception):  # the log must never bring the server down
                 self._write(item)
         if self._file is not None:
             self._file.close()
@@ -346,11 +346,11 @@ class _Writer:
 
 
 def encode(event: Mapping[str, Any]) -> bytes:
-    """One JSON line: time, level and event first."""
+    """Return an event as one JSON line: time, level and event first."""
     ordered = {key: event[key] for key in ("timestamp", "level", "event") if key in event} | dict(event)
     try:
         return _encoder.encode(ordered) + b"\n"
-    except (TypeError, ValueError):  # a text with half a surrogate pair, a key that is no text
+    except (TypeError, ValueError):  # a text with half a surrogate pair, or a key that is not a string
         return json.dumps(ordered, default=str, skipkeys=True).encode() + b"\n"
 
 
@@ -371,9 +371,9 @@ def _full_disk(path: Path, failure: OSError) -> EventDict:
 class RotatingFile:
     """`path`, then `path.1` to `path.<files - 1>`, newest first, each of at most `limit_bytes`.
 
-    `write` never raises: a line that cannot be written whole is taken back and counted. The first line that can be
-    written again is preceded by one that says how many are missing. The standard library's RotatingFileHandler does the
-    renaming only: on a full disk it leaves half a line and miscounts, and it never rotates a single file.
+    `write` never raises: a line that cannot be written whole is taken back and counted. Before the first line that can
+    be written again comes one that says how many are missing. The standard library's RotatingFileHandler only does the
+    renaming: on a full disk it leaves half a line and miscounts, and it never rotates a single file.
     """
 
     def __init__(self, path: Path, limit_bytes: int, files: int) -> None:
@@ -387,7 +387,7 @@ class RotatingFile:
         self._fails = False
 
     def write(self, line: bytes) -> OSError | None:
-        """Append one line, rotating first where it would not fit. Gives the reason of the first of a row that fail."""
+        """Append one line; rotate first if it would not fit. Returns an error if it is the first of a row of them."""
         fails, self._fails = self._fails, True
         try:
             if self._missing:
@@ -402,7 +402,7 @@ class RotatingFile:
         return None
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -445,11 +445,11 @@ class Console:
     """Lines for people: the hour, the level, what happened, and its fields; tracebacks below."""
 
     def __init__(self, *, color: bool) -> None:
-        plain = structlog.dev.plain_traceback  # what comes here has been made text
+        plain = structlog.dev.plain_traceback  # tracebacks are text already
         self._renderer = structlog.dev.ConsoleRenderer(colors=color, sort_keys=False, exception_formatter=plain)
 
     def render(self, event: Mapping[str, Any]) -> str:
-        """One event as text, newline included. Nothing in it can steer the terminal."""
+        """Return an event as text with a final newline. No character in it can control the terminal."""
         shown = dict(event)
         shown["timestamp"] = str(event.get("timestamp", ""))[11:23]
         if event.get("event") == "request" and "status" in event:
@@ -457,7 +457,7 @@ class Console:
             shown["event"] = "{}  {:<6}  {:<24}  {:>9} ms".format(*map(str, columns))
             timing = shown.pop("timing", {})
             shown |= {name: value for name, value in timing.items() if value}
-            for name in ("client", "trace_id"):  # in the file: one is the same for long, and a person has the id
+            for name in ("client", "trace_id"):  # only in the file: people see long runs of one client, and have the id
                 shown.pop(name, None)
         elif "source" in event:
             shown["logger"] = f"{shown.pop('source')} {shown.pop('stage', '')}".rstrip()
@@ -476,7 +476,7 @@ def _printable(text: str) -> str:
 
 
 class _Stdlib(logging.Handler):
-    """What libraries say through the standard library's logging, in our form: warnings and errors, unless for debug."""
+    """Takes records of the standard library's logging into our log: warnings and errors; at level debug, everything."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):  # a library's broken message is not our failure
@@ -484,5 +484,5 @@ class _Stdlib(logging.Handler):
 
 
 _writer: _Writer | None = None
-_undo: Final = contextlib.ExitStack()  # what `configure` set up
+_undo: Final = contextlib.ExitStack()  # undoes what `configure` set up
 atexit.register(shutdown)

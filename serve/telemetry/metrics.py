@@ -1,8 +1,8 @@
-"""What Prometheus sees: one page with our families and Mosec's five, seconds everywhere, few labels.
+"""The page for Prometheus: our families and Mosec's five, seconds everywhere, few labels.
 
 The numbers live in this process: workers report through their answers, so no shared files are needed. Mosec's own page
-is read on every scrape, summed over its `connection` label (which grows with every restart of a worker) and written
-anew, since its text is neither of the two formats that Prometheus reads.
+is read on every scrape, summed over its `connection` label (which grows with every restart of a worker) and rewritten,
+since its text is in neither of the two formats that Prometheus reads.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from workers.messages import PartAnswer
 from workers.state import WorkerState
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-OTHER: Final = "other"  # the label of whatever is not on a list, so that no client can make labels
+OTHER: Final = "other"  # the label of all values that are not on a list: clients cannot create labels
 
 Stage = Literal["decode", "pose", "respond", "ism", "onboard"]
 STAGES: Final = ("decode", "pose", "respond", "ism", "onboard")
 DISPATCH_REASONS: Final = ("idle", "full", "window")
 
-#: Close together where a client notices. A percentile is only known between two of them: likely targets are among them.
+#: Close together where clients notice. A percentile is known only to lie between two bounds: likely targets are bounds.
 _SECONDS = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
     *(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
@@ -46,10 +46,10 @@ prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
-    """All families, each there from the start, at zero where its labels are known.
+    """All metric families. Each exists from the start, with zeros for the labels that are known.
 
-    `objects` is the allow-list of registered names that may become a label; any other object is `other`.
-    `routes` has the statuses that are there from the start by label of a route.
+    `objects` lists the registered names that may become a label; any other object is `other`.
+    `routes`: route label -> the statuses that are shown from the start.
     """
 
     def __init__(self, objects: Iterable[str] = (), routes: Mapping[str, Iterable[int]] = {}) -> None:
@@ -118,7 +118,7 @@ class Metrics:
     # ------------------------------------------------------------------------------------------------- what happened
 
     def request(self, route: str, code: int, seconds: float | None = None) -> None:
-        """A request was answered. `route` is its label; `seconds`, of a pose request, count unless it was refused."""
+        """Count an answered request. `route` is its label; `seconds`, of a pose request, count only with 2xx or 504."""
         self.requests.labels(route, str(code)).inc()
         if seconds is not None and (200 <= code < 300 or code == 504):
             self.request_seconds.observe(seconds)
@@ -126,10 +126,10 @@ class Metrics:
     def part(
         self, answer: PartAnswer, object_names: Callable[[str | None], str | None], *, waited_s: float = 0.0
     ) -> None:
-        """A part came back from the pipeline, or /finish did (which has neither engine nor rows).
+        """Count the answer to a part, or to /finish (which has neither engine nor rows).
 
-        `object_names` gives the registered name of a row's `cad_id`; `waited_s` is how long the part waited in the
-        gateway, to which its wait between the stages is added.
+        `object_names` returns the registered name for a row's `cad_id`. `waited_s` is the part's wait in the gateway;
+        its wait between the stages is added.
         """
         if answer.respond_ms:
             self.stage("respond", answer.respond_ms / 1000)
@@ -155,41 +155,41 @@ class Metrics:
                 self.residual_mm.labels(label).observe(row.evidence.residual_mm)
 
     def rejected(self, reason: str) -> None:
-        """A detection has no pose; `part` counts those in its rows."""
+        """Count a detection without a pose; `part` does so for its rows."""
         self.rejections.labels(reason if reason in REJECT_CODES else OTHER).inc()
 
     def stage(self, stage: Stage, seconds: float) -> None:
-        """A stage worked for so long; `part` counts those that it knows of."""
+        """Count the time that a stage worked; `part` does so for decode, pose and respond."""
         self.stage_seconds.labels(stage).observe(seconds)
 
     def dispatched(self, reason: str) -> None:
-        """A pass was let into the pipeline. `reason`: one of DISPATCH_REASONS."""
+        """Count a dispatch into the pipeline. `reason`: one of DISPATCH_REASONS."""
         self.dispatches.labels(reason if reason in DISPATCH_REASONS else OTHER).inc()
 
     def restarted(self, workers: int = 1) -> None:
-        """Worker processes ended and were replaced."""
+        """Count worker processes that ended and were replaced."""
         self.restarts.inc(workers)
 
     # ------------------------------------------------------------------------------------------------- how things are
 
     def queue(self, detections: int) -> None:
-        """So many detections wait in the gateway now."""
+        """Set the number of detections that wait in the gateway."""
         self.waiting.set(detections)
 
     def ready(self, now: bool) -> None:
-        """Whether pose requests are taken."""
+        """Set whether pose requests are taken."""
         self.is_ready.set(now)
 
     def draining(self, now: bool) -> None:
-        """Whether the server is finishing."""
+        """Set whether the server is draining."""
         self.is_draining.set(now)
 
     def degraded(self, now: bool) -> None:
-        """Whether the geometric engine stands in for the network."""
+        """Set whether the geometric engine stands in for the network."""
         self.is_degraded.set(now)
 
     def model(self, *, engine: str, release: str, sha256: str, track: str = "production") -> None:
-        """What answers on a track from now on; replaces what did before."""
+        """Set what answers on a track; replaces what answered before."""
         labels = (engine, release, sha256, track)
         if (before := self._models.get(track)) is not None:
             self.model_info.remove(*before)
@@ -197,19 +197,19 @@ class Metrics:
         self.model_info.labels(*labels).set(1)
 
     def kernels(self, kernels: Mapping[str, str]) -> None:
-        """Operation -> kernel it runs on (`compiled` or `reference`)."""
+        """Set operation -> the kernel that it runs on (`compiled` or `reference`)."""
         self.kernel_info.clear()
         for op, kernel in kernels.items():
             self.kernel_info.labels(op, kernel).set(1)
 
     def worker_counts(self, ready: Mapping[str, int]) -> None:
-        """Workers that can take work, by stage; a stage that was there once stays, at zero."""
+        """Set the workers that can take work, by stage. A stage that ever had workers stays, at zero."""
         self._stages_staffed |= ready.keys()
         for stage in self._stages_staffed:
             self.workers.labels(stage).set(ready.get(stage, 0))
 
     def devices(self, names: Sequence[str], workers: Iterable[WorkerState]) -> None:
-        """The devices that compute, by slot, and the memory of those whose pose workers tell of it, added up."""
+        """Set the devices, by slot, and the memory that their pose workers report, added up per device."""
         for name in names:
             self.device_busy.labels(name)
         self.device_memory.clear()
@@ -222,16 +222,16 @@ class Metrics:
                 self.device_memory.labels(device, "total").set(memory["total"])
 
     def processes(self, workers: Iterable[WorkerState]) -> None:
-        """Look at what this process and all below it take; `workers` says which stage is whose."""
+        """Measure this process and all below it; `workers` tells the stage of each worker."""
         usage = self._processes.look({worker.pid: worker.stage for worker in workers})
         self.process_cpu.seconds = {stage: one.cpu_s for stage, one in usage.items()}
         for stage, one in usage.items():
             self.process_resident.labels(stage).set(one.resident_bytes)
 
     def cache(self, pid: int, hits: int, misses: int, cached_bytes: int) -> None:
-        """A pose worker's object cache as it reports itself: counted since that worker's start.
+        """Add a pose worker's report on its object cache, whose counts begin at that worker's start.
 
-        Our counters only grow: a report lower than the last one is a new worker under an old pid.
+        Our counters only grow: a report lower than the last one means a new worker under an old pid.
         """
         last_hits, last_misses, _ = self._caches.get(pid, (0, 0, 0))
         if hits < last_hits or misses < last_misses:
@@ -242,14 +242,14 @@ class Metrics:
         self._sum_cache_bytes()
 
     def worker_gone(self, pid: int) -> None:
-        """A worker ended, and its memory with it; what it counted stays counted."""
+        """Drop the cache memory of a worker that ended; its hits and misses stay counted."""
         self._caches.pop(pid, None)
         self._sum_cache_bytes()
 
     # ------------------------------------------------------------------------------------------------------- the page
 
     def expose(self, mosec_text: str | None = None) -> bytes:
-        """The whole page, of CONTENT_TYPE. Without Mosec's text, or with one that does not parse, it is ours alone."""
+        """Return the page, as CONTENT_TYPE. It lacks Mosec's families if Mosec's text is missing or does not parse."""
         ours = list(self.registry.collect())
         return generate_latest(_Page([*ours, *mosec_families(mosec_text, {family.name for family in ours})]))
 
@@ -288,7 +288,7 @@ class Metrics:
 
 
 class _ProcessSeconds(Collector):
-    """A counter that is read elsewhere: its whole values are set, not what they grew by."""
+    """A counter measured elsewhere: its values are set as totals, not as increments."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(PROCESS_STAGES, 0.0)
@@ -302,7 +302,7 @@ class _ProcessSeconds(Collector):
 
 
 class _Page(Collector):
-    """Families that are written as they are."""
+    """A collector of finished families."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
@@ -320,12 +320,12 @@ _MOSEC_HELP: Final = {
 }
 
 _CONNECTION: Final = re.compile(r',?connection="[^"]*"')
-#: Mosec declares a counter by the name that its samples have without `_total`, as OpenMetrics does.
+#: Mosec declares a counter by its samples' name without `_total`, as OpenMetrics does.
 _COUNTER: Final = re.compile(r"^# TYPE (\S+?)(?:_total)? counter$", re.MULTILINE)
 
 
 def mosec_families(text: str | None, taken: Iterable[str] = ()) -> list[Metric]:
-    """Mosec's five families out of its own text, the `connection` label summed away; empty where it does not parse."""
+    """Return Mosec's five families from its text, summed over the label `connection`; [] if the text does not parse."""
     if not text:
         return []
     try:
@@ -345,8 +345,8 @@ def mosec_families(text: str | None, taken: Iterable[str] = ()) -> list[Metric]:
 
 
 def _without_connections(text: str) -> str:
-    """The text with its samples summed over `connection`: line by line, since they grow with every restart."""
-    lines: dict[str, float | None] = {}  # what stands before the value -> their sum; None: not a sample
+    """Return the text with samples summed over `connection`, line by line: every restart adds samples."""
+    lines: dict[str, float | None] = {}  # text before the value -> sum of the values; None: not a sample
     for line in text.splitlines():
         if line.startswith("#"):
             if line.startswith("# TYPE"):
@@ -358,7 +358,7 @@ def _without_connections(text: str) -> str:
 
 
 def _in_order(family: Metric, help_text: str) -> Metric:
-    """The family under our words, a histogram's buckets in order."""
+    """Return the family with our help text, a histogram's buckets in order."""
     ordered = Metric(family.name, help_text, family.type)
     found = {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in family.samples}
     for (name, labels), value in sorted(found.items(), key=_histogram_order):

@@ -1,7 +1,7 @@
 """Export of spans to an OpenTelemetry collector (OTLP over HTTP): the one module that imports its SDK.
 
-Its sampler, resource and exporter read the standard variables themselves. A thread of the SDK sends the spans. What a
-collector that is away or too slow does not take is dropped, and told once.
+The SDK's sampler, resource and exporter read the standard variables themselves. A thread of the SDK sends the spans.
+Spans that an absent or slow collector does not take are dropped, and one log line says so.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from serve import __version__
 
 log = structlog.get_logger()
 
-_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")  # the first counts
+_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")  # the first set counts
 _PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _WAITING_SPANS: Final = 2048  # unless OTEL_BSP_MAX_QUEUE_SIZE says otherwise, as in the SDK
 
 
 class OtlpExporter:
-    """Where spans go, as the environment says. Raises ValueError for variables that the SDK cannot use."""
+    """The exporter that the environment describes. Raises ValueError for variables that the SDK cannot use."""
 
     def __init__(self) -> None:
         protocol = next((text for name in _PROTOCOLS if (text := os.environ.get(name, "").strip())), "http/protobuf")
@@ -55,7 +55,7 @@ class OtlpExporter:
         ended_unix: float,
         attributes: Mapping[str, str | int | float],
     ) -> None:
-        """Queue a span that has the ids it is given; the tracer's spans get theirs from the SDK."""
+        """Queue a span with the ids of `context`; spans from the tracer get their ids from the SDK."""
         self._queue.on_end(
             ReadableSpan(
                 name,
@@ -69,25 +69,25 @@ class OtlpExporter:
         )
 
     def close(self) -> None:
-        """Send what is waiting; takes as long as OTEL_EXPORTER_OTLP_TIMEOUT says where nobody listens."""
+        """Send the waiting spans. Takes as long as OTEL_EXPORTER_OTLP_TIMEOUT if no collector listens."""
         self._provider.shutdown()
 
 
 class _Queue(BatchSpanProcessor):
-    """The SDK's queue, which drops and counts nothing by itself: a span that finds no room does not get there."""
+    """The SDK's queue, never full: a span without room is refused, and counted, before it gets there."""
 
     def __init__(self, exporter: _Telling, room: int) -> None:
         super().__init__(exporter, max_queue_size=room)
         self._telling = exporter
 
     def on_end(self, span: ReadableSpan) -> None:
-        """Into the queue of the thread that sends, where there is room."""
+        """Put a sampled span into the queue of the sending thread, if there is room."""
         if span.context is not None and span.context.trace_flags.sampled and self._telling.has_room():
             super().on_end(span)
 
 
 class _Telling(SpanExporter):
-    """The exporter, which says once that spans are lost and why, and once that they are taken again."""
+    """The exporter, with one log line when spans are lost, saying why, and one when they are taken again."""
 
     def __init__(self, exporter: SpanExporter, endpoint: str, room: int) -> None:
         self._exporter = exporter
@@ -100,13 +100,13 @@ class _Telling(SpanExporter):
         logging.getLogger(OTLPSpanExporter.__module__).addFilter(self._reasons)
 
     def has_room(self) -> bool:
-        """Take one span's room in the queue; it is given back when the span leaves. A span without room is lost."""
+        """Take one place in the queue, which is free again once the span has left. A span without a place is lost."""
         taken = self._room.acquire(blocking=False)
         self._refused += not taken
         return taken
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """As the exporter says. Spans that found the queue full meanwhile count as lost, whatever becomes of these."""
+        """Export spans and return the exporter's result. Spans refused meanwhile by a full queue count as lost, too."""
         self._room.release(len(spans))
         self._reasons.first = None
         result = self._exporter.export(spans)
@@ -129,16 +129,16 @@ class _Telling(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._exporter.shutdown()
 
 
 class _Reasons(logging.Filter):
-    """Keeps what the exporter says of each attempt out of the log, and its first words for the one line of ours."""
+    """Keeps the exporter's messages on each attempt out of the log, and the first message for our single line."""
 
     first: str | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """No to everything."""
+        """Refuse every record."""
         self.first = self.first or record.getMessage()
         return False

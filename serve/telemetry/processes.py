@@ -1,8 +1,8 @@
-"""What each stage's processes take: processor time and memory, read from /proc when somebody asks.
+"""Processor time and memory of each stage's processes, read from /proc on demand.
 
-A process belongs to the stage that its worker's state names. Keepers and workers that are only just starting have no
-state: their environment tells. What is left below the gateway is Mosec's: its main process, its HTTP front, and
-multiprocessing's resource tracker.
+A process belongs to the stage that its worker's state names. Keepers and starting workers have no state yet: their
+environment tells which they are. All other processes below the gateway are Mosec's: its main process, its HTTP front,
+and multiprocessing's resource tracker.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ STAGES: Final = (
     "inspect",
     *(engine.onboard_stage for engine in registry.by_effort()),
     "keeper",
-    "starting",  # a worker before its stage is known
+    "starting",  # workers whose stage is not known yet
 )
 
-KEEPER: Final = "PEM_KEEPER"  # of workers/lifecycle.py, which brings Mosec along when it is imported
+KEEPER: Final = "PEM_KEEPER"  # as in workers/lifecycle.py, whose import would load Mosec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """One stage's processes together."""
+    """The processes of one stage, added up."""
 
-    cpu_s: float = 0.0  # of all that were ever seen, the ended ones included: only grows
-    resident_bytes: int = 0  # of those there now; pages that several share count for each
+    cpu_s: float = 0.0  # of all processes ever seen, ended ones included: only grows
+    resident_bytes: int = 0  # of the running processes; a shared page counts for each of them
 
 
 class Processes:
-    """Adds up this process and everything below it, by stage.
+    """Adds up this process and all processes below it, by stage.
 
-    What a process spent between the last look and its death is not known. Nothing is there on systems without /proc.
+    The time that a process spent between the last look and its end is missed. Systems without /proc show zeros.
     """
 
     def __init__(self) -> None:
         self._spent = dict.fromkeys(STAGES, 0.0)
-        self._seen: dict[tuple[int, int], float] = {}  # pid and start -> seconds of it that are in `_spent`
+        self._seen: dict[tuple[int, int], float] = {}  # pid and start -> its seconds that `_spent` includes
 
     def look(self, stage_of: Mapping[int, str]) -> dict[str, Usage]:
-        """Usage by stage, each of STAGES; `stage_of` gives the stage of each known worker's pid."""
+        """Return the usage of each of STAGES; `stage_of`: pid of a known worker -> its stage."""
         resident = dict.fromkeys(STAGES, 0)
         seen: dict[tuple[int, int], float] = {}
         for pid in (os.getpid(), *_below(os.getpid(), stage_of)):
@@ -75,13 +75,13 @@ class Processes:
 
 
 def _may_still_run(pid: int, started_ticks: int) -> bool:
-    """Whether a process is there that a look did not come upon; without files left nobody can tell: then it may be."""
+    """Return True if a process that a look missed may still exist. Errs towards True if its stat is unreadable."""
     reading = read(pid)
     return Path(f"/proc/{pid}").exists() if reading is None else reading.started_ticks == started_ticks
 
 
 def _below(pid: int, workers: Mapping[int, str]) -> list[int]:
-    """The processes below `pid`; those that threads other than a process's first have started are not looked for."""
+    """Return the processes below `pid`, except those started by any but the first thread of a process."""
     found: list[int] = []
     waiting = [pid]
     while waiting:

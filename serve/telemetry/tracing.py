@@ -1,12 +1,12 @@
-"""Traces: who asked whom, and where a request's time went, in the headers and words of W3C Trace Context.
+"""Traces: who called whom, and where a request's time went, in the headers and terms of W3C Trace Context.
 
-Every request is a span of a trace: its caller's, where the header `traceparent` names one, else one of its own. Its ids
-go into the log, the answer and what is asked of other servers; that costs some microseconds. What happened inside it is
-kept only where it is exported (otlp.py): the standard variables of OpenTelemetry switch that on, and without them
+Every request is a span of a trace: the caller's if the header `traceparent` names one, else a new one. Its ids go into
+the log, the answer and the requests to other servers; that costs some microseconds. The spans inside a request are
+recorded only if they are exported (otlp.py): the standard variables of OpenTelemetry switch the export on. Without them
 OpenTelemetry's SDK is not imported. Spans and contexts are those of OpenTelemetry's API.
 
-A request has one child for each stage, a set of them for each part. Passes are shared, so that they can be nobody's
-child: each is a trace of its own, which the `pose` spans of all that rode in it link to.
+A request's span has one child per stage, for each of its parts. Requests share passes, so that a pass cannot be a child
+of one of them: each pass is a separate trace, and the `pose` spans of its requests link to it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from workers.messages import PartAnswer, PassRecord
 log = structlog.get_logger()
 
 _DEFINED_FLAGS: Final = TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID
-_LONGEST_STATE: Final = 512  # characters that everybody must be able to pass on; a longer state is left behind whole
+_LONGEST_STATE: Final = 512  # characters that W3C asks everybody to pass on; a longer state is dropped whole
 _PACKAGES: Final = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
 _REMEMBERED_PASSES: Final = 1024
 _LONGEST_FLUSH_S: Final = 3.0
@@ -56,7 +56,7 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "O
 
 _W3C: Final = TraceContextTextMapPropagator()
 _NO_TRACER: Final = NoOpTracer()
-logging.getLogger(TraceState.__module__).setLevel(logging.ERROR)  # it warns of each `tracestate` that breaks the rules
+logging.getLogger(TraceState.__module__).setLevel(logging.ERROR)  # else it warns of every malformed `tracestate`
 
 Value = str | int | float
 
@@ -65,9 +65,9 @@ Value = str | int | float
 
 
 def _caller(headers: Sequence[tuple[bytes, bytes]]) -> SpanContext:
-    """Read the caller's span; invalid where the headers name none or break the rules, which fails no request."""
+    """Read the caller's span; an invalid one if the headers name none or are malformed, which fails no request."""
     parents = [value.decode("latin-1") for name, value in headers if name == b"traceparent"]
-    if len(parents) != 1 or parents[0] != parents[0].strip():  # the propagator takes the first, and forgives blanks
+    if len(parents) != 1 or parents[0] != parents[0].strip():  # the propagator would take the first, and ignore blanks
         return INVALID_SPAN_CONTEXT
     state = b",".join(value for name, value in headers if name == b"tracestate").decode("latin-1")
     carrier = {"traceparent": parents[0], "tracestate": state if len(state) <= _LONGEST_STATE else ""}
@@ -77,7 +77,7 @@ def _caller(headers: Sequence[tuple[bytes, bytes]]) -> SpanContext:
 
 
 def headers_of(context: SpanContext) -> dict[str, str]:
-    """Write the headers of a request or an answer that belongs to this span."""
+    """Return the headers of a request or an answer that belongs to this span."""
     headers: dict[str, str] = {}
     _W3C.inject(headers, _inside(context))
     return headers
@@ -92,19 +92,19 @@ def _inside(context: SpanContext) -> Context:
 
 @dataclass(slots=True)
 class Trace:
-    """One request's span, and what happened in it where that is recorded."""
+    """One request's span and, if it is recorded, the spans inside it."""
 
     own: SpanContext
     parent: SpanContext  # the caller's span; invalid where there is none
     begun_unix: float
     begun: float  # the same moment, monotonic
-    onward: SpanContext  # what others are told: our span, but the caller's where ours is nowhere to be seen
+    onward: SpanContext  # what other servers are told: our span; without export the caller's, if there is one
     tracer: Tracer = _NO_TRACER
-    span: Span | None = None  # where it is recorded
+    span: Span | None = None  # None: not recorded
 
     @classmethod
     def of(cls, headers: Sequence[tuple[bytes, bytes]]) -> Self:
-        """The trace of a request with these headers (names in lower case), recorded nowhere until `begin` says so."""
+        """Return the trace of a request with these headers (names in lower case). Not recorded before `begin`."""
         parent = _caller(headers)
         trace_id = parent.trace_id or secrets.randbits(128)
         own = SpanContext(trace_id, secrets.randbits(64), False, parent.trace_flags, parent.trace_state)
@@ -112,20 +112,20 @@ class Trace:
 
     @property
     def trace_id(self) -> str:
-        """32 hexadecimal digits."""
+        """Return the trace's id: 32 hexadecimal digits."""
         return format_trace_id(self.own.trace_id)
 
     @property
     def traceparent(self) -> str:
-        """The answer's header of this name."""
+        """Return the answer's header `traceparent`."""
         return headers_of(self.own)["traceparent"]
 
     def unix(self, moment: float) -> float:
-        """A monotonic moment of this request as Unix time."""
+        """Return a monotonic moment of this request as Unix time."""
         return self.begun_unix + moment - self.begun
 
     def now_unix(self) -> float:
-        """Unix time that never goes back within this request: the system's clock may be set meanwhile."""
+        """Return the Unix time. It never goes back within this request, even if the system's clock is set."""
         return self.unix(time.monotonic())
 
     def add(
@@ -136,7 +136,7 @@ class Trace:
         attributes: Mapping[str, Value] | None = None,
         links: Sequence[Link] = (),
     ) -> None:
-        """Record a stage that has ended, within the request's time whatever the clocks say."""
+        """Record a finished stage, its times clipped to the request's: the processes' clocks may disagree."""
         if self.span is None:
             return
         now = self.now_unix()
@@ -149,13 +149,13 @@ class Trace:
 
     @contextlib.contextmanager
     def asking(self, name: str) -> Iterator[dict[str, str]]:
-        """Record a request to another server; gives the headers that go with it."""
+        """Record a request to another server; yield the headers to send with it."""
         span: Span = NonRecordingSpan(self.onward)
         with _harmless():
             span = self.tracer.start_span(name, _inside(self.onward), SpanKind.CLIENT, start_time=_ns(self.now_unix()))
         try:
             yield headers_of(span.get_span_context())
-        except BaseException as exception:  # a cancellation, too
+        except BaseException as exception:  # including a cancellation
             code = exception.code if isinstance(exception, ApiError) else type(exception).__name__
             span.set_attribute("error.type", code)
             span.set_status(StatusCode.ERROR)
@@ -165,7 +165,7 @@ class Trace:
                 span.end(_ns(self.now_unix()))
 
     def part(self, answer: PartAnswer, queued_unix: float, waited_s: float) -> None:
-        """The stages of one part, or of the last step of a request that was split (`finish`)."""
+        """Record the stages of one part, or of the last step of a split request (`finish`)."""
         index = answer.part_id.rpartition("/")[2]
         which: dict[str, Value] = {"pem.part": int(index) if index.isdigit() else index}
         if answer.decode_unix > 0:
@@ -175,7 +175,7 @@ class Trace:
             about: dict[str, Value] = {
                 "pem.engine": answer.engine,
                 "pem.detections": len(answer.rows),
-                "pem.batch_wait_ms": round(answer.queue_ms, 3),  # since it was decoded
+                "pem.batch_wait_ms": round(answer.queue_ms, 3),  # since decoding
             }
             links = [Link(pass_context(pass_id)) for pass_id in answer.pass_ids]
             self.add("pose", answer.pose_unix, answer.pose_unix + answer.pose_ms / 1e3, which | about, links)
@@ -188,7 +188,7 @@ def _ns(unix: float) -> int:
 
 
 def pass_context(pass_id: str) -> SpanContext:
-    """The span of a pass: its ids are made where it runs."""
+    """Return the span of a pass. The worker that ran the pass made its ids."""
     return SpanContext(int(pass_id[:32], 16), int(pass_id[32:], 16), False, TraceFlags(TraceFlags.SAMPLED))
 
 
@@ -196,32 +196,32 @@ def pass_context(pass_id: str) -> SpanContext:
 
 
 class Exporter(Protocol):
-    """Where spans go; nothing here may wait."""
+    """A destination of spans. Only `close` may block."""
 
     @property
     def tracer(self) -> Tracer:
-        """Makes the spans of requests, and decides which are recorded."""
+        """Return the tracer, which makes the spans of requests and decides which are recorded."""
 
     def export(
         self, name: str, context: SpanContext, begun_unix: float, ended_unix: float, attributes: Mapping[str, Value]
     ) -> None:
-        """Take a span whose ids are given; no sampler is asked."""
+        """Export a span whose ids are given, without asking a sampler."""
 
     def close(self) -> None:
-        """Deliver what is waiting; may take long."""
+        """Deliver the waiting spans; may take long."""
 
 
 class Tracing:
-    """What the gateway records of all requests."""
+    """The gateway's recorder of all requests."""
 
     def __init__(self, exporter: Exporter | None = None) -> None:
         self._exporter = exporter
-        self._jobs: dict[str, tuple[Trace, float]] = {}  # by the job's id: whose it is, and when it was queued
+        self._jobs: dict[str, tuple[Trace, float]] = {}  # job id -> its trace, and when it was queued (Unix time)
         self._passes = _Passes()
 
     @classmethod
     def start(cls, environment: Mapping[str, str]) -> Self:
-        """With export where the standard variables ask for it. What stands in its way is a warning, not an end."""
+        """Start, with export if the standard variables ask for it. If export is impossible, warn and go on without."""
         if not asked_for(environment):
             return cls()
         try:
@@ -239,13 +239,13 @@ class Tracing:
         return cls(exporter)
 
     def begin(self, trace: Trace, method: str, route: str | None) -> None:
-        """Decide whether this request is recorded, as its caller did unless the sampler is told otherwise.
+        """Decide whether this request is recorded: as its caller decided, unless the sampler is set otherwise.
 
-        route: as the metrics name it; None for probes and for what is no route of ours: they never are.
+        route: the route's label in metrics; None for probes and unknown routes, which are never recorded.
         """
         if self._exporter is None or route is None:
             return
-        known = method in _METHODS  # a client cannot make names
+        known = method in _METHODS  # else clients could invent span names
         attributes = {"http.request.method": method if known else "_OTHER", "http.route": route}
         with _harmless():
             tracer = self._exporter.tracer
@@ -261,7 +261,7 @@ class Tracing:
 
     @contextlib.contextmanager
     def queued(self, job_id: str, trace: Trace) -> Iterator[None]:
-        """While it lasts, the answers to this job's parts become spans of the trace."""
+        """Record the answers to this job's parts as spans of the trace, while the block runs."""
         if trace.span is not None:
             self._jobs[job_id] = (trace, time.time())
         try:
@@ -270,7 +270,7 @@ class Tracing:
             self._jobs.pop(job_id, None)
 
     def part(self, answer: PartAnswer, waited_s: float) -> None:
-        """A part was answered, having waited so long in the gateway."""
+        """Record the answer to a part, which waited `waited_s` in the gateway."""
         if self._exporter is None:
             return
         found = self._jobs.get(answer.part_id.rpartition("/")[0])
@@ -290,7 +290,7 @@ class Tracing:
                 self._exporter.export("pass", context, record.begun_unix, ended_unix, attributes)
 
     def end(self, trace: Trace, status: int, attributes: Mapping[str, Value | None]) -> None:
-        """The request was answered; attributes that are None are left out."""
+        """End the span of an answered request; attributes that are None are left out."""
         if trace.span is None:
             return
         about = {name: value for name, value in attributes.items() if value is not None}
@@ -301,7 +301,7 @@ class Tracing:
             trace.span.end(_ns(trace.now_unix()))
 
     async def close(self, limit_s: float) -> None:
-        """Deliver what is waiting, for so long at the most: a collector that is away holds up no stop."""
+        """Deliver the waiting spans, for at most `limit_s` or 3 s: an absent collector must not delay a stop."""
         if self._exporter is None:
             return
         delivered, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -309,7 +309,7 @@ class Tracing:
 
         def deliver() -> None:
             exporter.close()
-            with contextlib.suppress(RuntimeError):  # the loop did not wait for us
+            with contextlib.suppress(RuntimeError):  # the loop has ended already
                 loop.call_soon_threadsafe(delivered.set)
 
         threading.Thread(target=deliver, name="traces", daemon=True).start()
@@ -321,7 +321,7 @@ class Tracing:
 
 @contextlib.contextmanager
 def _harmless() -> Iterator[None]:
-    """What an exporter or a sampler stumbles over is never the request's trouble."""
+    """Log errors of an exporter or a sampler, so that they never fail the request."""
     try:
         yield
     except Exception:
@@ -329,7 +329,7 @@ def _harmless() -> Iterator[None]:
 
 
 def asked_for(environment: Mapping[str, str]) -> bool:
-    """Whether the standard variables name a collector, and none switches traces off."""
+    """Return True if the standard variables name a collector and none of them switches traces off."""
     named = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     disabled = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     elsewhere = environment.get("OTEL_TRACES_EXPORTER", "otlp").strip().lower() not in ("", "otlp")
@@ -337,17 +337,17 @@ def asked_for(environment: Mapping[str, str]) -> bool:
 
 
 class _Passes:
-    """Which passes to export: each one that a recorded part rode in, once.
+    """Picks the passes to export: each pass that served a recorded part, once.
 
-    A pass's record comes with one of its parts, which may be recorded or not, and before or after the others.
+    A pass's record arrives with one of its parts. That part may be recorded or not, and arrive before or after others.
     """
 
     def __init__(self) -> None:
-        self._unwanted: OrderedDict[str, PassRecord] = OrderedDict()  # came, and nobody recorded rode in it yet
-        self._wanted: OrderedDict[str, bool] = OrderedDict()  # somebody recorded did; whether it was exported
+        self._unwanted: OrderedDict[str, PassRecord] = OrderedDict()  # record arrived; no recorded part of it yet
+        self._wanted: OrderedDict[str, bool] = OrderedDict()  # has a recorded part; True once it is exported
 
     def to_export(self, answer: PartAnswer, *, wanted: bool) -> list[PassRecord]:
-        """Those for which the time has come with this answer."""
+        """Return the passes that are due for export with this answer."""
         for record in answer.passes:
             self._unwanted[record.pass_id] = record
         if wanted:
