@@ -1,1 +1,1 @@
-"""The subcommands of `pem`, one subject per file. Importing it is cheap."""
+"""The subcommands of `pem` that need the server's code, one subject per file. Importing this package is cheap."""

@@ -1,4 +1,4 @@
-"""What the server lends to `pem bench` of the client: rendered scenes with their truth, and what it knows of itself."""
+"""What `pem bench` of the client borrows from the server: rendered scenes with their truth, and facts about it."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from posekit.synthetic.shapes import SHAPES, mesh_to_ply
 from serve import settings
 from workers.state import read_states
 
-_PREFIX: Final = "bench-"  # of the objects' names, so that they are nobody else's
+_PREFIX: Final = "bench-"  # of the objects' names, so that they clash with no others
 
 
 class Lent:
-    """A `pem.bench.here.Here`."""
+    """The server's implementation of `pem.bench.here.Here`."""
 
     def __init__(self) -> None:
         shapes = (make() for make in SHAPES.values())
         self._shapes = {f"{_PREFIX}{shape.name}": replace(shape, name=f"{_PREFIX}{shape.name}") for shape in shapes}
 
     def object_names(self) -> Sequence[str]:
-        """Of SHAPES, each with the prefix."""
+        """Return the names of SHAPES, each with the prefix."""
         return list(self._shapes)
 
     def ply(self, name: str) -> bytes:
-        """An object's CAD, millimetres."""
+        """Return an object's CAD as PLY, in millimetres."""
         return mesh_to_ply(self._shapes[name].mesh)
 
     def picture(self, seed: int, names: Sequence[str], *, count: int, width: int, height: int) -> Picture:
-        """A scene of a seed; objects stand apart, so that their poses are certain."""
+        """Render the scene of a seed. Objects do not overlap, so that their poses are certain."""
         shapes = [self._shapes[name] for name in names]
         scene = make_scene(seed, shapes, count=count, width=width, height=height, occlusion=False)
         return Picture(
@@ -51,16 +51,16 @@ class Lent:
         )
 
     def pose_errors(self, T_est: Float64, T_true: Float64, symmetries: AnySymmetries) -> tuple[float, float]:
-        """(degrees, millimetres), modulo symmetries."""
+        """Return the pose error modulo symmetries: (degrees, millimetres)."""
         known = Symmetries(discrete=tuple(symmetries.discrete), continuous=tuple(symmetries.continuous))
         return pose_errors(T_est, T_true, known)
 
     def variables(self) -> Collection[str]:
-        """Of every setting."""
+        """Return the environment variables of all settings."""
         return settings.every().keys()
 
     def stage_names(self, server_pid: int) -> dict[int, str]:
-        """From the states that a server's workers keep in its run folder."""
+        """Return pid -> stage of a server's workers, from their states in its run folder; {} if there is none."""
         for base in (Path("/dev/shm"), Path(tempfile.gettempdir())):
             for run_dir in base.glob(f"pem-server-{server_pid}-*"):
                 return {state.pid: state.stage for state in read_states(run_dir)}

@@ -1,8 +1,8 @@
 """`pem demo`: from nothing to a pose, with the truth beside it.
 
-Starts a real server in a process of its own, on a free port of this machine, without weights or GPU; registers the
-objects of a rendered scene, asks for their poses as any client would, compares them with the truth, and stops the
-server again.
+The demo starts a real server as a separate process, on a free port of this machine, without weights or GPU. It
+registers the objects of a rendered scene, asks for their poses as any client would, compares them with the truth, and
+stops the server.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _ANSWER_LIMIT_S: Final = 180.0
 
 
 class DemoFailed(Exception):
-    """The demo did not get where it should; the message says where it stopped."""
+    """The demo could not finish; the message says where it stopped."""
 
 
 @dataclass(kw_only=True)
 class _Found:
-    """One object of the scene: what was answered, and how far that is from the truth."""
+    """One object of the scene: the pose in the answer, and its error; None if there is no pose."""
 
     name: str
     onboarding_s: float
@@ -76,7 +76,7 @@ class _Found:
 
 @dataclass(kw_only=True)
 class _Report:
-    """What the demo says in the end."""
+    """What the demo reports at its end: seconds by step, objects, the answer."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     found: list[_Found] = field(default_factory=list)
@@ -92,7 +92,7 @@ class _Report:
 
 
 def run(out: Path, *, keep: bool, json: str | None) -> int:
-    """Run the demo; its picture and inputs go to `out`. Returns 0 where the pose is right, else 1."""
+    """Run the demo; write its picture and inputs to `out`. Returns 0 if the pose is right, else 1."""
     people = common.stderr() if json == "-" else common.stdout()
     report = _Report()
     failure: str | None = None
@@ -148,7 +148,7 @@ def _demo(out: Path, keep: bool, people: Console, report: _Report) -> None:
 
 @contextmanager
 def _server(data: Path, report: _Report) -> Iterator[str]:
-    """A server in a process of its own for as long as the block runs; ServerTrouble where it starts or ends badly."""
+    """Run a server as a separate process during the block. Raises ServerTrouble if it starts or ends badly."""
     options = ["--engine", registry.needing_nothing(), "--device", "cpu", "--log-format", "console"]
     child = Child.start(data, options)
     try:
@@ -162,7 +162,7 @@ def _server(data: Path, report: _Report) -> Iterator[str]:
 
 
 def _register(client: Client, scene: Scene, report: _Report) -> dict[str, float]:
-    """Have the server know every object of the scene; seconds that each took."""
+    """Register every object of the scene; return object name -> seconds until it was ready."""
     shapes = {instance.shape.name: instance.shape for instance in scene.instances}
     seconds = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

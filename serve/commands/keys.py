@@ -1,4 +1,4 @@
-"""`pem keys add | list | revoke`: who may use a server. Works on its file of keys, so it runs where the server does."""
+"""`pem keys add | list | revoke`: who may use a server. Edits its file of keys, and so runs on its machine."""
 
 from __future__ import annotations
 

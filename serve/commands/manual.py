@@ -1,4 +1,4 @@
-"""`pem serve --print-config`: every setting as TOML, with what there is to know of it, as in `configs/default.toml`."""
+"""`pem serve --print-config`: every setting as TOML with its description, as in `configs/default.toml`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HEAD = """\
 
 
 def of(settings: Settings, *, options: Collection[str]) -> str:
-    """Write the manual with the values of `settings`; `options` names those that are options of `pem serve`, too."""
+    """Return the manual with the values of `settings`; `options` names those that are options of `pem serve`."""
     flags = {f"PEM_{name}".upper(): f"--{name.replace('_', '-')}" for name in options}
     tables: dict[str, list[Setting]] = {}
     for setting in every().values():

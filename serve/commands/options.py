@@ -1,4 +1,4 @@
-"""Options that commands beside a server share. Options that set a setting take its words."""
+"""Options that the commands on the server's machine share. An option for a setting has the setting's words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server's half of `pem`: what the client's command line finds where pem-server is installed."""
+"""The server's half of `pem`, which the client's command line finds if pem-server is installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serve.gateway.keys import KeyFileError
 if TYPE_CHECKING:
     from serve.commands.bench_scenes import Lent
 
-#: What is said of these on standard error, with the exit code 2.
+#: Errors that `pem` reports on standard error, with exit code 2.
 WRONG_USE = (settings.SettingsError, KeyFileError)
 
 
@@ -33,7 +33,7 @@ def add(app: typer.Typer, objects: typer.Typer) -> None:
 
 
 def load_generator() -> Lent:
-    """What `pem bench` borrows: rendered scenes, settings' names, the stages of processes."""
+    """Return what `pem bench` borrows: rendered scenes, the settings' variables, the stages of processes."""
     from serve.commands.bench_scenes import Lent
 
     return Lent()

@@ -1,4 +1,4 @@
-"""`pem objects templates`: views that another renderer made, put into the server's store."""
+"""`pem objects templates`: put another renderer's views into the server's store."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def templates(
       pem objects templates mug outputs/mug/templates --data-dir data
     """
     given = settings.load(config, overrides={"data_dir": data_dir})
-    from posekit.errors import PoseError  # not above: other commands do without posekit, and torch takes seconds
+    from posekit.errors import PoseError  # imported here: other commands do without posekit, and torch takes seconds
     from posekit.sam6d import templates as read
     from posekit.sam6d.engine import Sam6dEngine
     from posekit.sam6d.settings import Sam6d
@@ -78,7 +78,7 @@ def templates(
 
 
 def _stored(store: Store, which: str) -> StoredObject:
-    """The object of this id or name in a data directory."""
+    """Return the object of this id or name in a data directory; exit with an error if there is none."""
     for stored in store.list():
         if which in (stored.object_id, *stored.names):
             return stored

@@ -1,4 +1,4 @@
-"""`pem weights import | verify | list`: the weights of learned engines, on the machine that the server runs on."""
+"""`pem weights import | verify | list`: the weights of learned engines, on the server's machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from posekit.errors import PoseError
 from serve import settings
 from serve.commands.options import Config, of_setting
 
-if TYPE_CHECKING:  # at run time torch comes with it, which takes seconds
+if TYPE_CHECKING:  # its import loads torch, which takes seconds
     from posekit.sam6d.checkpoint.weights import Verdict
 
 app = typer.Typer(
@@ -120,7 +120,7 @@ def list_(
 
 @contextmanager
 def _in_words() -> Iterator[None]:
-    """Say what went wrong with the weights."""
+    """Turn an error with the weights into a message and exit code 1."""
     try:
         yield
     except PoseError as error:
