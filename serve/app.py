@@ -1,24 +1,24 @@
 """The pipeline on one screen: every stage, its processes, its batch.
 
-Mosec runs it behind the gateway, on loopback only. Its routes are not the public ones (serve/gateway/routes.py), which
-call them through `Backend.call` (serve/backend/mosec.py):
+Mosec runs it behind the gateway, on loopback only. Its routes are internal. The public routes
+(serve/gateway/routes.py) call them through `Backend.call` (serve/backend/mosec.py):
 
-    /pose     the queue (serve/scheduling/queue.py), once for each part of a pose request
-    /finish   the task (serve/tasks/pose/parts.py), for a request that was split and wants a picture or files
-    /inspect  what comes into the CAD store (serve/objects/ingest.py)
-    /onboard  what engines make of it (serve/objects/onboarding.py); each engine has such a route
+    /pose     from the queue (serve/scheduling/queue.py), once for each part of a pose request
+    /finish   from the task (serve/tasks/pose/parts.py), for a split request that wants a picture or files
+    /inspect  from the CAD store (serve/objects/ingest.py), for each CAD that comes in
+    /onboard  from the onboarding (serve/objects/onboarding.py); each engine has its own such route
 
     /pose            decode ──▶ pose ──▶ respond      detections and CAD in, poses out
-    /finish                              respond      overlay and files of a request that was split
+    /finish                              respond      overlay and files of a split request
     /inspect         inspect                          is this mesh usable, in which unit, how healthy
     /onboard         onboard                          build the geometric engine's model of an object
-    /onboard_sam6d   onboard_sam6d                    build the network's; one such route for each engine of this start
+    /onboard_sam6d   onboard_sam6d                    build the network's model; one such route per engine of this start
 
 `python -m serve.app --path DIR --port N --address 127.0.0.1 --timeout MS --capacity N --max-request-size BYTES`, with
-the settings in `PEM_STAGES` and, where it must not outlive its parent, the parent's pid in `PEM_PARENT_PID`.
+the settings in `PEM_STAGES`. `PEM_PARENT_PID` holds the pid of a parent that the server must not outlive.
 
-Mosec stops the whole server when the last process of a stage dies. So each stage gets one process more than it needs,
-its keeper: it sleeps, and is there while a worker that crashed is replaced (`workers/lifecycle.py`).
+Mosec stops the whole server when the last process of a stage dies. Each stage therefore gets one extra process, its
+keeper, which sleeps and stays alive while a crashed worker is replaced (`workers/lifecycle.py`).
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from workers.stages.pose import PoseStage
 from workers.stages.respond import RespondStage
 
 PARENT = "PEM_PARENT_PID"
-SHORTEST_WAIT_MS = 1  # a batch is gathered in the gateway, which knows whether anyone else is there
-NEVER_S = 86_400.0  # Mosec's own limit on a batch answers all of it with 408: the gateway has deadlines instead
+SHORTEST_WAIT_MS = 1  # the gateway gathers the batches: it knows whether other requests are waiting
+NEVER_S = 86_400.0  # disables Mosec's limit, which would answer a whole batch with 408; the gateway has deadlines
 
 
 def build(stages: settings.Stages) -> Server:
-    """The server with its routes over its stages."""
+    """Build the server: its stages, and the routes over them."""
     server = Server()
     server._rs_runtime_manager = FrontThatDiesWithUs(server._configs["timeout"])
 
@@ -63,7 +63,7 @@ def build(stages: settings.Stages) -> Server:
     inspect = stage(InspectStage, ["cpu"], threads=stages.onboard.threads)
 
     routes = {"/pose": [decode, pose, respond], "/finish": [respond], "/inspect": [inspect]}
-    for engine in registry.by_effort():  # in an order that no setting changes: Mosec numbers its stages
+    for engine in registry.by_effort():  # a fixed order, whatever the settings: Mosec numbers its stages
         if engine.name in stages.engines:
             onboards = stage(onboard.STAGES[engine.name], ["cpu"], threads=stages.onboard.threads)
             routes[f"/{engine.onboard_stage}"] = [onboards]
@@ -72,7 +72,7 @@ def build(stages: settings.Stages) -> Server:
 
 
 def stage(worker: type[Worker], devices: list[str], *, threads: int, batch: int = 1, wait_ms: int = 0) -> Runtime:
-    """One process per device, and a keeper."""
+    """Describe a stage: one process per device, and a keeper."""
     slots = [
         slot_environment(slot=slot, keeper=False, device=device, threads=threads) for slot, device in enumerate(devices)
     ]
@@ -83,10 +83,10 @@ def stage(worker: type[Worker], devices: list[str], *, threads: int, batch: int 
 
 
 class FrontThatDiesWithUs(RsRuntimeManager):
-    """Mosec's HTTP front, which would otherwise outlive a killed main process."""
+    """Mosec's HTTP front, made to die with the main process: it would otherwise outlive a killed one."""
 
     def start(self, config_path: Path) -> subprocess.Popen[bytes]:
-        """Start it from this, the main, thread."""
+        """Start the front. Must be called from the main thread."""
         parent_pid = os.getpid()
         command = [str(get_mosec_path()), str(config_path)]
         self.process = subprocess.Popen(command, preexec_fn=lambda: die_with_parent(parent_pid))

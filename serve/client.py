@@ -1,4 +1,4 @@
-"""The client's former place: it is `import pem` now, of the distribution pem-client. To be removed with 0.2."""
+"""Former home of the client, which is now `import pem` from the distribution pem-client. To be removed in 0.2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which engines a start can offer, judged without loading any of them; and which of them answers a request."""
+"""Choose the engines that a start offers, without loading any of them, and the engine that answers a request."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class CannotStart(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What the workers are to load, the default first."""
+    """The engines that the workers load, the default first."""
 
     engines: tuple[EngineName, ...]
-    wanted: EngineName  # what `auto` means in requests; answered by its stand-in where it is lost
-    sha256: dict[str, str] = field(default_factory=dict)  # engine -> of its weights
-    lost: dict[str, str] = field(default_factory=dict)  # engine -> why it was chosen and is not among `engines`
+    wanted: EngineName  # what `auto` means in requests; if it is lost, its stand-in answers
+    sha256: dict[str, str] = field(default_factory=dict)  # engine -> digest of its weights
+    lost: dict[str, str] = field(default_factory=dict)  # engine -> why it cannot be used; not in `engines`
 
 
 def choose(settings: Settings) -> Offer:
-    """The engines of this start: those wanted, and beside each what it counts on; a request may ask for any of them.
+    """Choose the engines of this start: the wanted ones and those that they rely on. Requests may ask for any of them.
 
-    `engine` "auto" wants every engine whose weights are there, or that needs none. Weights that are there and cannot be
-    used are no reason to say nothing: the engine counts as lost then. Raises CannotStart where it is, and the settings
-    allow no stand-in (`fallback = false`).
+    `engine` "auto" wants every engine that needs no weights or whose weights exist. An engine whose weights exist but
+    cannot be used is lost. Raises CannotStart if an engine is lost and the settings allow no stand-in
+    (`fallback = false`).
     """
     if settings.engine == registry.AUTO:
         wanted = [one.name for one in registry.ENGINES if _is_there(settings, one)]
@@ -62,7 +62,7 @@ def _is_there(settings: Settings, engine: EngineSpec) -> bool:
 
 
 class Engines:
-    """Which engine answers a request, and why it is not the one that the request would have had."""
+    """Picks the engine that answers a request, and says why if it is not the one wanted."""
 
     def __init__(self, settings: Settings, offer: Offer, backend: Backend) -> None:
         self.versions = versions(backend.stages)  # engine -> version, the default first
@@ -73,43 +73,43 @@ class Engines:
 
     @property
     def lost(self) -> dict[str, str]:
-        """Engine -> why it is not to be had, so that its stand-in answers."""
+        """Return the engines that cannot answer: engine -> reason. Their stand-ins answer."""
         return self._backend.lost() | self._offer.lost
 
     @property
     def degraded(self) -> str | None:
-        """Why another engine stands in for the one that `auto` means; None where none has to."""
+        """Return why another engine stands in for the one that `auto` means; None if none does."""
         return self.lost.get(self._offer.wanted)
 
     @property
     def engine(self) -> str:
-        """What `engine: auto` means now."""
+        """Return the engine that `engine: auto` means now."""
         return registry.standing_in(self._offer.wanted, self.lost)
 
     @property
     def release(self) -> str:
-        """What answers now, unless a request asks for another engine."""
+        """Return the release that answers now, unless a request asks for another engine."""
         return self.releases[self.engine]
 
     @property
     def answering(self) -> dict[str, str]:
-        """Engine -> release of those that answer now."""
+        """Return the engines that answer now: engine -> release."""
         lost = self.lost
         return {name: release for name, release in self.releases.items() if name not in lost}
 
     @property
     def checkpoint(self) -> str | None:
-        """The name of the weights in use; None where the engine has none."""
+        """Return the name of the weights in use; None if the engine has none."""
         path = self._settings.weights_path(self.engine)
         return path.stem if path is not None else None
 
     @property
     def sha256(self) -> str | None:
-        """Of the weights in use."""
+        """Return the digest of the weights in use; None if the engine has none."""
         return self._offer.sha256.get(self.engine)
 
     def pick(self, asked: str) -> Pick:
-        """The engine for a request that asked for this one, or for "auto". ApiError where it is not configured."""
+        """Pick the engine for a request that asks for `asked` or "auto". Raises ApiError if it is not configured."""
         wanted = self._offer.wanted if asked == registry.AUTO else asked
         lost = self.lost
         engine = registry.standing_in(wanted, lost)
@@ -122,12 +122,12 @@ class Engines:
         return Pick(wanted, engine, lost.get(wanted))
 
     def instead(self, pick: Pick, reason: str) -> Pick | None:
-        """What answers where the engine picked cannot onboard a CAD; None where nothing may stand in for it."""
+        """Return the pick to use when the picked engine cannot onboard a CAD; None if nothing may stand in for it."""
         stand_in = self._settings.stand_in(pick.engine)
         return None if stand_in is None else Pick(pick.wanted, stand_in, reason)
 
     def answered(self, pick: Pick, engine: str) -> Pick:
-        """The pick as it came out: workers that had lost the engine let another one answer."""
+        """Return the pick corrected to the engine that answered: workers that lost the picked one use another."""
         if engine == pick.engine:
             return pick
         words = registry.spec(pick.engine).words
@@ -138,18 +138,18 @@ class Engines:
 class Pick:
     """An engine for one request."""
 
-    wanted: str  # that the request would have had
+    wanted: str  # what the request asked for
     engine: str
-    reason: str | None  # why it is another one
+    reason: str | None  # why `engine` is not `wanted`; None if it is
 
     @property
     def refine(self) -> Literal["icp", "none"]:
-        """What `refine: auto` means for it."""
+        """Return what `refine: auto` means for this engine."""
         return registry.spec(self.engine).refine
 
     @property
     def warning(self) -> str | None:
-        """What the client is told of it."""
+        """Return the warning for the client about a stand-in; None if there is none."""
         if self.reason is None:
             return None
         who, whom = registry.spec(self.engine).words, registry.spec(self.wanted).words

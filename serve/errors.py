@@ -1,7 +1,7 @@
 """The failure vocabulary: every code, its HTTP status and its words; and the one exception that carries it to a client.
 
-posekit's errors and the stages' `Failure` name their code themselves, so there is nothing to translate on the way. An
-ApiError adds the sentence, the field at fault and, where waiting helps, Retry-After.
+posekit's errors and the stages' `Failure` already hold such a code, so no table translates them. An ApiError adds the
+sentence, the field at fault and, where waiting helps, Retry-After.
 """
 
 from __future__ import annotations
@@ -64,22 +64,22 @@ class ApiError(Exception):
 
 
 def from_posekit(error: PoseError) -> ApiError:
-    """The client's view of an error raised in posekit."""
+    """Return the client's view of an error raised in posekit."""
     return ApiError(error.code, error.detail, field=error.field)
 
 
 def from_failure(failure: Failure) -> ApiError:
-    """The client's view of a failure that came out of the pipeline."""
+    """Return the client's view of a failure that came out of the pipeline."""
     waits = failure.code in ("storage_full", "not_ready")
     return ApiError(failure.code, failure.detail, field=failure.field, retry_after_s=30 if waits else None)
 
 
 def internal_error() -> ApiError:
-    """Our bug; whoever returns this has logged what happened."""
+    """Return the error for a bug of ours. The caller must have logged what happened."""
     return ApiError("internal", "an internal error happened; the server's log has it under this request's id")
 
 
 def worker_lost() -> ApiError:
-    """The process that held a request died, once more than it may."""
+    """Return the error for a request whose process died, and died again on every retry."""
     detail = "the process that held this request died, and so did its retries"
     return ApiError("worker_lost", detail, retry_after_s=5)

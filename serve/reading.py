@@ -1,6 +1,6 @@
-"""From a request's bytes to typed values: bodies within their limits, forms, and what a value may be.
+"""Read a request's bytes into typed values: bodies within their limits, forms, and checked values.
 
-What does not parse is 400; what parses and is wrong is 422, with the field's path.
+A body that does not parse is 400. A value that parses but is wrong is 422, with the field's path.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ T = TypeVar("T")
 Protocol = Literal["json", "msgpack"]
 Receive = Callable[[], Any]  # ASGI receive
 
-#: A body refused for its size is read on and thrown away up to here, so that its sender gets to see the refusal.
+#: A body refused for its size is still read, and thrown away, up to these limits: else its sender misses the refusal.
 _DISCARD_SECONDS = 5.0
 _DISCARD_BYTES = 256 * 2**20
-_WHOLE_BODY_S = 120.0  # however steadily it trickles
+_WHOLE_BODY_S = 120.0  # limit on a whole body, however steadily it trickles
 _MAX_PARTS = 16
 _MAX_PART_HEADERS = 8 * 1024
 _SMALL_PART = 2**20
 
 
 class ClientGone(Exception):
-    """The client closed the connection; there is nobody to answer."""
+    """The client closed the connection: nobody is left to answer."""
 
 
 @dataclass
 class Form:
-    """A multipart body: small values and files in memory, or files on disk where a folder was given."""
+    """A multipart body: values and files in memory, and the files that were given a path on disk."""
 
     values: dict[str, bytes] = field(default_factory=dict)
     file_names: dict[str, str] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Form:
 
 
 def media_type(headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """The content type and its parameters, lower case; ("", {}) where there is none."""
+    """Return the content type and its parameters, names in lower case; ("", {}) if there is none."""
     message = Message()
     message["content-type"] = headers.get("content-type", "")
     if not headers.get("content-type"):
@@ -65,7 +65,7 @@ def _mb(count: int) -> str:
 async def chunks(
     receive: Receive, headers: Mapping[str, str], *, limit: int, idle_s: float, what: str = "body"
 ) -> AsyncIterator[bytes]:
-    """The body piece by piece, gunzipped where it says so, at most `limit` bytes in all (413 before reading on)."""
+    """Yield the body piece by piece, gunzipped if its headers say gzip; 413 as soon as it is over `limit` bytes."""
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip"):
         raise ApiError(
@@ -109,7 +109,7 @@ async def chunks(
 
 
 def _gunzip(gunzip: Any, chunk: bytes, room: int) -> list[bytes]:
-    """At most a little more than `room` bytes: enough to see that the limit is passed, never the whole bomb."""
+    """Unpack at most one byte more than `room`: enough to see that the limit is passed, never a whole gzip bomb."""
     after_its_end = bool(gunzip.eof and chunk)
     try:
         piece = b"" if after_its_end else gunzip.decompress(chunk, max(room, 0) + 1)
@@ -121,9 +121,9 @@ def _gunzip(gunzip: Any, chunk: bytes, room: int) -> list[bytes]:
 
 
 async def discard(receive: Receive, idle_s: float) -> bool:
-    """Read on without keeping anything, within bounds: a sender that is cut off mid-body never sees the answer.
+    """Read the rest of a body and throw it away, within bounds: a sender cut off mid-body never sees the answer.
 
-    Returns whether the body's end was reached, so that the connection can be used again.
+    Returns True if the body's end was reached: then the connection can be used again.
     """
     end = time.monotonic() + _DISCARD_SECONDS
     total = 0
@@ -142,7 +142,7 @@ async def discard(receive: Receive, idle_s: float) -> bool:
 
 
 async def read_all(receive: Receive, headers: Mapping[str, str], *, limit: int, idle_s: float) -> bytes:
-    """The whole body; empty is 400."""
+    """Read the whole body; an empty one is 400."""
     parts = [chunk async for chunk in chunks(receive, headers, limit=limit, idle_s=idle_s)]
     body = parts[0] if len(parts) == 1 else b"".join(parts)
     if not body:
@@ -159,9 +159,10 @@ async def read_form(
     parts: frozenset[str],
     files: Mapping[str, Path] | None = None,
 ) -> Form:
-    """A multipart/form-data body of the named `parts` (others are 422 as soon as they show).
+    """Read a multipart/form-data body that may hold `parts`; any other part is 422 as soon as it begins.
 
-    Those in `files` are streamed to those paths, the others kept in memory: beside a file they must be small.
+    The parts in `files` are streamed to the paths given there. All others are kept in memory; if `files` names any,
+    each of the others may hold 1 MiB.
     """
     kind, parameters = media_type(headers)
     boundary = parameters.get("boundary", "")
@@ -175,9 +176,9 @@ async def read_form(
             got_any = True
             try:
                 parser.write(chunk)
-            except (ApiError, OSError):  # the sink's
+            except (ApiError, OSError):  # raised by the sink
                 raise
-            except Exception as error:  # the parser's: whatever it trips over, the body is at fault
+            except Exception as error:  # raised by the parser: whatever it is, the body is at fault
                 raise ApiError("bad_body", f"the multipart body does not parse: {error}") from None
         if not got_any:
             raise ApiError("bad_body", "the body is empty")
@@ -287,7 +288,7 @@ class _FormSink:
 
 
 def decode(data: bytes, protocol: Protocol, type_: type[T]) -> T:
-    """A typed value; what does not parse is 400, what parses and is wrong is 422 with the path."""
+    """Decode a typed value. Data that does not parse is 400; a value of the wrong type is 422, with its path."""
     module = msgspec.json if protocol == "json" else msgspec.msgpack
     try:
         return module.decode(data, type=type_)  # type: ignore[no-any-return]
@@ -305,7 +306,7 @@ _FIELD = re.compile(r"(?:unknown|required) field `([^`]*)`")
 
 
 def validation_error(message: str, prefix: str = "") -> ApiError:
-    """msgspec's sentence as ours, with the field's path; broken base64 is a body that does not parse (400)."""
+    """Turn msgspec's message into an ApiError with the field's path (422); broken base64 is a bad body (400)."""
     match = _PATH.search(message)
     path = prefix + (match.group(1) if match else "")
     text = message[: match.start()] if match else message
@@ -320,7 +321,7 @@ def validation_error(message: str, prefix: str = "") -> ApiError:
 
 
 def decode_form(parts: Mapping[str, bytes], fields: Mapping[str, str], type_: type[T]) -> T:
-    """A multipart request: the JSON part `request`, the other parts put into its fields as `fields` names them."""
+    """Decode a multipart request: the JSON part `request`, with the other parts in the fields that `fields` names."""
     values = dict(parts)
     if "request" not in values:
         raise ApiError("invalid", "the multipart body needs a JSON part named `request`", field="request")
@@ -336,7 +337,7 @@ def decode_form(parts: Mapping[str, bytes], fields: Mapping[str, str], type_: ty
 
 
 def decode_field(data: bytes, protocol: Protocol, type_: type[T], name: str) -> T:
-    """The value of a field that was kept undecoded; `name` is how the client calls it."""
+    """Decode a field that was kept undecoded; `name` is the client's name for it."""
     module = msgspec.json if protocol == "json" else msgspec.msgpack
     try:
         return module.decode(data, type=type_)  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""`pem serve`: everything started in order, looked after, and stopped in order.
+"""`pem serve`: start everything in order, watch over it, and stop it in order.
 
-Order of a start: settings, data directory and its lock, the public port (it answers 503 at once), the backend, the
-registered objects, ready. Order of a stop: readyz 503, requests in flight finish, the port closes, the backend stops,
-nothing is left behind; all of it inside the drain limit.
+A start takes these steps: settings, data directory and its lock, the public port (it answers 503 at once), the backend,
+the registered objects, ready. A stop takes these: readyz answers 503, requests in flight finish, the port closes, the
+backend stops, temporary files are removed. A stop stays inside the drain limit.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from workers.engines import with_fixed_versions
 
 log = structlog.get_logger()
 
-_BACKEND_GRACE_S = 0.3  # nothing is inside it any more, and its workers would take 2 s to look up
-_CLOSING_S = 1.0  # of the drain limit, kept for closing the port and stopping the backend
+_BACKEND_GRACE_S = 0.3  # short: the backend is empty by then, and its workers need 2 s to notice a stop
+_CLOSING_S = 1.0  # share of the drain limit that is kept for closing the port and stopping the backend
 
 
 def serve(settings: Settings) -> int:
-    """Run the server until SIGTERM or SIGINT; returns the exit code. Raises CannotStart with words for the operator."""
+    """Run the server until SIGTERM or SIGINT; return the exit code. Raises CannotStart with words for the operator."""
     offer = choose(settings)
     devices = resolve_devices(settings)
     data = settings.data_path
@@ -98,7 +98,7 @@ async def _main(
             access_log=False,
             lifespan="off",
             server_header=False,
-            proxy_headers=False,  # anybody could claim to be somebody else, and take their turns
+            proxy_headers=False,  # else a client could claim the address of another and take its turns
             timeout_keep_alive=30,
         )
     )
@@ -121,7 +121,7 @@ async def _main(
     ]
     await stop.asked.wait()
     if serving.done():
-        stop.exit_code = 1  # nobody asked for that
+        stop.exit_code = 1  # the HTTP server ended without being asked to
     await _drain(settings, service, server, serving, stop)
     for chore in chores:
         chore.cancel()
@@ -137,7 +137,7 @@ async def _main(
 async def _drain(
     settings: Settings, service: Service, server: uvicorn.Server, serving: asyncio.Task[None], stop: _StopSignals
 ) -> None:
-    """Nothing new from now on; what is in flight may finish until the limit; then everything stops."""
+    """Refuse new requests, let those in flight finish until the limit, then stop everything."""
     deadline = time.monotonic() + settings.drain_s
     service.draining = True
     log.info("draining", requests=service.in_flight, limit_s=settings.drain_s)
@@ -168,7 +168,7 @@ def _with_cors(gateway: Gateway, settings: Settings) -> Any:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn that leaves the signals to us: it would close the port first, and we drain first."""
+    """uvicorn without signal handlers: its own would close the port at once, and we drain first."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -176,7 +176,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 class _StopSignals:
-    """SIGTERM, SIGINT or SIGHUP ask for a stop; a second Ctrl-C insists, a second SIGTERM changes nothing."""
+    """The stop that SIGTERM, SIGINT or SIGHUP ask for. A second Ctrl-C insists; a second SIGTERM changes nothing."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -185,16 +185,16 @@ class _StopSignals:
         self.reason: str | None = None  # why the server cannot start
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup asks to be left alone
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup: keep it so
                 loop.add_signal_handler(number, self._signalled, number)
 
     def failed(self) -> None:
-        """Something without which the server is none has failed: stop, and say so by the exit code."""
+        """Stop with exit code 1: a part that the server cannot run without has failed."""
         self.exit_code = 1
         self.asked.set()
 
     def cannot_start(self, reason: str) -> None:
-        """What the settings ask for is not to be had: trying again would change nothing."""
+        """Stop for good: the settings ask for something that is not available, and another try would not help."""
         self.reason = reason
         self.failed()
 
@@ -208,7 +208,7 @@ class _StopSignals:
 
 
 def resolve_devices(settings: Settings) -> tuple[str, ...]:
-    """One entry per pose worker: `cpu`, or `cuda:N`s. `auto` takes all GPUs that torch can use, else the CPU."""
+    """Return the devices to compute on: `cpu`, or a `cuda:N` per GPU. `auto`: all usable GPUs, else the CPU."""
     wanted = settings.device.strip().lower()
     if wanted == "cpu":
         return ("cpu",)
@@ -227,14 +227,14 @@ def resolve_devices(settings: Settings) -> tuple[str, ...]:
 
 
 def _allow_many_files() -> None:
-    """Each connection is a file: as many as the system allows, not as few as shells ask for."""
+    """Raise the limit on open files to what the system allows: each connection is one, and shells set a low limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _gpus() -> int:
-    """GPUs that the driver shows, asked without importing torch; none where torch is a CPU build."""
+    """Count the GPUs that the driver shows, without importing torch; 0 if torch is a CPU build."""
     try:
         if "+cpu" in importlib.metadata.version("torch"):
             return 0
@@ -265,7 +265,7 @@ def _listen(settings: Settings) -> socket.socket:
 
 @contextlib.contextmanager
 def _locked(data: Path) -> Iterator[None]:
-    """Two servers on one data directory would sweep each other's work away."""
+    """Hold the lock of a data directory: two servers on it would delete each other's work. Raises CannotStart."""
     lock = os.open(data / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -282,6 +282,6 @@ def _locked(data: Path) -> Iterator[None]:
 
 def _warn_if_open(settings: Settings, service: Service) -> None:
     loopback = settings.host in ("127.0.0.1", "::1", "localhost")
-    with contextlib.suppress(Exception):  # broken keys close the door and are told with each request
+    with contextlib.suppress(Exception):  # broken keys refuse every request, and each refusal is logged
         if not loopback and not service.keys:
             log.warning("open_to_everyone", host=settings.host, hint="no API keys: `pem keys add NAME` makes one")

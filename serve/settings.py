@@ -1,10 +1,10 @@
-"""All settings, as one typed struct: type, unit, range, default and words of each.
+"""All settings, as one typed struct: the type, unit, range, default and words of each.
 
 `pem serve --print-config` prints them as a manual; `configs/default.toml` is its output, and `--help` has the same
-words. Settings come from a TOML file (`--config`), then the environment, then the command line, the later winning. A
-top-level setting is `PEM_` and its name (`PEM_PORT`), one in a table has the table's name between
-(`PEM_POSE_PASS_DETECTIONS`). Unknown keys of a file are refused with their path, unknown variables are warned of at
-start: no typo passes silently.
+words. Settings come from a TOML file (`--config`), then the environment, then the command line; the later wins. The
+variable of a top-level setting is `PEM_` and its name (`PEM_PORT`); that of a setting in a table has the table's name
+between them (`PEM_POSE_PASS_DETECTIONS`). Unknown keys of a file are refused with their path, and the start warns of
+unknown variables: no typo passes silently.
 """
 
 from __future__ import annotations
@@ -208,48 +208,48 @@ class Settings(EngineTables, frozen=True):
 
     @property
     def data_path(self) -> Path:
-        """Where everything lives that must survive a restart; absolute."""
+        """Return the directory of everything that must survive a restart; absolute."""
         return Path(self.data_dir).expanduser().resolve()
 
     @property
     def cad_path(self) -> Path:
-        """The CAD root; absolute, symlinks resolved."""
+        """Return the CAD root; absolute, symlinks resolved."""
         return Path(self.cad_root).expanduser().resolve() if self.cad_root else self.data_path / "cad"
 
     @property
     def output_path(self) -> Path:
-        """The output root; absolute, symlinks resolved."""
+        """Return the output root; absolute, symlinks resolved."""
         return Path(self.output_root).expanduser().resolve() if self.output_root else self.data_path / "outputs"
 
     @property
     def keys_path(self) -> Path:
-        """The file of hashed API keys."""
+        """Return the file of hashed API keys; absolute."""
         return Path(self.keys_file).expanduser().resolve() if self.keys_file else self.data_path / "keys.json"
 
     @property
     def objects_path(self) -> Path:
-        """The CAD store."""
+        """Return the directory of the CAD store; absolute."""
         return self.data_path / "objects"
 
     @property
     def checkpoints_path(self) -> Path:
-        """The folder of weights; absolute."""
+        """Return the directory of weights; absolute."""
         return Path(self.checkpoints_dir).expanduser().resolve()
 
     def weights_path(self, engine: str) -> Path | None:
-        """The file of an engine's weights; absolute. None where it has none."""
+        """Return the file of an engine's weights; absolute. None if the engine has none."""
         own = self.own(engine)
         if not isinstance(own, WeightsTable):
             return None
         return (self.checkpoints_path / Path(own.weights).expanduser()).resolve()
 
     def resolved(self, engine: str) -> Table | None:
-        """The table of an engine with the absolute path of its weights, as it is loaded with."""
+        """Return the table that an engine is loaded with, its weights as an absolute path; None if it has no table."""
         own, path = self.own(engine), self.weights_path(engine)
         return own if own is None or path is None else msgspec.structs.replace(own, weights=str(path))
 
     def stages(self, *, run_dir: Path, devices: tuple[str, ...], engines: tuple[EngineName, ...]) -> Stages:
-        """The workers' share, with devices, engines and weights resolved, and numbers that fit this machine."""
+        """Return the workers' settings: devices, engines and weights resolved, and numbers that fit this machine."""
         cores, memory_mb = usable_cores(), usable_memory_mb()
         tables = {name: table for name in registry.names() if (table := self.resolved(name)) is not None}
         stages = Stages(
@@ -266,40 +266,40 @@ class Settings(EngineTables, frozen=True):
 
 
 class SettingsError(Exception):
-    """A settings file, variable or option that cannot be used; the message names it."""
+    """A settings file, variable or option cannot be used; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One setting, with what its type says of it."""
+    """One setting: its path, its annotated type and its default."""
 
     path: tuple[str, ...]  # ("port",), or ("pose", "threads")
-    type: Any  # with its notes
+    type: Any  # Annotated, with its notes
     default: Any
 
     @property
     def kind(self) -> Any:
-        """Return its type without notes."""
+        """Return the type without its notes."""
         return get_args(self.type)[0] if get_origin(self.type) is Annotated else self.type
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Return the values that it may have; empty where no list of them exists."""
+        """Return the values that the setting may have; empty if its type does not list them."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
     def notes(self) -> tuple[Meta, ...]:
-        """Return the notes on its type: words, unit, range."""
+        """Return the notes on the type: words, unit, range."""
         return get_args(self.type)[1:] if get_origin(self.type) is Annotated else ()
 
     @property
     def variable(self) -> str:
-        """Return its environment variable."""
+        """Return the name of the setting's environment variable."""
         return "_".join(("pem", *self.path)).upper()
 
     @property
     def words(self) -> str:
-        """Return its purpose in words."""
+        """Return what the setting is for, in words."""
         return next((note.description for note in self.notes if note.description), "")
 
     def note(self, name: str) -> Any:
@@ -313,7 +313,7 @@ _BOUNDS = ("ge", "gt", "le", "lt")
 
 @functools.cache
 def every() -> dict[str, Setting]:
-    """Return all settings by their environment variables, in the order of the structs."""
+    """Return all settings by environment variable, in the order of the structs."""
     found = [
         Setting(path=path, type=field.type, default=field.default)
         for table in msgspec.structs.fields(Settings)
@@ -368,12 +368,12 @@ def _convert(tree: Mapping[str, Any], where: str) -> Settings:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Variables that look like settings and are none, so that the start can warn of a typo."""
+    """Return the variables that begin with `PEM_` and are no settings, so that the start can warn of typos."""
     known = every().keys() | _OTHER_VARIABLES
     return sorted(name for name in environment if name.startswith("PEM_") and name not in known)
 
 
-#: Variables with our prefix that are no settings of the server.
+#: Variables with the prefix `PEM_` that are not settings of the server.
 _OTHER_VARIABLES = frozenset(
     {
         "PEM_URL",
@@ -390,7 +390,7 @@ _OTHER_VARIABLES = frozenset(
 
 def _merge_environment(tree: dict[str, Any], environment: Mapping[str, str]) -> None:
     for variable, text in environment.items():
-        # unknown_variables() names the others, for the log: container platforms invent PEM_SERVICE_HOST and such
+        # Others are no error: container platforms set PEM_SERVICE_HOST and the like. unknown_variables() lists them.
         if setting := every().get(variable):
             _put(tree, setting.path, _parse(text, setting))
 
