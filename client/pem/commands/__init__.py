@@ -1,1 +1,1 @@
-"""The half of `pem` that asks a server: it needs nothing but this package."""
+"""The half of `pem` that asks a server. It needs only this package."""

@@ -1,4 +1,4 @@
-"""`pem bench`: load on a pose server, its figures, and how many robots it carries. The work is in `pem.bench`."""
+"""`pem bench`: put load on a pose server, measure it, and find how many robots it carries; done by `pem.bench`."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def bench(
 
 
 def _list(text: str | None, read: Callable[[str], T], option: str, example: str) -> tuple[T, ...]:
-    """What an option lists, separated by commas; nothing where it was not given."""
+    """Read a comma-separated option; return () if it was not given."""
     if text is None:
         return ()
     try:

@@ -1,4 +1,4 @@
-"""What the subcommands share: the options of a connection, output for people and for machines, progress bars."""
+"""What the subcommands share: connection options, output for people and for machines, progress bars."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Json = Annotated[
     typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output, without the table."),
 ]
 URL_DEFAULT = DEFAULT_URL
-MODEL_UNIT = "m for GLB, else mm"  # what a CAD file's numbers are unless told
+MODEL_UNIT = "m for GLB, else mm"  # the default unit of a CAD file's numbers
 INSTALL_SERVER = "run `pip install ./client .` in the folder of PEM Server"
 WIDE = 150  # columns of a table that goes into a file or a pipe
 
 
 def program() -> str:
-    """How the `pem` in use is called from the current folder: by its name where that finds it, else by its path."""
+    """Return how to call this `pem` from the current folder: its name if PATH finds it, else its path."""
     here = Path.cwd()
     python = Path(sys.executable)
     if python.is_relative_to(here):
@@ -47,45 +47,45 @@ def program() -> str:
 
 
 def stdout() -> Console:
-    """The console of results."""
+    """Return the console for results."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=WIDE)
 
 
 def stderr() -> Console:
-    """The console of everything else: progress, warnings, errors."""
+    """Return the console for everything else: progress, warnings, errors."""
     console = Console(stderr=True, highlight=False)
     return console if console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """A line beside the results."""
+    """Print a line beside the results, on standard error."""
     stderr().print(escape(text))
 
 
 def warn(text: str) -> None:
-    """A line that the user should read."""
+    """Print a warning on standard error."""
     stderr().print(f"[yellow]warning:[/] {escape(text)}")
 
 
 def fail(text: str, code: int = 1) -> NoReturn:
-    """Say what went wrong and leave: 1 where it was refused or failed, 2 where the command was used wrongly."""
+    """Print an error and exit: with 1 if something failed or was refused, with 2 if the usage was wrong."""
     stderr().print(f"[bold red]error:[/] {escape(text)}")
     raise typer.Exit(code)
 
 
 def need_server(what: str = "this") -> NoReturn:
-    """Leave where pem-server would have to be installed."""
+    """Exit with the advice to install pem-server."""
     fail(f"{what} needs pem-server, which is not installed here: {INSTALL_SERVER}")
 
 
 def connect(url: str, api_key: str | None) -> Client:
-    """A client for one command."""
+    """Return a client for one command."""
     return Client(url, api_key, timeout_s=120.0)
 
 
 def write_json(target: str | None, value: Any) -> None:
-    """Write a value where `--json` says, indented; nothing where it says nothing."""
+    """Write a value as indented JSON to the target of `--json`; do nothing without one."""
     if target is None:
         return
     data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
@@ -98,7 +98,7 @@ def write_json(target: str | None, value: Any) -> None:
 
 
 def check_folder(*paths: Path | str | None) -> None:
-    """Leave where a result's folder does not exist and is not ours to make: only those below the current one are."""
+    """Exit if a result's folder is missing and not below the current folder: only those below are made."""
     here = Path.cwd()
     for path in paths:
         if path is None or path == "-":
@@ -109,7 +109,7 @@ def check_folder(*paths: Path | str | None) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a result, making its folder where it lies below the current one."""
+    """Write a result; make its folder if that is below the current one."""
     check_folder(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a file that the user named."""
+    """Read a file that the user named; exit with an error if that fails."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -128,7 +128,7 @@ def read_file(path: Path) -> bytes:
 
 @contextmanager
 def phases(what: str) -> Iterator[Callable[[str, float], None]]:
-    """A progress bar per phase ("upload", "onboarding") for as long as the block runs."""
+    """Show a progress bar per phase ("upload", "onboarding") during the block."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr(), transient=True) as progress:
         tasks: dict[str, Any] = {}
@@ -145,14 +145,14 @@ def phases(what: str) -> Iterator[Callable[[str, float], None]]:
 
 @contextmanager
 def spinner(text: str) -> Iterator[Callable[[str], None]]:
-    """A turning sign with words that the block may change."""
+    """Show a spinner during the block, with words that the block may change."""
     with stderr().status(escape(text)) as status:
         yield lambda words: status.update(escape(f"{text} ({words})" if words else text))
 
 
 @contextmanager
 def step(text: str) -> Iterator[Callable[[str], None]]:
-    """Say what is being done: a spinner on a terminal, elsewhere a line for each new word, so that a log tells it."""
+    """Show what is being done: a spinner on a terminal; elsewhere a line for each new text, to be read in a log."""
     if stderr().is_terminal:
         with spinner(text) as tell:
             yield tell

@@ -120,7 +120,7 @@ def estimate(
 
 
 def table(result: PoseResult) -> Table:
-    """One row per detection."""
+    """Return a table of one row per detection."""
     rows = Table(title=None, header_style="bold")
     for column in ("#", "object", "status", "confidence", "t (mm)", "rotation vector (deg)", "evidence"):
         rows.add_column(column, justify="right" if column in ("#", "confidence") else "left")
@@ -130,7 +130,7 @@ def table(result: PoseResult) -> Table:
 
 
 def receipt(result: PoseResult) -> str:
-    """Where the time went, in one line."""
+    """Return one line about the time that each step took."""
     count = len(result.poses)
     words = [
         f"{count} detection{'s' if count != 1 else ''} in {result.inference_time_s * 1000:.0f} ms",
@@ -165,14 +165,14 @@ def _cells(pose: Pose) -> list[str]:
 
 
 def _register(client: Client, cad: Path, model_unit: Unit | None, cad_format: CadFormat | None) -> str:
-    """Have the server know the model: quick where it already does, with a progress bar where it does not."""
+    """Register the model and return its id, with a progress bar; quick if the server has the model already."""
     with common.phases(cad.name) as show:
         options = ObjectOptions(model_unit=model_unit, cad_format=cad_format, on_progress=show)
         return client.objects.add(cad, options).object_id
 
 
 def _objects_of_detections(names: list[str]) -> dict[str, Any]:
-    """Return the object of all detections, or that of each category; nothing with --cad."""
+    """Return the option for the object of all detections, or for one per category; {} with --cad."""
     if not names:
         return {}
     if len(names) == 1 and "=" not in names[0]:
@@ -182,7 +182,7 @@ def _objects_of_detections(names: list[str]) -> dict[str, Any]:
 
 
 def _object_of_masks(names: list[str], cad: Path | None, count: int) -> dict[str, Any]:
-    """The one object of all masks; its name (or CATEGORY, or the stem of --cad) becomes the detections' category."""
+    """Return the options for the one object of all masks. Their category is CATEGORY, the name or the stem of --cad."""
     if len(names) > 1:
         common.fail(
             "masks are all of one object; several are told apart by --detections and --object CATEGORY=NAME for each", 2
@@ -194,7 +194,7 @@ def _object_of_masks(names: list[str], cad: Path | None, count: int) -> dict[str
 
 
 def read_camera(path: Path) -> tuple[Float64, float | None, str | None]:
-    """(K, depth_scale, depth_unit) of a camera file: SAM-6D's, BOP's camera.json or one image's scene_camera.json."""
+    """Read (K, depth_scale, depth_unit) from SAM-6D's or BOP's camera.json, or a scene_camera.json of one image."""
     try:
         content = loads(common.read_file(path))
     except JSONDecodeError as error:

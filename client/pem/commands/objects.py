@@ -20,7 +20,7 @@ Which = Annotated[
     str, typer.Argument(metavar="OBJECT", help="A name or the id of the object, or the beginning of the id.")
 ]
 _SHORT = 12  # digits of an id as tables show it
-_BEGINNING = re.compile(r"[0-9a-f]{4,63}", re.IGNORECASE)  # of an id; fewer digits are rather a slip
+_BEGINNING = re.compile(r"[0-9a-f]{4,63}", re.IGNORECASE)  # of an id; fewer digits are probably a typo
 
 
 @app.command()
@@ -113,7 +113,7 @@ def remove(
 
 
 def _find(client: Client, which: str) -> ObjectAnswer:
-    """The object of a name or an id, or the one whose id begins so. NotFound where there is none."""
+    """Return the object of a name, an id or the beginning of an id. Raises NotFound if there is none."""
     try:
         return client.objects.get(which)
     except NotFound:
@@ -162,7 +162,7 @@ def _show(item: ObjectAnswer, json: str | None) -> None:
 
 
 def model_words(model: ObjectModelAnswer) -> str:
-    """What became of an engine's onboarding, in what time and size."""
+    """Describe an engine's model of an object: its state, and its time and size if it is ready."""
     if model.status == "failed":
         return f"failed: {model.error}"
     if model.status != "ready":
