@@ -1,8 +1,8 @@
-"""The HTTP contract as typed structs: they validate requests with a path to the wrong field, shape the answers, and
-produce the OpenAPI document. Each field's words stand beside it. Millimetres on the wire.
+"""The HTTP contract as typed structs: they validate requests, naming the wrong field's path, shape the answers, and
+produce the OpenAPI document. Each field carries its description. Lengths on the wire are millimetres.
 
-Where a field takes several forms that msgspec cannot hold in one type (`cam_K` flat or 3x3, the detections' two forms,
-a mask's five), it is `msgspec.Raw` here, with the schema of its forms: the server checks it and names the path.
+A field with several forms that msgspec cannot hold in one type (`cam_K` flat or 3x3, the detections' two forms, a
+mask's five) is `msgspec.Raw` here, with the schema of its forms. The server checks it and names the path.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the requests of both dialects share (camera, CAD, options), and the failure that every route may answer with."""
+"""The parts that requests of both dialects share (camera, CAD, options), and the failure that any route may answer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Positive = Annotated[float, Meta(gt=0)]
 Milliseconds = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
-# Any string here: the server knows which values there are, checks them, and writes them into its OpenAPI document in
-# the place of `x-values`.
+# The structs accept any string: the server knows the values, checks them, and puts them into its OpenAPI document in
+# place of `x-values`.
 Engine = Annotated[str, Meta(extra_json_schema={"x-values": "engine"})]
 RejectCode = Annotated[str, Meta(extra_json_schema={"x-values": "reject code"})]
 

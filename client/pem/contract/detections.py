@@ -1,4 +1,4 @@
-"""Detections as requests carry them: the forms of a mask, columns, and SAM-6D's list; and what an ISM server found."""
+"""Detections in requests: the forms of a mask, columns, and SAM-6D's list; and the detections of an ISM server."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ MASK_SCHEMA: Final[dict[str, Any]] = {
     ],
 }
 
-# The OpenAPI document has MASK_SCHEMA once, under this name.
+# The OpenAPI document holds MASK_SCHEMA once, under this name.
 Mask = Annotated[msgspec.Raw, Meta(extra_json_schema={"$ref": "#/components/schemas/Mask"})]
 
 

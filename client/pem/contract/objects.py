@@ -1,4 +1,4 @@
-"""CAD objects: what is said on registering one, its health and symmetries, and how far its onboarding is."""
+"""CAD objects: the request to register one, its health and symmetries, and the progress of its onboarding."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class ObjectAnswer(msgspec.Struct, kw_only=True, omit_defaults=True):
     object_id: Annotated[str, Meta(description="sha256 over the resolved unit and the files' names and bytes.")]
     name: Annotated[str | None, Meta(description="The latest of its names; works wherever the id does.")]
     names: Annotated[list[str], Meta(description="All that it answers to beside its id, the latest last.")] = (
-        msgspec.field(default_factory=lambda: [])  # said also where it is empty, unlike a plain []
+        msgspec.field(default_factory=lambda: [])  # sent even if empty, unlike a plain []
     )
     pending_names: Annotated[
         list[str], Meta(description="Names that it takes from other objects once it is ready (`replace`).")

@@ -1,4 +1,4 @@
-"""The second dialect: the same question and answer in a spelling that some clients already speak."""
+"""The second dialect: the same request and answer under the names that some clients already use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the server is, what answers, and what the Open Inference Protocol asks of it."""
+"""The server's status, its version, and the metadata that the Open Inference Protocol asks for."""
 
 from __future__ import annotations
 
