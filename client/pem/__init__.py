@@ -8,7 +8,7 @@
         for pose in result.poses:
             print(pose.T_cam_obj_mm if pose.ok else pose.error)
 
-Names are imported on first use: the server's workers read the contract from here, and need no HTTP client.
+Names are imported on first use, since the server's workers import the contract from here and need no HTTP client.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ __all__ = [
     "encode_rle",
 ]
 
-#: Where the names are that `pem.client` has not.
+#: name -> its module, for the names that `pem.client` lacks
 _ELSEWHERE: Final = {"decode_rle": "pem.rle", "encode_rle": "pem.rle"}
 
 

@@ -1,4 +1,4 @@
-"""`pem`: the command line. What asks a server is here; what runs one comes from pem-server, where that is installed."""
+"""`pem`: the command line. Commands that ask a server are here; those that run one come with pem-server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pem.commands import common
 from pem.commands import estimate as estimate_command
 from pem.commands import objects as objects_commands
 
-#: The server's half of the commands, where it is missing.
+#: Help of pem-server's commands, shown if it is not installed.
 _SERVER_COMMANDS: Final = {
     "serve": "Start the server (with pem-server).",
     "demo": "From nothing to a pose on this machine (with pem-server).",
@@ -27,7 +27,7 @@ _SERVER_COMMANDS: Final = {
 
 _ANYTHING: Final[dict[str, Any]] = {"ignore_unknown_options": True, "help_option_names": []}
 
-#: error code -> what to do about it on the command line, where the server's own words do not say
+#: error code -> what to do on the command line, if the server's words do not say it
 _HINTS: Final[dict[str, str]] = {
     "unknown_object": "`pem objects list` shows the names; `pem objects add FILE --name NAME` registers one",
     "key_missing": "give the key with --api-key or the variable PEM_API_KEY",
@@ -44,7 +44,7 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `pem`. Exits 0, 1 where something failed or was refused, 2 where it was used wrongly."""
+    """Run `pem`. Exits with 0, with 1 if something failed or was refused, with 2 if the usage was wrong."""
     try:
         app(args=arguments, prog_name="pem")
     except client.RequestRefused as error:
@@ -97,7 +97,7 @@ _wrong_use: tuple[type[Exception], ...] = (ValueError,)
 
 
 def _add_server_half() -> None:
-    """The commands of pem-server; in its place those that say what to install."""
+    """Add the commands of pem-server; if it is missing, add commands that say what to install."""
     global _wrong_use
     half = here.commands()
     if half is not None:

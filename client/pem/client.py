@@ -1,8 +1,8 @@
-"""The two clients, one that blocks and one to await: arrays, files and meshes in, typed poses out.
+"""The two clients, a blocking one and an async one: arrays, files and meshes in, typed poses out.
 
-Millimetres throughout; rotations are object-to-camera in the OpenCV camera frame: `p_cam = R p_obj + t`.
+All lengths are millimetres. Rotations are object to camera in the OpenCV camera frame: `p_cam = R p_obj + t`.
 
-Every verb is written once, in `client/pem/steps.py`; the two clients only differ in how they send and sleep.
+Every verb is written once, in `client/pem/steps.py`; the two clients differ only in how they send and sleep.
 """
 
 from __future__ import annotations
@@ -79,20 +79,20 @@ T = TypeVar("T")
 class Client(Verbs):
     """A connection to a PEM server; `with Client(url) as pem:` closes it. Safe to share between threads.
 
-    A call is retried where the server refuses with Retry-After (Overloaded, NotReady, a lost worker; the pause is the
-    server's) and where the connection broke (pauses of 0.2, 0.4, 0.8 s). That ends after `retries` (3) retries, after
-    `retry_budget_s` (30 s) of pauses altogether, and at `deadline_s`, whichever comes first; then the last error is
-    raised. An answer that does not come within `timeout_s` (60 s) is TimedOut and not asked for again. Every other
+    A call is retried if the server refuses with Retry-After (Overloaded, NotReady, a lost worker; the server names the
+    pause) or if the connection breaks (pauses of 0.2, 0.4, 0.8 s). Retries end after `retries` (3) of them, after
+    `retry_budget_s` (30 s) of pauses in total, or at `deadline_s`, whichever comes first. Then the last error is
+    raised. An answer that does not come within `timeout_s` (60 s) raises TimedOut and is not retried. Every other
     refusal is raised at once.
 
-    A server that has just been started needs longer than these retries: `wait_ready` waits for it, 120 s unless told.
+    A server that has just been started needs longer than these retries: `wait_ready` waits for it, by default 120 s.
     """
 
     @takes(ClientOptions)
     def __init__(
         self, url: str = DEFAULT_URL, api_key: str | None = None, options: ClientOptions | None = None, **more: Any
     ) -> None:
-        """Without `api_key` that of the variable PEM_API_KEY, where it is set ("" = no key)."""
+        """Make a client of `url`. The key is `api_key`, by default the variable PEM_API_KEY; "" means no key."""
         chosen = merged(type(self).__name__, ClientOptions, options, more, "url", "api_key", "options")
         super().__init__(url, api_key, ClientOptions(**chosen))
         self._http = httpx.Client(**self._http_arguments)
@@ -120,14 +120,15 @@ class Client(Verbs):
         options: DetectionOptions | PoseOptions | None = None,
         **more: Any,
     ) -> PoseResult:
-        """The pose of each detection, in the order given.
+        """Return the pose of each detection, in the order given.
 
-        rgb: (H, W, 3) uint8, or a PNG or JPEG. depth: (H, W) uint16 as the sensor gave it, or floats with `depth_scale`
-        or `depth_unit="m"`, or a 16-bit PNG or float TIFF; 0 and NaN = no reading. K: (3, 3) pixels, whole numbers
-        being pixel centres as in OpenCV, or a loaded camera.json, a dict with `cam_K` whose `depth_scale` and
-        `depth_unit` hold unless the options say otherwise.
-        masks: each (H, W) bool, a PNG, a COCO RLE, or a list of polygons; none at all is a valid question.
-        Image files go by their path (str or Path) or as bytes.
+        rgb: (H, W, 3) uint8, or a PNG or JPEG.
+        depth: (H, W) uint16 as the sensor gave it, or floats with `depth_scale` or `depth_unit="m"`, or a 16-bit PNG or
+        float TIFF. 0 and NaN mean no reading.
+        K: (3, 3) in pixels, whose centres have integer coordinates as in OpenCV; or a loaded camera.json, a dict with
+        `cam_K`. Options win over its `depth_scale` and `depth_unit`.
+        masks: each (H, W) bool, a PNG, a COCO RLE, or a list of polygons. An empty list is valid.
+        Give image files by path (str or Path) or as bytes.
         """
         return self._run(self._estimate(rgb, depth, K, masks, options, more))
 
@@ -143,30 +144,30 @@ class Client(Verbs):
         options: PoseOptions | None = None,
         **more: Any,
     ) -> PoseResult:
-        """`estimate` with the ISM server's detections; `template_dir` and `ism_cad_path` are paths of that server."""
+        """Run `estimate` with the ISM server's detections; `template_dir` and `ism_cad_path` are its paths."""
         paths = {"template_dir": template_dir, "ism_cad_path": ism_cad_path}
         return self._run(self._full_pipeline(rgb, depth, K, paths, options, more))
 
     def status(self) -> Status:
-        """What the server says of itself."""
+        """Return the server's status."""
         return self._run(self._get("/api/v1/status", Status))
 
     def version(self) -> Version:
-        """Version of the server, its engine and its weights."""
+        """Return the versions of the server, its engine and its weights."""
         return self._run(self._get("/api/v1/version", Version))
 
     def openapi(self) -> dict[str, Any]:
-        """The server's OpenAPI document."""
+        """Return the server's OpenAPI document."""
         return self._run(self._get("/openapi.json", dict[str, Any]))
 
     def ready(self) -> bool:
-        """Whether the server answers poses now; False too where no server answers at all."""
+        """Return True if the server takes pose requests now; False also if no server answers at all."""
         return self._run(self._ready()) is None
 
     def wait_ready(self, timeout_s: float = 120.0, on_wait: Callable[[str], None] | None = None) -> None:
-        """Wait for the server to be ready, also for one that does not answer yet; it is asked five times a second.
+        """Wait until the server is ready, even if it does not answer yet; ask five times a second.
 
-        `on_wait` is told each time why it is not ready. Raises TimedOut after `timeout_s`.
+        Each time, `on_wait` gets the reason why the server is not ready. Raises TimedOut after `timeout_s`.
         """
         self._run(self._wait_ready(timeout_s, on_wait))
 
@@ -200,34 +201,34 @@ class Objects:
         """Register a CAD model and wait until it is ready.
 
         cad: the path of a file, its bytes with `cad_format`, a `trimesh.Trimesh` or another mesh with vertices and
-        faces, or the pair `(vertices, faces)`: (n, 3) lengths in `model_unit` and (m, 3) indices. Adding what the
-        server already has is quick. With `replace` a name moves here from the object that has it, once this one is
-        ready. Raises OnboardingFailed; then the name has stayed where it was.
+        faces, or the pair `(vertices, faces)`: (n, 3) lengths in `model_unit` and (m, 3) indices. Adding a model that
+        the server already has is quick. With `replace` the name moves to this object from the one that has it, once
+        this one is ready. Raises OnboardingFailed; the name then stays with the other object.
         """
         chosen = ObjectOptions(**merged("add", ObjectOptions, options, more, "cad", "options"))
         return self._client._run(self._client._add(cad, chosen))
 
     def list(self) -> list[ObjectAnswer]:
-        """Every registered object."""
+        """Return all registered objects."""
         return self._client._run(self._client._list())
 
     def get(self, object_id: str) -> ObjectAnswer:
-        """One object by its id or name."""
+        """Return one object by its id or name."""
         return self._client._run(self._client._get(object_path(object_id), ObjectAnswer))
 
     def remove(self, object_id: str) -> None:
-        """By a name: take that away, and the object with its last one. By its id: remove it with all of its names."""
+        """Remove a name, and the object with its last name; given an id, remove the object with all its names."""
         self._client._run(self._client._remove(object_id))
 
 
 class AsyncClient(Verbs):
-    """The verbs of Client, to await: `async with AsyncClient(url) as pem:`."""
+    """The async client, with the verbs of Client: `async with AsyncClient(url) as pem:`."""
 
     @takes(ClientOptions)
     def __init__(
         self, url: str = DEFAULT_URL, api_key: str | None = None, options: ClientOptions | None = None, **more: Any
     ) -> None:
-        """Without `api_key` that of the variable PEM_API_KEY, where it is set ("" = no key)."""
+        """Make a client of `url`. The key is `api_key`, by default the variable PEM_API_KEY; "" means no key."""
         chosen = merged(type(self).__name__, ClientOptions, options, more, "url", "api_key", "options")
         super().__init__(url, api_key, ClientOptions(**chosen))
         self._http = httpx.AsyncClient(**self._http_arguments)
@@ -314,7 +315,7 @@ class AsyncClient(Verbs):
 
 
 class AsyncObjects:
-    """The CAD objects of a server: `client.objects`, to await."""
+    """The CAD objects of a server, async: `client.objects`."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client

@@ -1,4 +1,4 @@
-"""Arrays and files become a request; what cannot be sent is said before anything is."""
+"""Turn arrays and files into a request. Input that cannot be sent raises an error before anything is sent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pem.options import Camera, Mask, Picture
 from pem.poses import Pose
 from pem.rle import encode_rle
 
-#: Options that go to the server as they are.
+#: Options that go to the server unchanged.
 _PLAIN: Final = (
     *("object_id", "cad_path", "cad_format", "model_unit", "engine", "refine", "hypotheses", "units", "min_score"),
     *("seed", "visualize", "output_dir", "box_format", "template_dir", "ism_cad_path"),
@@ -26,9 +26,9 @@ _PLAIN: Final = (
 def pose_request(
     rgb: Picture, depth: Picture, K: Camera, masks: Sequence[Mask] | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The body of a pose request, pictures encoded, masks as RLE; `masks` is None where there are none to send.
+    """Return the body of a pose request: pictures encoded, masks as RLE; `masks` is None if the request sends none.
 
-    ValueError and TypeError say what cannot be sent, before anything is.
+    Raises ValueError or TypeError for input that cannot be sent.
     """
     camera = _camera(K, options)
     if camera.get("depth_unit") == "m" and isinstance(depth, np.ndarray) and depth.dtype.kind == "f":
@@ -60,7 +60,7 @@ def pose_request(
 
 
 def asked_for(options: Mapping[str, Any]) -> Callable[[int | str | None], str | None]:
-    """Category of a detection -> its object as the request names it; None where nothing does (a CAD in bytes)."""
+    """Return a function: category of a detection -> its object as the request names it, None for a CAD in bytes."""
     named = {str(category): choice for category, choice in (options.get("objects") or {}).items()}
     if not named:
         cad = options.get("cad")
@@ -75,7 +75,7 @@ def asked_for(options: Mapping[str, Any]) -> Callable[[int | str | None], str | 
 
 
 def encode_rgb(rgb: Picture) -> bytes:
-    """A colour image as the server takes it: (H, W, 3) or (H, W) uint8 as PNG, a file (bytes or path) as it is."""
+    """Encode a colour image for the server: (H, W, 3) or (H, W) uint8 as PNG; a file (bytes or path) unchanged."""
     if not isinstance(rgb, np.ndarray):
         return _file_bytes("rgb", rgb)
     if rgb.dtype != np.uint8 or not (rgb.ndim == 2 or (rgb.ndim == 3 and rgb.shape[2] == 3)):
@@ -84,8 +84,8 @@ def encode_rgb(rgb: Picture) -> bytes:
 
 
 def encode_depth(depth: Picture, depth_scale: float | None) -> bytes:
-    """A depth image as the server takes it, without loss: (H, W) integers as 16-bit PNG, (H, W) floats as TIFF, a file
-    (16-bit PNG or float TIFF, bytes or path) as it is."""
+    """Encode a depth image for the server: (H, W) integers as 16-bit PNG, (H, W) floats as float32 TIFF; a file (16-bit
+    PNG or float TIFF, bytes or path) unchanged."""
     if not isinstance(depth, np.ndarray):
         return _file_bytes("depth", depth)
     if depth.ndim != 2:
@@ -102,7 +102,7 @@ def encode_depth(depth: Picture, depth_scale: float | None) -> bytes:
 
 
 def encode_mask(mask: Mask) -> Any:
-    """A mask as the server takes it: an (H, W) array becomes a COCO RLE, a path its bytes, the rest goes as it is."""
+    """Encode a mask for the server: an (H, W) array as COCO RLE, a path as its bytes; anything else unchanged."""
     if isinstance(mask, str | Path):
         return Path(mask).read_bytes()
     if not isinstance(mask, np.ndarray):
@@ -113,14 +113,14 @@ def encode_mask(mask: Mask) -> Any:
 
 
 def _size(picture: Picture, encoded: bytes) -> tuple[int, int] | None:
-    """Rows and columns of a picture; None of a file that is no PNG."""
+    """Return the rows and columns of a picture; None for a file that is not a PNG."""
     if isinstance(picture, np.ndarray):
         return picture.shape[0], picture.shape[1]
     return imagefiles.png_size(encoded)
 
 
 def _check_sizes(masks: Sequence[Mask], size: tuple[int, int] | None) -> None:
-    """ValueError for an array that is not as large as the image: the server would speak of the RLE that it becomes."""
+    """Raise ValueError for a mask array of another size than the image: the server's error would name its RLE."""
     for index, mask in enumerate(masks):
         if size is None or not isinstance(mask, np.ndarray) or mask.ndim != 2 or mask.shape == size:
             continue
@@ -140,7 +140,7 @@ def _file_bytes(what: str, file: Any) -> bytes:
 
 
 def _camera(K: Camera, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`cam_params`: what a camera file says of the depth holds where the options do not say otherwise."""
+    """Return `cam_params`. The options win over what a camera file says about depth."""
     said: dict[str, Any] = {}
     if isinstance(K, Mapping):
         if "cam_K" not in K:

@@ -1,4 +1,4 @@
-"""What the client raises on purpose: one tree below PemError, so that one `except` is enough."""
+"""The client's errors: one tree below PemError, so that one `except` is enough."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Final
 
 
 class PemError(Exception):
-    """Base of everything that this client raises on purpose."""
+    """Base of the errors of this client."""
 
 
 class ConnectionFailed(PemError):
@@ -18,7 +18,7 @@ class TimedOut(ConnectionFailed):
 
 
 class NoPose(PemError):
-    """The pose of a detection that has none was asked for."""
+    """The code asked for the pose of a detection that has none."""
 
 
 class OnboardingFailed(PemError):
@@ -26,7 +26,7 @@ class OnboardingFailed(PemError):
 
 
 class RequestRefused(PemError):
-    """The server answered that it will not, or cannot; the subclasses say whose fault it is."""
+    """The server refused the request or failed; the subclasses say whose fault it is."""
 
     def __init__(
         self,
@@ -43,12 +43,12 @@ class RequestRefused(PemError):
         self.code = code  # stable: docs/api.md lists them
         self.detail = detail
         self.field = field  # path of the request field at fault
-        self.request_id = request_id  # the server's log has it
+        self.request_id = request_id  # also in the server's log
         self.retry_after_s = retry_after_s
 
 
 class BadInput(RequestRefused):
-    """The request itself is wrong (400, 405, 408, 413, 415, 422): only another one will help."""
+    """The request itself is wrong (400, 405, 408, 413, 415, 422): only a changed request will help."""
 
 
 class KeyRefused(RequestRefused):
@@ -67,7 +67,7 @@ class NotReady(RequestRefused):
 
 
 class Overloaded(RequestRefused):
-    """What passes by itself: too many requests (429), or a server that is onboarding or shutting down (503).
+    """A passing state: too many requests (429), or a server that is onboarding or shutting down (503).
 
     Raised after all retries; `retry_after_s` says when to come back.
     """
@@ -78,11 +78,13 @@ class DeadlinePassed(RequestRefused):
 
 
 class ServerFailed(RequestRefused):
-    """The server's fault (500, 503 `worker_lost`), the ISM server's (502), or what its operator must mend: a full disk
-    (503 `storage_full`), no ISM server configured (503 `no_ism`)."""
+    """The server failed (500, 503 `worker_lost`), the ISM server failed (502), or the operator must act.
+
+    The operator must act if the disk is full (503 `storage_full`) or no ISM server is configured (503 `no_ism`).
+    """
 
 
-#: error code -> what it is, where its status does not tell
+#: error code -> exception, if the status is not enough
 BY_CODE: Final[dict[str, type[RequestRefused]]] = {
     "not_ready": NotReady,
     "worker_lost": ServerFailed,
@@ -90,7 +92,7 @@ BY_CODE: Final[dict[str, type[RequestRefused]]] = {
     "no_ism": ServerFailed,
 }
 
-#: HTTP status -> what it is; any other below 500 is BadInput, from 500 on ServerFailed
+#: HTTP status -> exception; any other status below 500 is BadInput, from 500 on ServerFailed
 BY_STATUS: Final[dict[int, type[RequestRefused]]] = {
     401: KeyRefused,
     403: KeyRefused,
@@ -102,6 +104,6 @@ BY_STATUS: Final[dict[int, type[RequestRefused]]] = {
 
 
 def kind_of(status: int, code: str) -> type[RequestRefused]:
-    """The error that a refusal becomes; a code that this client does not know goes by its status."""
+    """Return the exception for a refusal; for a code that this client does not know, the status decides."""
     by_status = BY_STATUS.get(status, BadInput if status < 500 else ServerFailed)
     return BY_CODE.get(code, by_status)

@@ -1,5 +1,5 @@
-"""The three picture files that the client needs, in numpy and zlib: PNG of 8-bit grey or RGB and of 16-bit grey, and a
-float32 TIFF. The server reads more kinds and trusts none of them; this is for one's own arrays."""
+"""The three picture formats that the client needs, in numpy and zlib: PNG of 8-bit grey or RGB, PNG of 16-bit grey, and
+float32 TIFF. This module trusts its input; the server reads more formats and trusts none."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Image = npt.NDArray[Any]
 
 _SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _GREY, _RGB = 0, 2
-_UP = 2  # a row as its difference to the one above: cheap, and pictures shrink by it
+_UP = 2  # PNG filter: each row minus the row above; cheap, and pictures compress better
 
 
 def write_png(image: Image, compression: int = 1) -> bytes:
-    """Encode (H, W) uint8, uint16 or bool (True = 255), or (H, W, 3) uint8, as PNG; losslessly.
+    """Encode (H, W) uint8, uint16 or bool (True = 255), or (H, W, 3) uint8, as PNG without loss.
 
-    `compression` is zlib's level, 0 to 9. ValueError for any other shape or type, and for an image without pixels.
+    `compression` is zlib's level, 0 to 9. Raises ValueError for any other shape or type, and for an empty image.
     """
     if image.dtype == np.bool_:
         image = image.astype(np.uint8) * np.uint8(255)
@@ -46,7 +46,7 @@ def write_png(image: Image, compression: int = 1) -> bytes:
 def read_png(data: bytes) -> Image:
     """Decode a PNG to (H, W) uint8 or uint16, or (H, W, 3) uint8.
 
-    ValueError where the file is broken, and for the kinds that this small reader leaves out: palettes, alpha,
+    Raises ValueError if the file is broken, or of a kind that this small reader leaves out: palettes, alpha,
     16-bit colour, fewer than 8 bits, interlacing.
     """
     if not data.startswith(_SIGNATURE):
@@ -81,7 +81,7 @@ def read_png(data: bytes) -> Image:
 
 
 def png_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width that a PNG says it has; None where the bytes are none."""
+    """Return the height and width in a PNG's header; None if the bytes are not a PNG."""
     if not data.startswith(_SIGNATURE) or len(data) < 24:
         return None
     width, height = struct.unpack_from(">II", data, 16)
@@ -89,19 +89,19 @@ def png_size(data: bytes) -> tuple[int, int] | None:
 
 
 def write_float_tiff(image: Image) -> bytes:
-    """Encode an (H, W) array as an uncompressed little-endian float32 TIFF of one strip; NaN and infinity stay."""
+    """Encode (H, W) floats as an uncompressed little-endian float32 TIFF of one strip; NaN and infinity stay."""
     if image.ndim != 2 or image.size == 0 or image.dtype.kind != "f":
         raise ValueError(f"cannot write an array of shape {image.shape} and type {image.dtype} as a float TIFF")
     height, width = image.shape
     pixels = np.ascontiguousarray(image, dtype="<f4").tobytes()
     short, long = 3, 4
-    tags = [  # (tag, type, value), in ascending order as TIFF wants them
+    tags = [  # (tag, type, value), in ascending order, as TIFF requires
         (256, long, width),
         (257, long, height),
         (258, short, 32),  # bits per sample
         (259, short, 1),  # no compression
         (262, short, 1),  # black is zero
-        (273, long, 0),  # where the strip starts: set below
+        (273, long, 0),  # offset of the strip: set below
         (277, short, 1),  # samples per pixel
         (278, long, height),  # rows per strip
         (279, long, len(pixels)),
@@ -119,7 +119,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _unfilter(filtered: npt.NDArray[np.uint8], step: int) -> npt.NDArray[np.uint8]:
-    """Undo PNG's row filters; `step` is how many bytes back the same sample of the pixel to the left is."""
+    """Undo PNG's row filters; `step` is the number of bytes per pixel."""
     rows: npt.NDArray[np.uint8] = filtered[:, 1:].copy()
     above = np.zeros(rows.shape[1], dtype=np.uint8)
     for kind, row in zip(filtered[:, 0].tolist(), rows, strict=True):
@@ -137,7 +137,7 @@ def _unfilter(filtered: npt.NDArray[np.uint8], step: int) -> npt.NDArray[np.uint
 
 
 def _average_or_paeth(kind: int, row: bytes, above: bytes, step: int) -> bytes:
-    """The two filters in which each byte needs the one before it."""
+    """Undo the filters Average (3) and Paeth (4), in which each byte needs the decoded pixel to its left."""
     out = bytearray(row)
     for i, value in enumerate(row):
         left = out[i - step] if i >= step else 0

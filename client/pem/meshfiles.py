@@ -1,4 +1,4 @@
-"""A CAD model as its file's bytes, whatever it is given as: a path, bytes, a mesh, or vertices and faces."""
+"""Turn a CAD model into a file's bytes, from a path, bytes, a mesh, or vertices and faces."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy.typing as npt
 from pem.contract import CadFormat
 
 FORMATS: Final = "ply, obj, stl, glb, off or zip"
-_MOST_VERTICES: Final = 2**31 - 1  # a face counts them in 32 bits
+_MOST_VERTICES: Final = 2**31 - 1  # a face refers to them by 32-bit indices
 
 
 class TriangleMesh(Protocol):
-    """What a `trimesh.Trimesh` has, and meshes of other libraries too."""
+    """A mesh of `trimesh` or of another library with the same attributes."""
 
     @property
     def vertices(self) -> Any:
-        """(n, 3)"""
+        """Return the vertices, (n, 3)."""
 
     @property
     def faces(self) -> Any:
-        """(m, 3), indices of vertices"""
+        """Return the faces, (m, 3) indices of vertices."""
 
 
 Mesh = TriangleMesh | tuple[npt.ArrayLike, npt.ArrayLike]  # the pair: vertices (n, 3) and faces (m, 3)
@@ -32,9 +32,10 @@ Mesh = TriangleMesh | tuple[npt.ArrayLike, npt.ArrayLike]  # the pair: vertices 
 def read_cad(
     cad: bytes | str | Path | Mesh, cad_format: CadFormat | None
 ) -> tuple[bytes | Path, str, CadFormat | None]:
-    """(bytes or the path of the file, a name for it, its format where it is known) of a CAD in any of its forms.
+    """Return a CAD, in any form, as (bytes or path of the file, a name for it, its format or None if unknown).
 
-    A mesh becomes a binary PLY in its own unit. ValueError for a mesh that is none, and for bytes without a format.
+    A mesh becomes a binary PLY in its own unit. Raises ValueError or TypeError for anything that is not a mesh, and
+    ValueError for bytes without a format.
     """
     if isinstance(cad, bytes):
         if cad_format is None:
@@ -62,7 +63,7 @@ def write_ply(vertices: npt.ArrayLike, faces: npt.ArrayLike, colors: npt.ArrayLi
     """Encode triangles as a binary little-endian PLY.
 
     vertices: (n, 3), finite; float32 stays, everything else becomes float64. faces: (m, 3) integers, indices of
-    vertices. colors: (n, 3) uint8 RGB of the vertices, or None. ValueError for anything else.
+    vertices. colors: (n, 3) uint8 RGB of the vertices, or None. Raises ValueError for anything else.
     """
     points = _numbers("vertices", vertices)
     if points.dtype != np.float32:
@@ -102,7 +103,7 @@ def write_ply(vertices: npt.ArrayLike, faces: npt.ArrayLike, colors: npt.ArrayLi
 
 
 def _numbers(what: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
-    """An (n, 3) array of numbers."""
+    """Return `values` as an (n, 3) array of numbers. Raises ValueError if they are not."""
     try:
         array = np.asarray(values)
     except ValueError:
@@ -115,7 +116,7 @@ def _numbers(what: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
 
 
 def _colors(mesh: Any) -> npt.NDArray[np.uint8] | None:
-    """The RGB of each vertex where a trimesh keeps them so; colours of faces and textures would have to be computed."""
+    """Return a trimesh's RGB per vertex, (n, 3); None if its colours are of faces or in a texture."""
     visual = getattr(mesh, "visual", None)
     if getattr(visual, "kind", None) != "vertex":
         return None

@@ -1,7 +1,7 @@
-"""What can be asked for: each verb's options as one frozen dataclass, whose fields carry their own words.
+"""The options of each verb as one frozen dataclass, whose fields carry their own descriptions.
 
-Every verb takes them by keyword or as a struct in `options`; keywords win. None is "not said": the server's default
-holds. `takes` puts them into a verb's signature and docstring, which is what `help()` and notebooks show.
+Every verb takes its options by keyword or as a struct in `options`; keywords win. None means "not given": the server's
+default holds. `takes` puts the options into a verb's signature and docstring, for `help()` and notebooks.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Picture = npt.NDArray[Any] | bytes | str | Path  # an array, the bytes of an image file, or its path
 Camera = npt.ArrayLike | Mapping[str, Any]  # K (3, 3), or a loaded camera.json
 Mask = npt.NDArray[Any] | Rle | Mapping[str, Any] | bytes | str | Path | Sequence[Any]
-Progress = Callable[[str, float], None]  # what is going on ("upload", "onboarding"), 0..1
-ALREADY_KNOWN: Final = "already known"  # told once, at 1.0, of an object that the server had before
+Progress = Callable[[str, float], None]  # the phase ("upload", "onboarding") and its progress, 0..1
+ALREADY_KNOWN: Final = "already known"  # the phase, reported once at 1.0, for an object that the server had already
 
 
 def _option(words: str, default: Any = None) -> Any:
-    """A field with the line that help() shows."""
+    """Make a field with the line that help() shows."""
     return field(default=default, metadata={"words": words})
 
 
 def describe(kind: type[Any]) -> str:
-    """The options of a struct, two lines each: name, type and default; words."""
+    """Return the options of a struct, two lines each: name, type and default; description."""
     return "\n".join(
         f"    {each.name}: {each.type} = {each.default!r}\n        {each.metadata['words']}" for each in fields(kind)
     )
@@ -50,10 +50,10 @@ def _described(kind: type[T]) -> type[T]:
 
 
 class Options:
-    """What the structs of options share."""
+    """Base of the structs of options."""
 
     def said(self) -> dict[str, Any]:
-        """The options that are not as their defaults."""
+        """Return the options that differ from their defaults."""
         values = ((each, getattr(self, each.name)) for each in fields(self))  # type: ignore[arg-type]
         return {each.name: value for each, value in values if value is not each.default}
 
@@ -64,7 +64,7 @@ class Options:
 @_described
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PoseOptions(Options):
-    """What `estimate` and `full_pipeline` take besides the pictures.
+    """The options of `estimate` and `full_pipeline`.
 
     The CAD comes by exactly one of `object_id`, `cad_path`, `cad` and `objects`.
     """
@@ -97,7 +97,7 @@ class PoseOptions(Options):
 @_described
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DetectionOptions(PoseOptions):
-    """What `estimate` takes: PoseOptions, and of the detections what there is besides masks, as many as masks."""
+    """The options of `estimate`: PoseOptions, and more about the detections; lists have one entry per mask."""
 
     boxes: npt.ArrayLike | None = _option("(n, 4) pixels; around the masks unless told")
     box_format: Literal["xywh", "xyxy"] | None = _option('of `boxes`; "xywh" unless told')
@@ -112,7 +112,7 @@ class DetectionOptions(PoseOptions):
 @_described
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ObjectOptions(Options):
-    """What `objects.add` takes besides the CAD. Symmetries are BOP's, in millimetres."""
+    """The options of `objects.add`. Symmetries are in BOP's notation, in millimetres."""
 
     name: str | None = _option("to ask for it by; works wherever the id does")
     replace: bool = _option("take the name from the object that has it, once this one is ready", False)
@@ -130,7 +130,7 @@ class ObjectOptions(Options):
 @_described
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ClientOptions(Options):
-    """How a client behaves."""
+    """The options of a client."""
 
     timeout_s: float = _option("seconds to wait for one answer", 60.0)
     retries: int = _option("of what was refused with Retry-After, or whose connection broke", 3)
@@ -142,9 +142,9 @@ class ClientOptions(Options):
 
 
 def merged(verb: str, kind: type[Any], options: Any, more: Mapping[str, Any], *named: str) -> dict[str, Any]:
-    """The options of a call as a dict: what the struct says beside its defaults, then the keywords, which win.
+    """Return the options of a call as a dict: the struct's that differ from its defaults, then the keywords, which win.
 
-    TypeError for what `kind` lacks, with the nearest of its own and of those `named`, and for what is no such struct.
+    Raises TypeError for an `options` that is not a struct, and for an unknown option as `check_options` does.
     """
     if options is None:
         said: dict[str, Any] = {}
@@ -161,7 +161,7 @@ def merged(verb: str, kind: type[Any], options: Any, more: Mapping[str, Any], *n
 
 
 def check_options(verb: str, given: Mapping[str, Any], kind: type[Any], *named: str) -> None:
-    """TypeError for an option that `kind` lacks, with the nearest of its own and of those `named`."""
+    """Raise TypeError for an option that `kind` lacks; name the closest of its fields and of `named`."""
     known = [*named, *(each.name for each in fields(kind))]
     for option in given:
         if option not in known:
@@ -171,7 +171,7 @@ def check_options(verb: str, given: Mapping[str, Any], kind: type[Any], *named: 
 
 
 def takes(kind: type[Any]) -> Callable[[Function], Function]:
-    """Show the options of `kind` in the signature and the docstring of a verb, in place of its `**more`."""
+    """Decorate a verb: show the options of `kind` in its signature and docstring, in place of `**more`."""
 
     def shown(verb: Function) -> Function:
         signature = inspect.signature(verb)

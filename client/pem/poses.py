@@ -1,4 +1,4 @@
-"""Answers, typed: for each detection a pose or the reason why there is none; tables and pictures in notebooks."""
+"""Typed answers: for each detection a pose, or the reason for none; tables and pictures in notebooks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLUMNS: Final = ("#", "object", "t (mm)", "rotation vector (deg)", "confidence
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Hypothesis:
-    """A runner-up."""
+    """A runner-up pose."""
 
     T_cam_obj_mm: Float64  # (4, 4)
     confidence: float
@@ -30,14 +30,14 @@ class Hypothesis:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Pose:
-    """One detection's answer, in the order sent. `R`, `t_mm` and `T_cam_obj_mm` raise NoPose where it was rejected."""
+    """The answer for one detection. `R`, `t_mm` and `T_cam_obj_mm` raise NoPose if the detection was rejected."""
 
     index: int
     status: Literal["ok", "rejected"]
-    object: str | None  # what was asked for, as the request named it: object id or name, cad_path, or the CAD's file
+    object: str | None  # the object as the request named it: its id or name, its cad_path, or the CAD's file
     object_id: int | str | None  # the detection's category, echoed
     cad_id: str | None  # content hash of the CAD
-    confidence: float  # 0..1, about the pose alone
+    confidence: float  # 0..1, of the pose alone, whatever the detection's score
     bbox: tuple[float, float, float, float]  # xywh
     evidence: RowEvidence | None
     error: RowError | None  # code and detail of a rejected detection
@@ -55,7 +55,7 @@ class Pose:
         return notebook.table(_COLUMNS, [self._cells()])
 
     def _cells(self) -> list[str]:
-        """By _COLUMNS, for people."""
+        """Return the pose as texts, one per name in _COLUMNS."""
         name = "-" if self._name is None else str(self._name)
         if not self.ok:
             why = f"{self.error.code}: {self.error.detail}" if self.error else self.status
@@ -71,22 +71,22 @@ class Pose:
 
     @property
     def ok(self) -> bool:
-        """Whether there is a pose."""
+        """Return True if there is a pose."""
         return self.row.rotation is not None and self.row.translation is not None
 
     @property
     def R(self) -> Float64:  # noqa: N802
-        """Rotation object to camera, (3, 3)."""
+        """Return the rotation from object to camera, (3, 3)."""
         return self.T_cam_obj_mm[:3, :3]
 
     @property
     def t_mm(self) -> Float64:
-        """Translation object to camera, (3,), millimetres."""
+        """Return the translation from object to camera, (3,), in millimetres."""
         return self.T_cam_obj_mm[:3, 3]
 
     @property
     def T_cam_obj_mm(self) -> Float64:  # noqa: N802
-        """The pose as (4, 4): `p_cam = R p_obj + t`, millimetres."""
+        """Return the pose as a (4, 4) matrix, in millimetres: `p_cam = R p_obj + t`."""
         if self.row.rotation is None or self.row.translation is None:
             why = f"{self.error.code}: {self.error.detail}" if self.error else self.status
             raise NoPose(f"detection {self.index} has no pose ({why})")
@@ -117,7 +117,7 @@ class PoseResult:
         return notebook.table(_COLUMNS, [pose._cells() for pose in self.poses]) + picture
 
     def overlay(self) -> npt.NDArray[np.uint8]:
-        """The visualization as (H, W, 3) uint8; ValueError where none was asked for."""
+        """Return the visualization as (H, W, 3) uint8. Raises ValueError if the request did not ask for one."""
         if self.visualization is None:
             raise ValueError("there is no visualization: ask with visualize=True")
         return imagefiles.read_png(self.visualization)
@@ -151,7 +151,7 @@ def _pose(index: int, row: Row, name: str | None) -> Pose:
 
 
 def pose_result(response: httpx.Response, asked_for: Callable[[int | str | None], str | None]) -> PoseResult:
-    """The answer to a request; `asked_for` tells the object of a detection by its category."""
+    """Decode the answer to a pose request; `asked_for`: category of a detection -> its object."""
     answer = decoded(response, PoseAnswer)
     return PoseResult(
         poses=[_pose(index, row, asked_for(row.object_id)) for index, row in enumerate(answer.poses)],
@@ -168,7 +168,7 @@ def pose_result(response: httpx.Response, asked_for: Callable[[int | str | None]
 
 
 def rotation_vector_deg(R: Float64) -> Float64:
-    """The axis of a rotation (3, 3) times its angle in degrees, (3,); the angle is at most 180."""
+    """Return the axis of a rotation (3, 3) times its angle in degrees, (3,). The angle is at most 180."""
     # The quaternion is the eigenvector of the largest eigenvalue of this matrix, whatever the angle.
     xx, yy, zz = np.diag(R)
     x, y, z = R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]

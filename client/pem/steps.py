@@ -1,6 +1,6 @@
 """Every verb of the client, once, as a generator that yields what to do next: send a request, or sleep.
 
-`client/pem/client.py` has the two that do it, one blocking and one to await; retries and deadlines are all here.
+The blocking and the async client in `client/pem/client.py` run the generators. Retries and deadlines are all here.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from pem.poses import PoseResult, pose_result
 from pem.wire import JSON, MSGPACK, decoded, refused
 
 DEFAULT_URL: Final = "http://127.0.0.1:8003"
-KEY_VARIABLE: Final = "PEM_API_KEY"  # the API key of a client that is given none
+KEY_VARIABLE: Final = "PEM_API_KEY"  # the API key of a client that gets none as an argument
 T = TypeVar("T")
 
 _GRACE_S: Final = 2.0  # beyond a deadline, for the server's 504 to arrive
 _BACKOFF_S: Final = 0.2  # after a broken connection; doubles
-_NOT_YET: Final = (429, 502, 503, 504)  # of /readyz: the server's own 503, or a proxy that does not reach it yet
+_NOT_YET: Final = (429, 502, 503, 504)  # of /readyz: the server's own 503, or a proxy that cannot reach it yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +62,14 @@ class _Call:
     content_type: str | None = None
     accept: str = JSON
     upload: _Upload | None = None
-    deadline_s: float | None = None  # for the whole call; told to the server
+    deadline_s: float | None = None  # for the whole call; also sent to the server
     retries: int | None = None  # None = the client's
     params: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Upload:
-    """A file that goes up as multipart, opened anew for each attempt."""
+    """A file to upload as multipart, opened again for each attempt."""
 
     source: Path | bytes
     file_name: str
@@ -82,7 +82,7 @@ class _Upload:
 
 
 class _Reader:
-    """A file that tells how far it was read."""
+    """A file that reports how much of it has been read."""
 
     def __init__(self, file: BinaryIO, on_progress: Progress | None) -> None:
         self._file = file
@@ -108,7 +108,7 @@ class _Reader:
 
 @dataclass(frozen=True, kw_only=True)
 class _Send:
-    """Step: send this, give back the response or throw in httpx's error."""
+    """Step: send this request, then send the response into the generator, or throw httpx's error into it."""
 
     method: str
     path: str
@@ -120,7 +120,7 @@ class _Send:
 
     @contextmanager
     def arguments(self) -> Iterator[dict[str, Any]]:
-        """What httpx's `request` takes; a file is open for as long as it is being sent."""
+        """Yield the arguments of httpx's `request`; an upload's file is open during the block."""
         common: dict[str, Any] = {
             "method": self.method,
             "url": self.path,
@@ -142,12 +142,12 @@ class _Send:
             file.close()
 
 
-_Sleep = float  # step: sleep for so many seconds
+_Sleep = float  # step: sleep for this number of seconds
 Steps = Generator[_Send | _Sleep, httpx.Response | None, T]
 
 
 class Verbs:
-    """Every verb as steps, and everything about a client that is neither sync nor async."""
+    """Every verb as steps, and the parts that both clients share."""
 
     def __init__(self, url: str, api_key: str | None, options: ClientOptions) -> None:
         try:
@@ -173,7 +173,7 @@ class Verbs:
     # Exchange: retries and failures.
 
     def _exchange(self, call: _Call) -> Steps[httpx.Response]:
-        """The answer to a call, retried as the client was told; raises PemError for every other ending."""
+        """Send a call, with retries, and return the response. Raises PemError if it fails or is refused."""
         end = None if call.deadline_s is None else time.monotonic() + call.deadline_s
         retries = self._options.retries if call.retries is None else call.retries
         budget_s = self._options.retry_budget_s
@@ -197,7 +197,7 @@ class Verbs:
                 if refusal.retry_after_s is None:
                     raise refusal
                 pause_s = refusal.retry_after_s
-            pause_s += random.uniform(0.0, 0.1 * pause_s + 0.05)  # so that clients do not come back all at once
+            pause_s += random.uniform(0.0, 0.1 * pause_s + 0.05)  # keeps clients from coming back all at once
             left_s = budget_s if end is None else min(budget_s, end - time.monotonic())
             if attempt >= retries or pause_s > left_s:
                 raise failure
@@ -274,7 +274,7 @@ class Verbs:
         return decoded((yield from self._exchange(_Call(method="GET", path=path))), type_)
 
     def _ready(self) -> Steps[str | None]:
-        """None when ready, else the reason in words."""
+        """Return None if the server is ready, else the reason in words."""
         try:
             yield from self._exchange(_Call(method="GET", path="/readyz", retries=0))
         except ConnectionFailed as error:
@@ -322,7 +322,7 @@ class Verbs:
         call = _Call(method="POST", path="/api/v1/objects", upload=upload)
         response = yield from self._exchange(call)
         added = decoded(response, ObjectAnswer)
-        if on_progress is not None and response.status_code == httpx.codes.OK:  # a new one is 201
+        if on_progress is not None and response.status_code == httpx.codes.OK:  # a new object is 201
             on_progress(ALREADY_KNOWN, 1.0)
         if not options.wait:
             return added
@@ -366,8 +366,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _trace_headers() -> dict[str, str]:
-    """The span that the calling code is in, where it uses OpenTelemetry: the server's span becomes its child."""
-    trace = sys.modules.get("opentelemetry.trace")  # not imported by us: who does not use it pays nothing
+    """Return the headers of the caller's OpenTelemetry span, if any: the server's span becomes its child."""
+    trace = sys.modules.get("opentelemetry.trace")  # not imported here: programs without OpenTelemetry pay nothing
     if trace is None:
         return {}
     span = trace.get_current_span().get_span_context()

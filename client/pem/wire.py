@@ -1,4 +1,4 @@
-"""How an answer's body is read, and how a refusal becomes an error."""
+"""Decode the bodies of answers, and turn refusals into errors."""
 
 from __future__ import annotations
 
