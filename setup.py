@@ -1,11 +1,12 @@
-"""Builds the compiled kernels where torch and a compiler are there; everything else: pyproject.toml.
+"""Build the compiled kernels if torch and a compiler are installed. Everything else is in pyproject.toml.
 
-A package of ours that has kernels keeps their sources in its `csrc/`: C++ in `*.cpp` becomes `_kernels_cpu.so` beside
-it, CUDA in `*.cu` becomes `_kernels_cuda.so`. Without them everything installs all the same and the torch references
-answer. That is said here (pip shows it with `-v`), in a log line at the first use, and by the `kernel_for` of each.
+A package with kernels keeps their sources in its `csrc/`: C++ in `*.cpp` becomes `_kernels_cpu.so` beside it, CUDA in
+`*.cu` becomes `_kernels_cuda.so`. Without compiled kernels everything installs all the same, and the torch references
+answer. This build says so (pip shows it with `-v`), a log line at the first use says so, and so does `kernel_for` of
+each package.
 
-CUDA is compiled where torch finds a GPU and a toolkit. Variables: `REQUIRE_KERNELS=1` makes it an error if something
-cannot be built; `FORCE_CUDA=1` compiles CUDA without a GPU too, and makes it an error if that cannot be;
+CUDA is compiled if torch finds a GPU and a toolkit. Variables: `REQUIRE_KERNELS=1` makes anything that cannot be built
+an error. `FORCE_CUDA=1` compiles CUDA even without a GPU, and makes it an error if that is impossible.
 `TORCH_CUDA_ARCH_LIST` names the GPUs to compile for (torch reads it), `CUDA_HOME` the toolkit, `MAX_JOBS` the jobs.
 """
 
@@ -20,10 +21,10 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 PACKAGES = sorted(".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("p*/**/csrc"))
-# No fused multiply-add: the bits of pointnet2_ext's reference, so that near-ties fall the same way, and the same on
-# every processor. Roots that set no errno, and comparisons that raise no signal, can be done several at once.
-# OpenMP is what at::parallel_for needs, or it uses one thread without a word. It is compiled in and not linked: torch
-# brings the library, and a second one beside it would not know torch.set_num_threads.
+# No fused multiply-add: results equal pointnet2_ext's reference bit for bit on every processor, and near-ties fall the
+# same way. Square roots without errno and comparisons without traps can be vectorised.
+# at::parallel_for needs OpenMP, else it silently uses one thread. OpenMP is compiled in but not linked: torch brings
+# the library, and a second copy would ignore torch.set_num_threads.
 FLAGS = [
     "-O3",
     "-g0",
@@ -32,7 +33,7 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fopenmp",
-    "-Wno-psabi",  # vectors that are passed by value are inlined
+    "-Wno-psabi",  # the warning concerns vectors passed by value, and ours are inlined
 ]
 CUDA_FLAGS = ["-O3", "-std=c++20", "-fmad=false"]
 REQUIRED = os.environ.get("REQUIRE_KERNELS") == "1"
@@ -40,7 +41,7 @@ CUDA_REQUIRED = os.environ.get("FORCE_CUDA") == "1"
 
 
 def say_left_out(what: str, why: str, *, required: bool = REQUIRED) -> None:
-    """One line that tells that kernels are not built; an error where they are required."""
+    """Print a line saying that kernels are not built; exit with an error if they are required."""
     if required:
         raise SystemExit(f"{what}: compiled kernels are required and cannot be built: {why}")
     print(
@@ -51,13 +52,13 @@ def say_left_out(what: str, why: str, *, required: bool = REQUIRED) -> None:
 
 
 def sources(package: str, *endings: str) -> list[str]:
-    """The files of a package's csrc/ with one of the endings, relative to this one."""
+    """Return the files in a package's csrc/ with one of the endings, relative to the folder of setup.py."""
     folder = ROOT / package.replace(".", "/") / "csrc"
     return sorted(str(path.relative_to(ROOT)) for path in folder.glob("*") if path.suffix in endings)
 
 
 def cuda_wanted() -> bool:
-    """Whether to compile for CUDA here; an error where that is forced and cannot be."""
+    """Return True if CUDA is to be compiled; exit with an error if it is forced and impossible."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -76,26 +77,26 @@ def cuda_wanted() -> bool:
 
 
 def kernels() -> dict[str, Any]:
-    """The arguments of `setup` that build the kernels; empty where torch is not importable."""
+    """Return the arguments of `setup` that build the kernels; empty if torch cannot be imported."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-    except Exception as error:  # a broken torch raises anything: the install goes on without kernels
+    except Exception as error:  # a broken torch may raise any error: the install goes on without kernels
         why = f"torch cannot be imported in this build ({error}); use pip install --no-build-isolation"
         say_left_out(", ".join(PACKAGES), why, required=REQUIRED or CUDA_REQUIRED)
         return {}
 
     class BuildKernels(BuildExtension):  # type: ignore[misc]
-        """Builds with torch's flags, each library by itself; what cannot be built is left out, and said."""
+        """Builds each library separately, with torch's flags. Leaves out a library that fails, and says so."""
 
         def build_extensions(self) -> None:
             every, folder = self.extensions, Path(self.build_temp)
             for extension in every:
                 self.extensions = [extension]
-                self.build_temp = str(folder / extension.name)  # x.cpp and x.cu would be the same x.o
+                self.build_temp = str(folder / extension.name)  # else x.cpp and x.cu would share one x.o
                 try:
                     super().build_extensions()
-                except Exception as error:  # no compiler, or one that fails, or the wrong toolkit
-                    extension.optional = True  # from here on nobody looks for its file
+                except Exception as error:  # no compiler, a failing one, or the wrong toolkit
+                    extension.optional = True  # else setuptools would look for its file
                     forced = CUDA_REQUIRED and extension.name.endswith("_cuda")
                     say_left_out(extension.name, f"{type(error).__name__}: {error}", required=REQUIRED or forced)
             self.extensions, self.build_temp = every, str(folder)

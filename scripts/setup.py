@@ -4,8 +4,8 @@
     python3.11 scripts/setup.py .venv --dev                             and what its tests and checks need
     python3.11 scripts/setup.py .venv-peers --requirement FILE          what a file lists, without the server
 
-Shows which package of how many is being installed, and compiles the kernels while the packages come. pip's own words
-go to VENV/setup.log. Does nothing where its inputs are as they were. Uses the standard library alone.
+Shows which package of how many is being installed, and compiles the kernels while packages download. pip's own output
+goes to VENV/setup.log. Skips each step whose inputs have not changed. Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from posekit.sam6d import kernels as sam6d
 print(*sorted({package.kernel_for("cpu") for package in (pointnet2_ext, geometric, sam6d)}))
 """
 ON_TERMINAL = sys.stdout.isatty()
-_BETWEEN_LINES_S = 10.0  # where standard output is no terminal
+_BETWEEN_LINES_S = 10.0  # if standard output is not a terminal
 
 
 class Failed(Exception):
-    """A step that cannot be done; its text says what to do."""
+    """A step cannot be done; the text says what to do."""
 
 
 def say(text: str) -> None:
-    """Print a line that stays."""
+    """Print a permanent line."""
     print(f"{CLEAR}setup: {text}", flush=True)
 
 
@@ -47,14 +47,14 @@ CLEAR = "\r\x1b[K" if ON_TERMINAL else ""
 
 
 class Progress:
-    """One line that changes; without a terminal a new line every ten seconds."""
+    """A progress line that changes in place; without a terminal, a new line at most every ten seconds."""
 
     def __init__(self) -> None:
         self._shown = ""
         self._next = time.monotonic() + _BETWEEN_LINES_S / 2
 
     def show(self, text: str) -> None:
-        """Show how far it is, unless it was shown."""
+        """Show the progress, unless the text is already shown."""
         if text == self._shown or (not ON_TERMINAL and time.monotonic() < self._next):
             return
         self._shown, self._next = text, time.monotonic() + _BETWEEN_LINES_S
@@ -65,7 +65,7 @@ class Progress:
 
 
 class Pip:
-    """A run of `pip install` in an environment, watched through what it prints and what lies in site-packages."""
+    """A run of `pip install` in an environment, watched through its output and site-packages."""
 
     def __init__(self, venv: Path, arguments: list[str], log: Path) -> None:
         self._site = next((venv / "lib").glob("python3*")) / "site-packages"
@@ -78,19 +78,19 @@ class Pip:
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait for its end; return True if it has ended."""
+        """Wait for pip to end, at most `seconds`; return True if it has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def check(self) -> None:
-        """Raise Failed, after showing the log's end, if it did not succeed."""
+        """Wait for pip to end; if it failed, show the end of its log and raise Failed."""
         self.wait()
         if self.returncode != 0:
             print(f"{CLEAR}{tail(self._log)}", file=sys.stderr)
             raise Failed(f"pip install {' '.join(self._arguments)} failed (the whole log: {self._log})")
 
     def state(self) -> str:
-        """Say which package of how many it is at."""
+        """Return which package of how many is being installed, in words."""
         if not self._installing:
             return f"{self._found} packages found{self._coming}"
         there = {plain(path.name.split("-")[0]) for path in self._site.glob("*.dist-info")}
@@ -104,7 +104,7 @@ class Pip:
         command = [str(self._venv / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install"]
         command += ["--no-compile", "--constraint", "constraints.txt", *self._arguments]
         environment = {**os.environ, "PIP_ROOT_USER_ACTION": "ignore", "PYTHONUNBUFFERED": "1"}
-        for _ in range(2):  # a download may fail
+        for _ in range(2):  # a second attempt, since a download may fail
             with (
                 self._log.open("a") as log,
                 subprocess.Popen(
@@ -131,7 +131,7 @@ class Pip:
 
 
 def plain(name: str) -> str:
-    """Return a package's name as all its spellings share it."""
+    """Return a package's name in the normal form that all its spellings share."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -141,7 +141,7 @@ def tail(log: Path) -> str:
 
 
 class Environment:
-    """The environment at `path`, and what has been put in it: one digest of its inputs for each step."""
+    """The environment at `path`, with a record of its finished steps: a digest of the inputs of each."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -154,7 +154,7 @@ class Environment:
             self._digests = {}
 
     def create(self) -> None:
-        """Make it where there is none that runs."""
+        """Make the environment, unless one exists whose Python runs."""
         python = self.path / "bin/python"
         if python.exists() and subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode == 0:
             return
@@ -170,16 +170,16 @@ class Environment:
         return self._digests.get(step) == digest(*inputs)
 
     def has(self, step: str) -> bool:
-        """Return True if the step was ever done, with whatever inputs."""
+        """Return True if the step was ever done, with any inputs."""
         return step in self._digests
 
     def remember(self, step: str, *inputs: str) -> None:
-        """Note that the step is done."""
+        """Record that the step is done with these inputs."""
         self._digests[step] = digest(*inputs)
         self._made.write_text(json.dumps(self._digests))
 
     def install(self, what: str, packages: list[str], beside: Pip | None = None) -> None:
-        """Install packages, showing how far it is; `beside` is a build that goes on meanwhile, and is waited for."""
+        """Install packages and show the progress; also wait for `beside`, a build that runs at the same time."""
         say(what)
         pip = Pip(self.path, packages, self.log)
         while not (pip.wait(0.3) and (beside is None or beside.wait(0.3))):
@@ -190,7 +190,7 @@ class Environment:
 
 
 def digest(*inputs: str) -> str:
-    """Return what the inputs come to; each is a file's name or a text."""
+    """Return a digest of the inputs; each is the name of a file, or a text."""
     sums = hashlib.sha256()
     for name in inputs:
         path = ROOT / name
@@ -199,7 +199,7 @@ def digest(*inputs: str) -> str:
 
 
 def requirements(*, dev: bool) -> list[str]:
-    """Return what the server and its client depend on, as their pyproject.toml say."""
+    """Return the dependencies of the server and its client, from their pyproject.toml files."""
     import tomllib
 
     server = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -211,7 +211,7 @@ def requirements(*, dev: bool) -> list[str]:
 
 
 def set_up_server(environment: Environment, *, dev: bool) -> None:
-    """Install the project in place with everything it needs; the kernels compile while the packages come."""
+    """Install the project in place with all its dependencies; compile the kernels while packages download."""
     inputs = ["constraints.txt", "pyproject.toml", "client/pyproject.toml", *requirements(dev=dev)]
     sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("p*/**/csrc/*"))
     ours = [str(ROOT), "pyproject.toml", "client/pyproject.toml", "setup.py", "constraints.txt", *sources]
@@ -245,7 +245,7 @@ def set_up_server(environment: Environment, *, dev: bool) -> None:
 
 
 def say_kernels(environment: Environment) -> None:
-    """Import what was installed, and say whether the compiled kernels run. The first import takes some seconds."""
+    """Import the installed packages; say so if the compiled kernels do not run. The first import takes seconds."""
     done = subprocess.run(
         [environment.path / "bin/python", "-c", KERNELS], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -260,7 +260,7 @@ def say_kernels(environment: Environment) -> None:
 
 
 def set_up_peers(environment: Environment, files: list[str]) -> None:
-    """Install what requirements files list."""
+    """Install the packages that requirements files list."""
     environment.install(f"what {', '.join(files)} lists", [part for name in files for part in ("--requirement", name)])
 
 

@@ -1,6 +1,6 @@
 """Print one summary line in pytest's form for several runs: scripts/sum_tests.py OUTPUT OUTPUT ...
 
-Each file holds what a run printed. Exits with 1 if a run printed no summary (it broke off), or reports a failure.
+Each file holds the output of one run. Exits with 1 if a run printed no summary (it broke off), or reports a failure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SINGULAR = {"warning": "warnings", "error": "errors"}
 
 
 def read(text: str) -> tuple[Counter[str], float] | None:
-    """Return what the last summary in a run's output counts, and its seconds; None where there is none."""
+    """Return the counts and the seconds of the last summary in a run's output; None if there is no summary."""
     found = [match for line in text.splitlines() if (match := _SUMMARY.match(line.strip()))]
     if not found:
         return None
@@ -28,7 +28,7 @@ def read(text: str) -> tuple[Counter[str], float] | None:
 
 
 def main(paths: list[str]) -> int:
-    """Print the line; return 1 where a run failed or broke off."""
+    """Print the summary line; return 1 if a run failed or broke off, or none passed."""
     counts: Counter[str] = Counter()
     seconds, broken = 0.0, False
     for path in paths:
@@ -40,7 +40,7 @@ def main(paths: list[str]) -> int:
             continue
         counts += run[0]
         seconds += run[1]
-    counts.pop("deselected", None)  # each run leaves out what another runs
+    counts.pop("deselected", None)  # tests left out of one run are in another
     words = ", ".join(f"{counts[word]} {word}" for word in _ORDER if counts[word]) or "no tests ran"
     print(f"==== {words} in {seconds:.2f}s ====")
     return int(broken or bool(counts["failed"] or counts["errors"]) or not counts["passed"])
