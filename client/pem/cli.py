@@ -90,7 +90,7 @@ def top(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """What comes before any command."""
+    """Take the options that come before any command."""
 
 
 _wrong_use: tuple[type[Exception], ...] = (ValueError,)
