@@ -1,4 +1,4 @@
-"""How many examples a property is tried on: few in every run, more where somebody has hours (`make test-long`)."""
+"""The number of examples per property: few in every run, more in long runs (`make test-long`)."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class RunningServer:
         return self
 
     def wait_ready(self, seconds: float = START_LIMIT_S) -> float:
-        """Wait until /readyz answers 200; return the seconds that took."""
+        """Wait until /readyz answers 200; return the seconds waited."""
         begun = time.monotonic()
         while time.monotonic() - begun < seconds:
             assert self.process is not None
@@ -109,7 +109,7 @@ class RunningServer:
         self.process.wait(ANSWER_S)
 
     def log(self) -> str:
-        """Return everything it wrote to standard error."""
+        """Return everything that the server wrote to standard error."""
         return (self.data / "stderr.log").read_text(errors="replace")
 
     def lines(self, words: str) -> list[str]:
@@ -156,7 +156,7 @@ class RunningServer:
         return [s for s in read_states(self.run_dir) if s.alive and s.ready and stage in (None, s.stage)]
 
     def paused(self, stage: str) -> contextlib.AbstractContextManager[None]:
-        """Pause all workers of a stage during the block: what waits for them waits, however fast the machine is."""
+        """Pause all workers of a stage during the block: its requests wait, however fast the machine is."""
         pids = [worker.pid for worker in self.workers(stage)]
         assert pids, f"no {stage} worker"
         return paused(pids)

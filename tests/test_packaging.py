@@ -1,4 +1,4 @@
-"""What is installed, set up and deployed: the files at the project's root, each tried as far as a test can."""
+"""Installation, setup and deployment: each file at the project's root is tried as far as a test can."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_importing_a_package_is_cheap_and_it_is_typed(package):
 
 
 def closure(names: list[str]) -> set[str]:
-    """The distributions that installing `names` brings along."""
+    """Return the distributions that installing `names` would bring."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -147,14 +147,14 @@ def closure(names: list[str]) -> set[str]:
 
 
 def make_site(folder: Path, names: list[str]) -> Path:
-    """A folder of links to just what installing `names` would bring: a fresh environment without a network."""
+    """Make a folder of links to what installing `names` would bring: a fresh environment without a network."""
     folder.mkdir()
     make_links(folder, closure(names))
     return folder
 
 
 def make_links(folder: Path, distributions: set[str]) -> None:
-    """Links to the files of distributions that are installed here."""
+    """Make links to the files of distributions that are installed here."""
     for name in distributions:
         for file in metadata.files(name) or []:
             top = file.parts[0]
@@ -169,7 +169,7 @@ def python_with(site: Path, *arguments: str, folder: Path) -> subprocess.Complet
 
 
 def build_wheel(tree: Path, work: Path, *command: str) -> tuple[Path, str]:
-    """The wheel that a tree makes where there is no torch, and what the build said."""
+    """Build a tree's wheel without torch; return it and the build's output."""
     site = make_site(work / "site", ["setuptools", "wheel"])
     answer = python_with(site, *command, "-q", "bdist_wheel", "-d", str(work), folder=tree)
     assert answer.returncode == 0, answer.stderr
@@ -179,7 +179,7 @@ def build_wheel(tree: Path, work: Path, *command: str) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def plain_build(tmp_path_factory) -> tuple[Path, str]:
-    """The server's wheel, and what its build said."""
+    """Build the server's wheel; return it and the build's output."""
     work = tmp_path_factory.mktemp("plain_build")
     tree = work / "tree"
     tree.mkdir()
@@ -192,7 +192,7 @@ def plain_build(tmp_path_factory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def client_wheel(tmp_path_factory) -> Path:
-    """The client's wheel."""
+    """Build the client's wheel."""
     work = tmp_path_factory.mktemp("client_build")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     shutil.copytree(ROOT / "client", work / "tree", ignore=ignored)
@@ -201,7 +201,7 @@ def client_wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client_install(client_wheel, tmp_path_factory) -> Path:
-    """A site folder with the client's wheel and its dependencies, nothing else."""
+    """Make a site folder with the client's wheel and its dependencies only."""
     names = [Requirement(text).name for text in CLIENT["dependencies"]]
     site = make_site(tmp_path_factory.mktemp("client_install") / "site", names)
     with zipfile.ZipFile(client_wheel) as wheel:
@@ -268,7 +268,7 @@ def test_kernels_that_do_not_compile_are_named_and_leave_the_others_alone(tmp_pa
 
 
 def libraries(cuda: str | None, home: Path, *, gpu: bool, forced: bool) -> subprocess.CompletedProcess[str]:
-    """The names of what setup.py would build with a torch for this version of CUDA and a toolkit in `home`."""
+    """Run setup.py with torch for this CUDA and a toolkit in `home`, to print the libraries that it would build."""
     code = (
         "import runpy, setuptools, torch\n"
         "from torch.utils import cpp_extension\n"
@@ -354,7 +354,7 @@ def test_both_wheels_together_are_one_command_line(client_install, plain_build, 
 
 
 def sh(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a script of ours; programs in `path` stand before the system's."""
+    """Run a script of ours; programs in `path` come before the system's."""
     environment = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}"} if path else dict(os.environ)
     return subprocess.run(["sh", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -381,7 +381,7 @@ def test_without_an_interpreter_make_says_what_to_do():
 
 @pytest.fixture
 def setup_script():
-    """scripts/setup.py as a module."""
+    """Import scripts/setup.py as a module."""
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "scripts/setup.py")
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -398,7 +398,7 @@ def test_setup_refuses_an_interpreter_that_is_too_old(setup_script, monkeypatch,
 
 
 def test_setup_says_which_package_of_how_many(setup_script, tmp_path):
-    """A stand-in for pip prints what pip prints; its packages appear in site-packages as pip's do."""
+    """A stand-in for pip prints what pip prints, and puts packages into site-packages as pip does."""
     site = tmp_path / "lib/python3.11/site-packages"
     site.mkdir(parents=True)
     go_on = tmp_path / "go-on"
@@ -464,7 +464,7 @@ def test_ci_lints_then_tests_and_stops_at_the_first_failure():
 
 
 def sum_tests(tmp_path: Path, *outputs: str) -> subprocess.CompletedProcess[str]:
-    """What CI's last step makes of the output of several runs."""
+    """Run CI's last step on the output of several runs."""
     paths = []
     for number, text in enumerate(outputs):
         paths.append(tmp_path / str(number))

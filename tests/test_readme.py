@@ -1,4 +1,4 @@
-"""The pages for people: every example in the README and in docs/api.md is run, and what it prints is what they show.
+"""The pages for people: every example in the README and in docs/api.md is run, and its output compared.
 
 An example that no rule below covers fails its test, so that none can be added untested. The other pages are held to
 what can be checked of them: links, commands, the unit check's words, events, metrics, codes.
@@ -45,7 +45,7 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Example:
-    """A fenced block, and the block of output that is shown for it."""
+    """A fenced block, and the block of its output."""
 
     page: str
     line: int
@@ -65,7 +65,7 @@ def blocks(page: str) -> list[tuple[int, str, str]]:
 
 
 def examples(page: str) -> list[Example]:
-    """What can be run, with what it is said to print; diagrams are examples of their own."""
+    """Return the examples that can be run, with their output; diagrams are separate examples."""
     found: list[Example] = []
     for line, language, text in blocks(page):
         last = found[-1] if found else None
@@ -85,7 +85,7 @@ EXAMPLES = [example for page in ("README.md", "docs/api.md") for example in exam
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as it is after `make demo`."""
+    """Make a folder as it is after `make demo`."""
     place = tmp_path_factory.mktemp("checkout")
     (place / "demo").mkdir()
     demo._write_inputs(place / "demo", demo_scene())
@@ -129,7 +129,7 @@ def test_every_example_does_what_the_page_says(
 
 
 def save_checkpoint(weights: Path, path: Path) -> None:
-    """Weights as the original saves them."""
+    """Save weights as the original saves them."""
     import torch
     from safetensors.torch import load_file
 
@@ -137,7 +137,7 @@ def save_checkpoint(weights: Path, path: Path) -> None:
 
 
 def check_targets(example: Example) -> None:
-    """Each line is a target that make knows; what they do is tested elsewhere, and too slow to do twice."""
+    """Check that each line is a target that make knows; running them is tested elsewhere, and too slow to repeat."""
     for line in example.text.splitlines():
         command = shlex.split(line, comments=True)
         done = subprocess.run(
@@ -148,7 +148,7 @@ def check_targets(example: Example) -> None:
 
 
 def check_docker(example: Example) -> None:
-    """The commands fit the Dockerfile; where there is a docker to ask, it parses them, too."""
+    """Check that the commands fit the Dockerfile; if there is a docker, let it parse them, too."""
     text = (ROOT / "Dockerfile").read_text()
     build, run = [shlex.split(line) for line in example.text.splitlines()]
     assert build[:2] == ["docker", "build"]
@@ -160,7 +160,7 @@ def check_docker(example: Example) -> None:
 
 
 def tree(text: str) -> list[str]:
-    """The path at the beginning of each line of a drawn tree; an indented one is in the folder above it."""
+    """Return the path at the beginning of each line of a drawn tree; an indented one is in the folder above it."""
     paths, top = [], ""
     for line in text.splitlines():
         name = line.split()[0]
@@ -171,7 +171,7 @@ def tree(text: str) -> list[str]:
 
 
 def check_serve(example: Example, folder: Path) -> None:
-    """The server starts as told, says that it is ready, and stops with 0."""
+    """Check that the server starts, says that it is ready, and stops with 0."""
     words = shlex.split(example.text)
     variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     command = [str(BIN / "pem") if word.endswith("/pem") else word for word in words[len(variables) :]]
@@ -203,7 +203,7 @@ def _ready(port: int) -> bool:
 
 
 def run_shell(example: Example, folder: Path, url: str) -> str:
-    """The block's standard output, run as it stands but for the server's address and the program's place."""
+    """Run a block, changing only the server's address and the program's place; return its standard output."""
     if "curl" in example.text and shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     script = example.text.replace(ADDRESS, url).replace(".venv/bin/", f"{shlex.quote(str(BIN))}/")
@@ -227,7 +227,7 @@ def run_shell(example: Example, folder: Path, url: str) -> str:
 
 
 def compare(printed: str, shown: str | None) -> None:
-    """JSON holds what is shown, numbers to the digits shown; other text is as shown."""
+    """Compare output with the page: JSON holds what is shown, numbers to the digits shown; other text is equal."""
     if shown is None:
         return
     try:
@@ -243,7 +243,7 @@ VARYING = re.compile(r"(_ms|seconds|time|created|request_id|total)$")
 
 
 def holds(actual: Any, expected: Any, where: str) -> None:
-    """`actual` has everything that `expected` has."""
+    """Check that `actual` has everything that `expected` has."""
     if VARYING.search(where):
         assert isinstance(actual, float if isinstance(expected, Decimal) else type(expected)), where
     elif isinstance(expected, dict):
@@ -262,7 +262,7 @@ def holds(actual: Any, expected: Any, where: str) -> None:
 
 
 def numbers_rounded(text: str) -> str:
-    """Text whose numbers differ in the last digit on another machine is the same text."""
+    """Return text with numbers rounded to integers: the last digit may differ on another machine."""
     return " ".join(re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.0f}", text).split())
 
 
@@ -281,7 +281,7 @@ def links() -> Iterator[tuple[Path, str]]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The names under which a page's headings can be linked to."""
+    """Return the names under which a page's headings can be linked."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""The house: which way imports point, that they run in no circle, how full a folder may be, who holds mathematics.
+"""The structure: direction of imports, no import circles, files per folder, places of mathematics.
 
 An import counts wherever it stands: at the top of a file, in a function, or for types alone.
 """
@@ -38,7 +38,7 @@ Graph = Mapping[str, Set[str]]  # who -> whom it imports
 
 @functools.cache
 def modules() -> dict[str, Path]:
-    """Name -> file of every module here; a package goes by its own name."""
+    """Return module name -> file for every module here; a package goes by its own name."""
     found = {}
     for name, folder in FOLDERS.items():
         for path in sorted(folder.rglob("*.py")):
@@ -49,7 +49,7 @@ def modules() -> dict[str, Path]:
 
 @functools.cache
 def imports_of(module: str) -> frozenset[str]:
-    """The modules of this repository that a module imports; a name out of a package counts as that package."""
+    """Return the modules of this repository that a module imports; a name from a package counts as that package."""
     found = set()
     for name in _imported(module):
         parts = name.split(".")
@@ -82,7 +82,7 @@ def _names(function: ast.expr) -> str:
 
 
 def inside(package: str) -> list[str]:
-    """The modules of a package, itself included."""
+    """Return the modules of a package, itself included."""
     return [name for name in modules() if name == package or name.startswith(f"{package}.")]
 
 
@@ -99,7 +99,7 @@ def test_imports_point_one_way(package: str) -> None:
 
 
 def engines() -> list[str]:
-    """The packages that hold an engine each."""
+    """Return the packages that hold an engine each."""
     modules_here = [name.split(".") for name in inside("posekit")]
     return [".".join(parts[:2]) for parts in modules_here if len(parts) == 3 and parts[2] == "engine"]
 
@@ -119,7 +119,7 @@ def test_an_engine_imports_no_other_engine(engine: str) -> None:
 
 
 def circle(graph: Graph) -> list[str]:
-    """One that the imports run in, each imported by the one after it; empty where there is none."""
+    """Return a circle of imports, each module imported by the next one; empty if there is none."""
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -134,13 +134,13 @@ def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
 
 
 def above(module: str) -> set[str]:
-    """The packages that a module lies in: they are loaded before it in any case."""
+    """Return the packages that a module lies in, which are always loaded before it."""
     parts = module.split(".")
     return {".".join(parts[:count]) for count in range(1, len(parts))}
 
 
 def rooms() -> dict[str, set[str]]:
-    """The files and folders of serve/, and what each imports of the others."""
+    """Return the files and folders of serve/, and the others that each imports."""
     found: dict[str, set[str]] = {}
     for module in inside("serve"):
         if module != "serve":
@@ -151,7 +151,7 @@ def rooms() -> dict[str, set[str]]:
 
 
 def floors(graph: Graph) -> list[list[str]]:
-    """The rooms of each floor, the lowest first: each stands right above the highest room that it imports."""
+    """Return the rooms of each floor, the lowest first: each stands right above the highest room that it imports."""
     floor: dict[str, int] = {}
     for room in graphlib.TopologicalSorter(graph).static_order():
         floor[room] = 1 + max((floor[below] for below in graph[room]), default=-1)
@@ -159,7 +159,7 @@ def floors(graph: Graph) -> list[list[str]]:
 
 
 def plan(graph: Graph) -> str:
-    """The floors in words, the highest first."""
+    """Return the floors in words, the highest first."""
     shown = list(enumerate(floors(graph), start=1))
     return "\n".join(
         f"floor {number}: {room} -> {', '.join(sorted(graph[room])) or 'nothing'}"
@@ -209,7 +209,7 @@ LIBRARIES = {"math", "cmath", "scipy", "random"}
 
 
 def calculations(tree: ast.AST) -> list[str]:
-    """Where a file multiplies matrices, turns, draws at random, or solves."""
+    """Return the places where a file multiplies matrices, turns, draws at random, or solves."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.MatMult):

@@ -1,4 +1,4 @@
-"""The command line as a user types it: what it prints, where, and how it exits."""
+"""The command line as a user types it: its output, where it goes, and the exit code."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_without_pem_server_scenes_that_cannot_be_drawn_point_to_a_ready_request
 
 
 def without_pem_server(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `pem` as where no entry point of pem-server is installed."""
+    """Run `pem` as if no entry point of pem-server were installed."""
     code = (
         "import importlib.metadata, sys; importlib.metadata.entry_points = lambda **_: []\n"
         "from pem.cli import main; main()\n"
@@ -280,7 +280,7 @@ def test_a_broken_file_of_keys_is_said_in_words(pem: Pem, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo scene as a user has it: files."""
+    """Return the demo scene as a user has it: files."""
     folder = tmp_path_factory.mktemp("scene")
     scene = demo_scene()
     main = scene.instances[0]

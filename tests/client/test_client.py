@@ -1,4 +1,4 @@
-"""The client: what it sends, what it makes of the answers, when it tries again.
+"""The client: what it sends, how it reads answers, when it tries again.
 
 Retries and failures are tested against a small HTTP server that answers from a list; everything else against the real
 one (fixture `server`).
@@ -37,7 +37,7 @@ MASK[10:30, 20:50] = True
 
 
 class Script:
-    """What the small server answers, in order (the last one again and again), and what it was sent."""
+    """The answers of the small server, in order (the last one again and again), and the requests that it got."""
 
     def __init__(self) -> None:
         self.answers: list[tuple[int, dict[str, str], Any] | None] = []  # None: close without an answer

@@ -1,4 +1,4 @@
-"""What arrays, files and meshes become on their way to the server."""
+"""Arrays, files and meshes on their way to the server."""
 
 from __future__ import annotations
 

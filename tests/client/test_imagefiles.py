@@ -16,7 +16,7 @@ Array = np.ndarray[Any, Any]
 
 
 def picture(shape: tuple[int, ...], dtype: str) -> Array:
-    """Noise on a slope: every PNG filter finds its rows."""
+    """Make noise on a slope: every PNG filter finds its rows."""
     rng = np.random.default_rng(3)
     top = np.iinfo(dtype).max
     slope = np.linspace(0, top * 0.9, shape[1]).reshape(1, -1, *[1] * (len(shape) - 2))

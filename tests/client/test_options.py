@@ -1,4 +1,4 @@
-"""Options: by keyword, as a struct, or both; and what help() and a notebook's completion show of them."""
+"""Options: by keyword, as a struct, or both; and how help() and a notebook's completion show them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package as others import it: its names, and what importing it brings along."""
+"""The package as others import it: its names, and the modules that importing it loads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLIENTS = ("httpx", "rich", "typer", "asyncio")
 
 
 def imported(code: str, names: tuple[str, ...]) -> str:
-    """Which of the names the code has imported, after it ran in a process of its own."""
+    """Run code in a separate process; return which of the names it has imported."""
     told = f"import sys; {code}; print([name for name in {names!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stderr == ""

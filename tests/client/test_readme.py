@@ -1,4 +1,4 @@
-"""The client's README does what it says, against a running server."""
+"""The examples of the client's README, run against a server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def blocks(language: str) -> str:
 
 @pytest.fixture
 def folder(server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The current folder, with the files that the README names; the server forgets its object afterwards."""
+    """Enter a folder with the files that the README names; the server forgets its object afterwards."""
     monkeypatch.chdir(tmp_path)
     scene = demo_scene()
     pictures = {"rgb.png": scene.rgb, "depth.png": scene.depth_raw, "mask.png": scene.instances[0].mask}

@@ -52,7 +52,7 @@ class Watched:
 
 @pytest.fixture(scope="session")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """One server with API keys, an object that may be a label, and batches in its pose stage; and its Prometheus."""
+    """Start a server with API keys, an object allowed as a label, and batches in its pose stage; and its Prometheus."""
     if shutil.which("prometheus") is None:
         pytest.skip("prometheus is not installed (Debian: the package prometheus)")
     folder = tmp_path_factory.mktemp("watched")
@@ -68,7 +68,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 
 def every_kind_of_request(watched: Watched) -> None:
-    """Send some of everything: poses, detections without one, mistakes, refusals, other routes."""
+    """Send each kind of request: poses, detections without one, mistakes, refusals, other routes."""
     nothing = np.zeros((HEIGHT, WIDTH), dtype=bool)
     speck = nothing.copy()
     speck[5, 5] = True

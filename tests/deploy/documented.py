@@ -21,7 +21,7 @@ class Family:
 
     @property
     def series(self) -> tuple[str, ...]:
-        """Return the names of its time series."""
+        """Return the names of the family's time series."""
         endings = ("_bucket", "_count", "_sum") if self.type == "histogram" else ("",)
         return tuple(self.name + ending for ending in endings)
 

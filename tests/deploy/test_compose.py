@@ -1,4 +1,4 @@
-"""compose.yaml: what of it watches the server starts on request only, and is open to this machine only."""
+"""compose.yaml: its monitoring services start only on request, and only this machine can reach them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dashboard: its JSON is sound, and every query of it is answered by a really running Prometheus, with data."""
+"""The dashboard: its JSON is sound, and a running Prometheus answers every query of it with data."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_only_variables_that_exist_are_used() -> None:
 
 @pytest.fixture(scope="module")
 def busy(watched: Watched) -> Watched:
-    """The watched server, its rates above zero: something of everything came between two scrapes."""
+    """Make the watched server busy between two scrapes with each kind of request, so that its rates are above zero."""
     watched.prometheus.wait_for_scrape()
     every_kind_of_request(watched)
     watched.prometheus.wait_for_scrape()

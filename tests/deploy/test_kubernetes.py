@@ -48,7 +48,7 @@ Manifest = dict[str, Any]
 
 @functools.cache
 def builder() -> list[str]:
-    """The command that builds a kustomization; the test is skipped where there is none."""
+    """Return the command that builds a kustomization; skip the test if there is none."""
     if shutil.which("kustomize"):
         return ["kustomize", "build"]
     if shutil.which("kubectl"):
@@ -61,7 +61,7 @@ def builder() -> list[str]:
 
 @functools.cache
 def build(folder: Path) -> tuple[Manifest, ...]:
-    """What `kubectl apply -k` would send."""
+    """Return what `kubectl apply -k` would send."""
     done = subprocess.run([*builder(), str(folder)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "a deprecated spelling, probably"
@@ -70,12 +70,12 @@ def build(folder: Path) -> tuple[Manifest, ...]:
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder, to which a test may add kustomizations."""
+    """Copy the folder, so that a test may add kustomizations."""
     return Path(shutil.copytree(HERE, tmp_path_factory.mktemp("kubernetes") / "kubernetes"))
 
 
 def manifests(copied: Path, name: str) -> tuple[Manifest, ...]:
-    """One of BUILDS."""
+    """Return the manifests of one of BUILDS."""
     overlay, components = BUILDS[name]
     folder = copied / name.replace(" ", "-")
     folder.mkdir(exist_ok=True)
@@ -93,12 +93,12 @@ def manifests(copied: Path, name: str) -> tuple[Manifest, ...]:
 
 @pytest.fixture(params=BUILDS)
 def built(request: pytest.FixtureRequest, copied: Path) -> tuple[Manifest, ...]:
-    """Each of BUILDS."""
+    """Return the manifests of each of BUILDS in turn."""
     return manifests(copied, request.param)
 
 
 def of_kind(built: tuple[Manifest, ...], kind: str) -> dict[str, Manifest]:
-    """The manifests of a kind, by name."""
+    """Return the manifests of a kind, by name."""
     return {one["metadata"]["name"]: one for one in built if one["kind"] == kind}
 
 
@@ -108,21 +108,21 @@ def pod_of(workload: Manifest) -> Manifest:
 
 
 def container_of(workload: Manifest) -> Manifest:
-    """The one container that serves."""
+    """Return the one container that serves."""
     (container,) = pod_of(workload)["containers"]
     found: Manifest = container
     return found
 
 
 def environment_of(workload: Manifest) -> dict[str, str]:
-    """What the server's process sees: the image's variables and the container's, the latter winning."""
+    """Return the environment of the server's process: the image's variables, overridden by the container's."""
     image = dict(re.findall(r"^ +(PEM_\w+)=(\S+?)(?: \\)?$", DOCKERFILE, re.MULTILINE))
     assert set(image) == {"PEM_HOST", "PEM_PORT", "PEM_DATA_DIR"}
     return image | {variable["name"]: variable["value"] for variable in container_of(workload)["env"]}
 
 
 def settings_of(built: tuple[Manifest, ...], workload: Manifest, folder: Path) -> settings.Settings:
-    """What the server would run with: the mounted file, loaded as `pem serve --config` loads it."""
+    """Return the server's settings: the mounted file, loaded as `pem serve --config` loads it."""
     volume = next(one for one in pod_of(workload)["volumes"] if one["name"] == "settings")
     file = folder / "pem.toml"
     file.write_text(of_kind(built, "ConfigMap")[volume["configMap"]["name"]]["data"]["pem.toml"])
@@ -130,13 +130,13 @@ def settings_of(built: tuple[Manifest, ...], workload: Manifest, folder: Path) -
 
 
 def size(text: str) -> float:
-    """A quantity of memory in bytes, or of cores."""
+    """Return a quantity of memory in bytes, or of cores."""
     number, unit = re.fullmatch(r"([0-9.]+)(Mi|Gi|m|)", str(text)).groups()
     return float(number) * {"Mi": 2**20, "Gi": 2**30, "m": 1e-3, "": 1.0}[unit]
 
 
 def volumes_of(workload: Manifest) -> dict[str, Manifest]:
-    """Volumes by where they are mounted."""
+    """Return the volumes by mount path."""
     by_name = {volume["name"]: volume for volume in pod_of(workload)["volumes"]}
     return {mount["mountPath"]: by_name[mount["name"]] for mount in container_of(workload)["volumeMounts"]}
 

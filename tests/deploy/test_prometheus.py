@@ -1,4 +1,4 @@
-"""A really running Prometheus reads a server under load: every family, types and numbers, no growth; the rules."""
+"""A running Prometheus reads a server under load: every family, types and numbers, no growth; the rules."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EMPTY = {"sha256"}  # where no weights are in use; to Prometheus an empty label 
 
 
 def promtool(*arguments: str, cwd: Path = RULES, given: bytes = b"") -> str:
-    """What promtool says to standard output and error; it must be content."""
+    """Return promtool's standard output and error; it must succeed."""
     tool = shutil.which("promtool")
     if tool is None:
         pytest.skip("promtool is not installed (Debian: the package prometheus)")
@@ -250,13 +250,13 @@ def test_ten_thousand_requests_and_twenty_dead_workers_add_no_series(watched: Wa
 
 
 def series(watched: Watched, since: float) -> set[tuple[tuple[str, str], ...]]:
-    """Every series that there was between a moment and now."""
+    """Return every series that existed between a moment and now."""
     found = watched.prometheus.get("series", **{"match[]": OURS}, start=since, end=time.time())
     return {tuple(sorted(labels.items())) for labels in found}
 
 
 def kill_one(watched: Watched, stage: str) -> None:
-    """SIGKILL to a worker of a stage; returns when there are as many as before."""
+    """SIGKILL a worker of a stage; return when there are as many workers as before."""
     before = {worker.pid for worker in watched.server.workers(stage)}
     victim = min(before)
     os.kill(victim, signal.SIGKILL)
@@ -269,7 +269,7 @@ def kill_one(watched: Watched, stage: str) -> None:
 
 
 def register_randomly(watched: Watched) -> None:
-    """An object under a name that nobody has heard of, and a pose of it asked for."""
+    """Register an object under a random name, and ask for a pose of it."""
     name = f"part-{secrets.token_hex(4)}"
     files = {
         "file": ("a.ply", ascii_ply(tetrahedron(50 + random.random()))),
@@ -284,7 +284,7 @@ def register_randomly(watched: Watched) -> None:
 
 
 async def hammer(watched: Watched, *, cheap: int, poses: int, seed: int) -> int:
-    """Requests with made-up paths, ids, names, engines, keys and bodies, and poses among them; returns how many."""
+    """Send requests with made-up paths, ids, names, engines, keys and bodies, and poses among them; return how many."""
     chance = random.Random(seed)
     empty = msgspec.msgpack.encode(tiny_question().body(indices=[]))
     small = msgspec.msgpack.encode(one())

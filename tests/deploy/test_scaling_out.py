@@ -1,4 +1,4 @@
-"""Two servers behind nginx, as docs/SCALING.md has it: one copies the other's objects, and is stopped under load."""
+"""Two servers behind nginx, as in docs/SCALING.md: one copies the other's objects, and is stopped under load."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ class Proxy:
         return self
 
     def answers(self) -> bool:
-        """Whether it does."""
+        """Return True if nginx answers."""
         try:
             return httpx.get(f"{self.url}/livez", timeout=2).status_code == 200
         except httpx.TransportError:
             return False
 
     def tries(self) -> Counter[str]:
-        """How requests went: what the client got, and what each server said that was asked."""
+        """Count the outcomes of requests: what the client got, and what each server that was asked answered."""
         return Counter((self.folder / "access.log").read_text().splitlines())
 
     def stop(self) -> None:
@@ -99,7 +99,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    """The shared server, and one that started with a copy of its objects, made by the manifest's own command."""
+    """Start a server with a copy of the shared server's objects, made by the manifest's own command; and nginx."""
     folder = tmp_path_factory.mktemp("scaling")
     data = folder / "data"
     data.mkdir()
@@ -115,7 +115,7 @@ def pair(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def copy_command(library: Path, data: Path) -> list[str]:
-    """What the init container runs, with the two volumes where this test has them."""
+    """Return the init container's command, with the two volumes moved to this test's folders."""
     container = yaml.safe_load(COPY_PATCH.read_text())["spec"]["template"]["spec"]["initContainers"][0]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     places = {mounts["library"]: str(library), mounts["data"]: str(data)}
@@ -128,7 +128,7 @@ def copy_command(library: Path, data: Path) -> list[str]:
 
 @dataclass
 class Crowd:
-    """Clients that ask one small question again and again, never twice for one answer; each answer is judged."""
+    """Clients that ask one small question again and again, never twice for one answer, and judge each answer."""
 
     url: str
     question: Question
@@ -167,7 +167,7 @@ class Crowd:
         return f"poses off by (degrees, mm): {off}" if off else None
 
     def finish(self) -> None:
-        """No more; returns when the last one has its answer."""
+        """Stop asking; return when the last client has its answer."""
         self.stop.set()
         for thread in self.threads:
             thread.join(LONGEST_S)
@@ -175,7 +175,7 @@ class Crowd:
 
 
 def answered(server: RunningServer) -> float:
-    """Pose requests that a server has answered with 200."""
+    """Return the number of pose requests that a server has answered with 200."""
     line = 'pose_requests_total{code="200",route="/api/v1/pose_estimation"} '
     page = httpx.get(f"{server.url}/metrics", timeout=30).text
     return float(page.partition(line)[2].split()[0])

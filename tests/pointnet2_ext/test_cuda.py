@@ -73,7 +73,7 @@ def test_the_glue_to_torch_compiles(nvcc, tmp_path, source):
 
 @pytest.fixture(scope="module")
 def on_threads(tmp_path_factory) -> ctypes.CDLL:
-    """The kernels as functions, run by threads of the CPU."""
+    """Return the kernels as functions, run by threads of the CPU."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ here: the CUDA kernels were not run")
@@ -86,7 +86,7 @@ def on_threads(tmp_path_factory) -> ctypes.CDLL:
 
 
 def call(function, *arguments: Tensor | int | float) -> None:
-    """Call a function of the library; tensors go as pointers."""
+    """Call a function of the library; pass tensors as pointers."""
     given = [
         ctypes.c_void_p(value.data_ptr())
         if isinstance(value, Tensor)
@@ -99,7 +99,7 @@ def call(function, *arguments: Tensor | int | float) -> None:
 
 
 def cloud(batch: int, n: int) -> Tensor:
-    """Whole numbers, so that there are ties and repeated points."""
+    """Make a cloud of whole numbers, so that there are ties and repeated points."""
     generator = torch.Generator().manual_seed(n)
     return (2 * torch.randn(batch, n, 3, generator=generator)).round()
 

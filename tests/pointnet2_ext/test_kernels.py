@@ -1,4 +1,4 @@
-"""Which kernel answers: a fact that can be asked for, and a fallback that is heard."""
+"""The kernel that answers: code can ask which it is, and a fallback is logged."""
 
 from __future__ import annotations
 

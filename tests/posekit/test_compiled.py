@@ -1,4 +1,4 @@
-"""Kernels that are not there, or do not load, are missed aloud."""
+"""Missing or unloadable kernels are logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One detection cut out of its frame. What a request's job makes of it: tests/workers/stages/test_decode.py."""
+"""One detection cut out of its frame. tests/workers/stages/test_decode.py tests the crops of a request's job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEIGHT, WIDTH = 120, 160
 
 
 def frame() -> Frame:
-    """Every pixel with a colour and a depth of its own; 0.5 mm a unit."""
+    """Return a frame whose pixels all differ in colour and depth; 0.5 mm a unit."""
     rng = np.random.default_rng(0)
     return Frame(
         rgb=rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8),

@@ -1,4 +1,4 @@
-"""The overlay picture: lines lie where the model is, and odd items do no harm."""
+"""The overlay picture: lines lie on the model, and odd items do no harm."""
 
 from __future__ import annotations
 

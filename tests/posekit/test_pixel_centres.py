@@ -1,4 +1,4 @@
-"""Whole numbers are pixel centres, as OpenCV's are, in everything that a frame passes through.
+"""Pixel centres have integer coordinates, as in OpenCV, in every step that a frame passes through.
 
 Half a pixel is 0.6 mm at 0.7 m with a focal length of 600 pixels, and shows in every test here.
 """
@@ -32,7 +32,7 @@ RADIUS_M = 0.1
 
 @pytest.fixture(scope="module")
 def frame() -> Frame:
-    """A ball off the middle of the picture, rendered; depth in tenths of a millimetre."""
+    """Render a ball off the middle of the picture; depth in tenths of a millimetre."""
     ball = trimesh.creation.icosphere(subdivisions=5, radius=RADIUS_M)
     mesh = Mesh(vertices_m=ball.vertices.astype(np.float32), faces=ball.faces.astype(np.int32))
     seen = render([mesh], [at(*CENTRE_M)], K, 640, 480)
@@ -41,7 +41,7 @@ def frame() -> Frame:
 
 
 def instance(frame: Frame) -> Instance:
-    """The ball as the engines get it."""
+    """Return the ball as the engines get it."""
     one = crops.cut_out(frame, crops.look(frame, frame.depth_raw > 0))
     mask = one.mask.astype(np.bool_)
     more = {"origin_px": one.origin_px, "image_size_px": one.image_size_px}
@@ -49,7 +49,7 @@ def instance(frame: Frame) -> Instance:
 
 
 def centre_of(points: npt.NDArray[np.floating]) -> Float64:
-    """The centre of the ball that fits the points (n, 3) best."""
+    """Return the centre of the ball that fits the points (n, 3) best."""
     p = points.reshape(-1, 3).astype(np.float64)
     p = p[p[:, 2] > 0]
     unknown = np.linalg.lstsq(np.column_stack([2 * p, np.ones(len(p))]), (p**2).sum(axis=1), rcond=None)[0]

@@ -1,4 +1,4 @@
-"""The rows of the engines: that they fit each other, and that nothing else decides by an engine's name."""
+"""The rows of the engines: they agree with each other, and no other code decides by an engine's name."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_stand_ins_answer_for_the_engines_that_are_lost() -> None:
 
 
 def names_compared(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and name of each comparison, membership test or case with a literal that is an engine's name."""
+    """Yield line and name of each comparison, membership test or case with an engine's name as a literal."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             parts: list[ast.AST] = [node.left, *node.comparators]

@@ -1,4 +1,4 @@
-"""The unit doctor: every slip is named and its cure told; nothing ordinary is ever refused."""
+"""The unit check: it names every slip and its cure, and refuses nothing ordinary."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ F = 600.0
 
 
 def seen(depth_mm: float, diameter_mm: float, share: float = 0.7) -> Observation:
-    """An object of this diameter at this depth, of which the mask spans `share` of the diameter."""
+    """Return an object of this diameter at this depth, whose mask spans `share` of the diameter."""
     extent_px = share * F * diameter_mm / depth_mm
     pixels = max(1, int(extent_px**2 / 2))
     return Observation(median_depth_mm=depth_mm, mask_px=pixels, mask_extent_px=extent_px, valid_px=pixels)
 
 
 def slipped(depth_factor: float = 1.0, model_factor: float = 1.0, depth_mm=820.0, diameter_mm=200.0, **more) -> Verdict:
-    """The verdict on a usual scene after depth and model were read with wrong units."""
+    """Return the verdict on a usual scene after depth and model were read with wrong units."""
     true = seen(depth_mm, diameter_mm)
     read = Observation(
         median_depth_mm=depth_mm * depth_factor,

@@ -1,4 +1,4 @@
-"""Millimetres to metres and back, at the one place where that is done."""
+"""Millimetres to metres and back, in the one place that converts them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A third engine is its package and its row: all else, from settings to metrics, follows, in a running server."""
+"""A third engine needs only its package and its row: the rest, from settings to metrics, follows in a real server."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class ToyEngine:
 
 
 def tree_with_a_toy(tree: Path) -> None:
-    """The project's packages as they are, and in posekit one package more, with its row before all others."""
+    """Make a tree of the project's packages, with one more package in posekit and its row before all others."""
     (tree / "posekit" / "toy").mkdir(parents=True)
     for name in (*PACKAGES, "client"):
         (tree / name).symlink_to(ROOT / name)
@@ -113,7 +113,7 @@ def tree_with_a_toy(tree: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server of such a tree, told nothing of the engine but a number in its settings. It knows the wedge."""
+    """Start a server of such a tree; its settings say of the engine one number and no more. It knows the wedge."""
     folder = tmp_path_factory.mktemp("toy")
     tree_with_a_toy(folder / "tree")
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Which engines a start offers, and what becomes of answers when the network that was chosen is not to be had."""
+"""The engines that a start offers, and the answers when the chosen network is not available."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def offer(folder: Path, **given: str) -> Any:
 
 
 def wrong_network(folder: Path) -> None:
-    """A sound file of tensors, of something else."""
+    """Write a sound file of tensors of something else."""
     save_file({"head.weight": np.zeros((2, 3), np.float32)}, folder / manifest.FILE_NAME)
 
 
@@ -73,7 +73,7 @@ def test_missing_weights_are_lost_only_where_they_were_asked_for(tmp_path: Path)
 
 
 def refused_start(data: Path, **given: str) -> str:
-    """What `pem serve` says where it does not start."""
+    """Return the message of a `pem serve` that does not start."""
     environment = {f"PEM_{name.upper()}": value for name, value in given.items()}
     command = [sys.executable, "-m", "pem", "serve", "--port", "0", "--data-dir", str(data)]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -96,7 +96,7 @@ def test_without_a_fallback_weights_of_another_network_end_the_start_in_words(tm
 
 
 def check_stand_in(server: RunningServer, reason: str) -> None:
-    """The geometric engine answers in the network's place, and everything says so."""
+    """Check that the geometric engine answers in the network's place, and that all reports say so."""
     register(server.url, tiny_scene().instances[1].shape)
     with Asker(server.url) as ask:
         for engine, degraded in (("auto", True), ("sam6d", True), ("geometric", False)):

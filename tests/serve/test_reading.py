@@ -1,4 +1,4 @@
-"""Bodies that are not what they say, and senders that do not listen: what the server reads, and what it answers."""
+"""Bodies that are not what they claim, and senders that do not listen: what the server reads, and its answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MB = 2**20
 
 
 def most_memory_mb(pid: int) -> float:
-    """The most that a process ever held."""
+    """Return the most memory that a process ever held."""
     match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert match is not None
     return int(match[1]) / 1024
@@ -88,14 +88,14 @@ def test_a_large_value_beside_an_upload_is_413(ask: Asker) -> None:
 
 @pytest.fixture
 def locked(special: Special) -> Iterator[str]:
-    """The special server with one key while it lasts."""
+    """Give the special server one key during the test."""
     path = special.server.data / "keys.json"
     yield keys.add(path, "camera")
     path.unlink()
 
 
 def send_all_then_look(port: int, path: str, body: bytes, **headers: str) -> tuple[int, str]:
-    """What a plain client sees that sends its whole body before it looks for an answer: status and code."""
+    """Send a whole body before looking for an answer, as plain clients do; return status and code."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
         connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
@@ -156,7 +156,7 @@ def test_who_waits_for_a_go_ahead_is_refused_without_sending(special: Special) -
 
 
 def spoiled(tree: dict[str, Any], as_json: bool) -> bytes:
-    """The request with each text `@@` replaced by two bytes that are no UTF-8."""
+    """Return the request with each text `@@` replaced by two bytes that are not UTF-8."""
     good, bad = (b'"@@"', b'"\xff\xfe"') if as_json else (b"\xa2@@", b"\xa2\xff\xfe")
     data = (msgspec.json if as_json else msgspec.msgpack).encode(tree)
     assert good in data

@@ -116,7 +116,7 @@ def uploading(port: int, data: bytes, *, send: int | None = None) -> socket.sock
 
 
 class Asker:
-    """Sends requests to one server on one connection; checks in every answer what holds for all."""
+    """Sends requests to one server on one connection, and checks every answer for what holds for all."""
 
     def __init__(self, url: str) -> None:
         self.url = url

@@ -24,13 +24,13 @@ from workers.stages.respond import RespondStage
 
 @pytest.fixture(scope="session")
 def scene() -> Scene:
-    """Three brackets on a table."""
+    """Return a scene of three brackets on a table."""
     return make_scene(3, shapes=[SHAPES[SHAPE]()], count=3, occlusion=False)
 
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    """Small settings for a small machine, and a store that all tests of this folder share."""
+    """Return small settings for a small machine, with a store that all tests of this folder share."""
     home = tmp_path_factory.mktemp("pem")
     return Stages(
         objects_dir=str(home / "objects"),
@@ -50,7 +50,7 @@ def shared(stages: Stages) -> Iterator[Stages]:
 
 @pytest.fixture(scope="session")
 def stored(shared: Stages) -> StoredObject:
-    """The scene's object, registered and onboarded."""
+    """Register and onboard the scene's object."""
     return register(ObjectStore(Path(shared.objects_dir)), InspectStage().forward, OnboardStage().forward)
 
 
@@ -76,7 +76,7 @@ def respond(shared: Stages) -> RespondStage:
 
 @pytest.fixture(scope="session")
 def pipeline(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
-    """The pipeline over a store of its own, with the settings of the other tests."""
+    """Start the pipeline over a separate store, with the settings of the other tests."""
     folder = tmp_path_factory.mktemp("pipeline")
     own = msgspec.structs.replace(stages, objects_dir=str(folder / "objects"), run_dir=str(folder / "run"))
     running = Pipeline(own, folder)

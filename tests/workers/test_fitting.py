@@ -15,7 +15,7 @@ from workers.settings import Decode, Pose, Stages, fitted, pose_workers
 def stages(
     device: str, cores: int, monkeypatch: pytest.MonkeyPatch, pose: Pose | None = None, memory_mb: int = 64_000
 ) -> Stages:
-    """What a server on such a machine gives to its workers."""
+    """Return the settings that a server on such a machine gives to its workers."""
     monkeypatch.setattr("serve.settings.usable_cores", lambda: cores)
     monkeypatch.setattr("serve.settings.usable_memory_mb", lambda: memory_mb)
     settings = Settings(pose=pose or Pose())
@@ -68,14 +68,14 @@ def test_fitting_twice_changes_nothing() -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """One file of a made-up machine, with its folders."""
+    """Write one file of a made-up machine, with its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 
 @pytest.fixture
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if this process might run on eight."""
+    """Pretend that this process may run on eight cores."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
 
 

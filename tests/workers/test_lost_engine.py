@@ -1,4 +1,4 @@
-"""What becomes of a stage whose network cannot be started: it does without, or says that nothing can be done."""
+"""A stage whose network cannot be started: it goes on without, or says that nothing can be done."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from workers.state import read_states
 
 @pytest.fixture
 def without_weights(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
-    """The settings of a server whose weights went away between its start and that of its workers."""
+    """Return settings of a server whose weights vanished between its start and the start of its workers."""
     return set_up(stages, tmp_path, monkeypatch, fallback=True)
 
 

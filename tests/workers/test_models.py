@@ -1,4 +1,4 @@
-"""The bound on the models held in memory."""
+"""The limit on the models in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = ["a" * 64, "b" * 64, "c" * 64]
 
 
 class Plain:
-    """As much of an engine as the cache asks for."""
+    """The parts of an engine that the cache needs."""
 
     name, version, device = "plain", "1", "cpu"
 
@@ -30,7 +30,7 @@ class Plain:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ObjectStore:
-    """Three objects with models of 1000 bytes."""
+    """Make a store of three objects with models of 1000 bytes."""
     store = ObjectStore(tmp_path)
     for age, object_id in enumerate(NAMES):
         stored = StoredObject(

@@ -35,7 +35,7 @@ def answered(answer: PartAnswer | Failure) -> PartAnswer:
 
 @pytest.fixture(scope="module")
 def registered(pipeline: Pipeline) -> StoredObject:
-    """The scene's object, brought in through /inspect and /onboard."""
+    """Bring in the scene's object through /inspect and /onboard."""
 
     def send(route: str, kind: Any) -> Any:
         def call(task: InspectTask | OnboardTask) -> Any:
@@ -55,7 +55,7 @@ def ask(scene: Any, registered: StoredObject) -> Asker:
 
 
 def one(ask: Asker, which: int, request_id: str) -> Any:
-    """A part about one detection."""
+    """Return a part about one detection."""
     return ask.part(ask.job([ask.scene.instances[which % 3].mask], request_id=request_id))
 
 

@@ -1,4 +1,4 @@
-"""Whose pose it is in the end: the network's, or what the refiner made of it."""
+"""The final pose: the network's, or the refiner's."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def instance(seed: int, refine: Literal["icp", "none"], init_T_cam_obj: Float64 
 
 
 def network(instances: Sequence[Instance]) -> list[Outcome]:
-    """A pose for each; none for seed 13."""
+    """Return a pose for each detection; none for seed 13."""
     runner_up = Hypothesis(T_cam_obj=pose(9.0), confidence=0.1)
     found = Estimate(T_cam_obj=pose(0.5), confidence=0.7, evidence=NETWORKS, ambiguous=True, hypotheses=(runner_up,))
     return [Rejection(code="no_fit", detail="no") if one.seed == 13 else found for one in instances]
 
 
 def refiner(instances: Sequence[Instance]) -> list[Outcome]:
-    """A millimetre beside where it starts; it rejects seed 99."""
+    """Return a pose a millimetre beside the start; reject seed 99."""
     outcomes: list[Outcome] = []
     for one in instances:
         assert one.init_T_cam_obj is not None

@@ -1,4 +1,4 @@
-"""What a worker says about itself, and how little of it can get lost."""
+"""A worker's report about itself, and how little of it can get lost."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The accuracy benchmark: it asks as the service does, scores what it should, and adds it up rightly."""
+"""The accuracy benchmark: it asks questions as the service does, scores the right rows, and adds up correctly."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def test_a_surface_that_reaches_behind_the_camera_is_seen_where_it_is() -> None:
 
 
 def plain_vsd(mesh: Mesh, T_est: Float64, T_true: Float64, scene_m: Float32, diameter_m: float) -> list[float]:
-    """The definition word by word, on whole images."""
+    """Compute VSD word by word from its definition, on whole images."""
     lengths = np.linalg.norm(pixel_rays(K, WIDTH, HEIGHT), axis=-1)
     est = render([mesh], [T_est], K, WIDTH, HEIGHT).depth_m * lengths
     true = render([mesh], [T_true], K, WIDTH, HEIGHT).depth_m * lengths

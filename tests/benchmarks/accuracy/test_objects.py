@@ -1,4 +1,4 @@
-"""The benchmark's objects: sound meshes, and symmetries that shape and colour agree on, none forgotten."""
+"""The benchmark's objects: sound meshes, and complete symmetries that shape and colour agree on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.na
 
 
 def parts(shape: Shape) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The closed surfaces that an object consists of, as vertex numbers and faces."""
+    """Return the closed surfaces of an object, as vertex numbers and faces."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -28,7 +28,7 @@ def parts(shape: Shape) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 class Skin:
-    """What is seen of an object from outside: its surface, and where on it each colour is."""
+    """The visible outside of an object: its surface, and the place of each colour on it."""
 
     def __init__(self, shape: Shape) -> None:
         import open3d as o3d
@@ -60,7 +60,7 @@ class Skin:
         return scene
 
     def gaps_mm(self, T: Float64, step: int = 1) -> tuple[float, float]:
-        """At the worst of every `step`-th vertex, moved: how far are the surface and a vertex of the same colour."""
+        """Return the largest gaps of every `step`-th moved vertex to the surface and to a vertex of the same colour."""
         moved = self.points[::step] @ T[:3, :3].T + T[:3, 3]
         surface = self._surface.compute_distance(self._tensor(moved.astype(np.float32))).numpy()  # type: ignore[attr-defined]
         kind = self._kind[::step]
@@ -76,7 +76,7 @@ def turn(axis: np.ndarray, degrees: float, point: np.ndarray) -> Float64:
 
 
 def likely_turns(middle: np.ndarray) -> list[Float64]:
-    """All parts of a circle about the frame's axes, and half turns about lines across them, every 15 degrees."""
+    """Return turns by 1/2 to 1/20 circle about the frame's axes, and half turns about lines across every 15 degrees."""
     found = [turn(axis, 360 / count, middle) for axis in np.eye(3) for count in range(2, 21)]
     for axis in np.eye(3):
         first = np.roll(axis, 1)

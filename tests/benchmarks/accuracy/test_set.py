@@ -1,4 +1,4 @@
-"""The accuracy benchmark's data set: what it promises, and a cache that never gives anything else."""
+"""The accuracy benchmark's data set: it keeps its promises, and its cache returns nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark: what it counts adds up, what it judges is judged, and the whole script runs without a GPU."""
+"""The GPU benchmark: counts add up, verdicts are right, and the whole script runs without a GPU."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Prepared:
-    """The file of reference numbers and what the networks need to run on it."""
+    """The file of reference numbers, and the inputs that the networks need to run on it."""
 
     def __init__(self) -> None:
         self.golden = Golden(GOLDEN)

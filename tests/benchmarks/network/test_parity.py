@@ -1,4 +1,4 @@
-"""The parity benchmark: what it reads of a file of reference numbers, what passes, and what is found out."""
+"""The parity benchmark: reading a file of reference numbers, passing on right numbers, finding wrong ones."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def golden() -> Golden:
 
 @pytest.fixture(scope="module")
 def half(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The second instance alone, the occluded one with repeated points, and half of the pose cases: half the time."""
+    """Write the second instance (occluded, with repeated points) and half of the pose cases only: half the time."""
     names = [name for name in golden._arrays.files if not name.startswith(("coarseB", "fineLB"))]
     path = tmp_path_factory.mktemp("parity") / "half.npz"
     arrays: dict[str, Any] = {name: golden[name][slice(1, None) if golden[name].ndim else ()] for name in names}
@@ -60,7 +60,7 @@ def half(golden: Golden, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
-    """The command, in this process; returns its exit code."""
+    """Run the command in this process; return its exit code."""
     monkeypatch.setattr(sys, "argv", ["parity", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         parity.main()
@@ -78,7 +78,7 @@ class Ran(NamedTuple):
 
 @pytest.fixture(scope="module")
 def ran(half: Path, generated_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Both settings, with the weights that the file was made with."""
+    """Run both settings with the weights that the file was made with."""
     figures = tmp_path_factory.mktemp("figures") / "parity.json"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         code = run(patch, half, "--weights", generated_weights, "--json", figures)

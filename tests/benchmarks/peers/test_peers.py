@@ -1,4 +1,4 @@
-"""The peers: what they are given arrives as it was, and each finds an object that is plain to see."""
+"""The peers: their input arrives unchanged, and each finds an object that is plain to see."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ K = np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])
 
 
 def seen_from_above() -> tuple[job.Job, np.ndarray[Any, Any]]:
-    """A housing that stands alone 0.5 m away, and its pose."""
+    """Return a housing that stands alone 0.5 m away, and its pose."""
     T_cam_obj = np.eye(4)
     T_cam_obj[:3, :3] = rotation((1, 0.2, 0.1), 130)
     T_cam_obj[:3, 3] = 0.02, -0.01, 0.5
@@ -41,7 +41,7 @@ def test_a_job_arrives_as_it_was_written(tmp_path: Path) -> None:
 
 
 class MiddleFinder:
-    """Says that the object is where its points are; finds nothing in a few points."""
+    """A peer that puts the object in the middle of its points, and finds nothing in a few points."""
 
     def prepare(self, vertices_m: job.Array, faces: job.Array) -> job.Array:
         return vertices_m.mean(axis=0)

@@ -45,7 +45,7 @@ class QueueServer:
 
 @contextlib.contextmanager
 def queue_server(served_s: float, broken: bool = False) -> Iterator[Target]:
-    """Run the server in a thread of its own."""
+    """Run the server in a separate thread."""
     one = QueueServer(served_s, broken)
     thread = threading.Thread(target=one.loop.run_forever)
     thread.start()

@@ -1,4 +1,4 @@
-"""The fairness benchmark: what comes of its rounds."""
+"""The fairness benchmark: the figures of its rounds."""
 
 from __future__ import annotations
 

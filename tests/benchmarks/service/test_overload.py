@@ -1,4 +1,4 @@
-"""The overload benchmark: what it calls a failure, and a short run against a really running server."""
+"""The overload benchmark: its definition of failure, and a short run against a running server."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ DEADLINE_MS = 5000
 
 
 def sample(due: float, **changes: Any) -> Sample:
-    """A request that was answered in 4 s, unless `changes` say otherwise."""
+    """Make a request that was answered in 4 s, unless `changes` say otherwise."""
     fields = {"question": "", "client": 0, "due": due, "sent": due, "done": due + 4.0, "status": 200, "poses": 3}
     return Sample(**(fields | changes))
 
 
 def refused(due: float, **changes: Any) -> Sample:
-    """One that was refused after 10 ms."""
+    """Make a request that was refused after 10 ms."""
     return sample(due, **({"status": 429, "done": due + 0.01, "retry_after_s": 3.0, "poses": 0} | changes))
 
 
 def readings(**late: float) -> list[memory.Reading]:
-    """100 MB in each of two processes, and what they come to in the end."""
+    """Make readings of two processes that go from 100 MB each to the `late` megabytes."""
     ends = {"gateway": 100.0, "pose": 100.0} | late
     return [
         memory.Reading(
@@ -43,7 +43,7 @@ def readings(**late: float) -> list[memory.Reading]:
 
 
 def good() -> Measured:
-    """A server of 10 requests/s that was offered 30 for a minute, and did all that is wanted."""
+    """Make a run in which a server of 10 requests/s, offered 30 for a minute, meets all demands."""
     quick = [sample(at / 10, done=at / 10 + 0.01) for at in range(200)]
     capacity = Run(mode="closed", clients=16, rate_hz=None, begun=0.0, ended=20.0, samples=quick)
     samples = [sample(at / 30) if at % 3 == 0 else refused(at / 30) for at in range(1800)]
@@ -79,7 +79,7 @@ def figures(measured: Measured) -> dict[str, float]:
 
 
 def with_samples(measured: Measured, *changed: Sample) -> Measured:
-    """The first requests of the overload replaced."""
+    """Replace the first requests of the overload."""
     samples = [*changed, *measured.overload.samples[len(changed) :]]
     return dataclasses.replace(measured, overload=dataclasses.replace(measured.overload, samples=samples))
 

@@ -1,4 +1,4 @@
-"""The profile of the service: a cost is told by something of this project that one can change."""
+"""The profile of the service: each cost is attributed to a part of this project that can be changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak: what it calls a leak, and a short one of a really running server whose workers are killed."""
+"""The soak: its definition of a leak, and a short soak of a running server whose workers are killed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GATEWAY = 10
 
 
 def snapshot(**changes: Any) -> soak.Snapshot:
-    """What a small server holds, unless `changes` say otherwise."""
+    """Make a snapshot of a small server, unless `changes` say otherwise."""
     fields: dict[str, Any] = {
         "processes": Counter({"gateway": 1, "decode": 2, "pose": 1}),
         "zombies": 0,
@@ -40,7 +40,7 @@ def snapshot(**changes: Any) -> soak.Snapshot:
 
 
 def readings(late_mb: float = 100.0) -> list[memory.Reading]:
-    """A pose worker that is replaced halfway."""
+    """Make readings with a pose worker that is replaced halfway."""
     return [
         memory.Reading(
             when=float(second),
@@ -51,7 +51,7 @@ def readings(late_mb: float = 100.0) -> list[memory.Reading]:
 
 
 def seen(**changes: Any) -> soak.Seen:
-    """A soak in which nothing went wrong, unless `changes` say otherwise."""
+    """Make a soak in which nothing went wrong, unless `changes` say otherwise."""
     fields: dict[str, Any] = {
         "requests": 500,
         "refused": 40,
@@ -175,7 +175,7 @@ def test_state_files_of_replaced_workers_count_as_the_same() -> None:
 
 @pytest.fixture(scope="module")
 def load() -> Load:
-    """One object, one mask, in all formats."""
+    """Make a load of one object, one mask, in all formats."""
     return prepare(Mix(masks=(1,), sizes=((320, 240),), formats=FORMATS, scenes=1, objects=1))
 
 
@@ -190,7 +190,7 @@ def test_every_bad_request_is_refused_as_the_soak_expects(server: RunningServer,
 
 
 def soaked(server: RunningServer, load: Load, **how: float) -> tuple[soak.Seen, list[checks.Check], list[str]]:
-    """Soak a server and stop it; what was seen, what was judged of it, and the rows that were told."""
+    """Soak a server and stop it; return the observations, the verdict, and the rows that were printed."""
     stood = soak.shared_memory()
     register(Target(url=server.url), load)
     rows: list[str] = []

@@ -1,4 +1,4 @@
-"""The serving peers do this server's work, and the benchmark that has them take turns adds up what comes of it."""
+"""The serving peers do this server's work, and the benchmark that takes turns between them adds up correctly."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ FITTED = Stages(decode=Decode(workers=3), pose=Pose(workers=2, threads=2))
 
 @pytest.fixture(scope="module")
 def setup(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    """What a peer beside the shared server is given."""
+    """Return the setup of a peer that runs beside the shared server."""
     return Setup(data=str(server.data), port=0, ready_dir=str(tmp_path_factory.mktemp("ready")))
 
 
 @pytest.fixture(scope="module")
 def body(question: Question) -> bytes:
-    """The demo scene with two of its detections."""
+    """Return the demo scene with two of its detections."""
     return msgspec.msgpack.encode(question.body(indices=[0, 1]))
 
 
 @pytest.fixture(scope="module")
 def ours(server: RunningServer, body: bytes) -> list[dict[str, Any]]:
-    """The rows with which the server answers it."""
+    """Return the server's rows for `body`."""
     found = rows_from(server.url, body)
     assert [row["status"] for row in found] == ["ok", "ok"]
     return found
 
 
 def rows_from(url: str, body: bytes) -> list[dict[str, Any]]:
-    """The rows of an answer, in the format in which the question came."""
+    """Return the rows of an answer, in the format of its question."""
     headers = {"Content-Type": MSGPACK, "Accept": MSGPACK}
     response = httpx.post(url + ROUTE, content=body, headers=headers, timeout=60)
     assert response.status_code == 200, response.text
@@ -167,7 +167,7 @@ def test_a_peer_that_cannot_start_says_why(setup: Setup, tmp_path: Path) -> None
 
 
 def made_up(latencies_s: list[float], *, seconds: float = 10.0, **of_each: Any) -> Run:
-    """A run of one client with three right poses in each answer, and two processes that used CPU."""
+    """Make a run of one client with three right poses in each answer, and two processes that used CPU."""
     facts: dict[str, Any] = {"status": 200, "detections": 3, "poses": 3, **of_each}
     samples = [
         Sample(question="q", client=0, due=1.0, sent=1.0, done=1.0 + latency_s, **facts) for latency_s in latencies_s

@@ -1,4 +1,4 @@
-"""Comparing several settings in one run: what is read from the command line, and whose turn it is."""
+"""Comparing several settings in one run: the command line, and the order of turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tuning benchmark: what comes of the rounds of each setting."""
+"""The tuning benchmark: the figures of the rounds of each setting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pem.bench.sample import Run, Sample, Usage
 
 
 def result(answers: int, *, latency_s: float = 0.5, status: int = 200) -> Result:
-    """Ten seconds with so many answers of three detections, none of them with a pose."""
+    """Make ten seconds with this many answers of three detections, none of them with a pose."""
     sample = Sample(question="q", client=0, due=1.0, sent=1.0, done=1.0 + latency_s, status=status, detections=3)
     usage = [Usage(pid=1, name="pose", cpu_s=6.0, rss_mb=90.0, rss_peak_mb=100.0)]
     return summarise(

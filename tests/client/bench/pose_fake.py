@@ -1,4 +1,4 @@
-"""A server without an engine that answers pose requests as a test wants, over real sockets."""
+"""A server without an engine that answers pose requests as a test says, over real sockets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The capacity answer: promises as they are written, and the search on servers whose capacity is known."""
+"""The capacity answer: promises as users write them, and the search on servers of known capacity."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_broken_promise_says_by_how_much() -> None:
 
 
 class Simulated:
-    """M/D/1 in the place of the loops: each request takes `served_s` of one worker."""
+    """M/D/1 in place of the loops: each request takes `served_s` of one worker."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, served_s: float) -> None:
         self.served_s = served_s
@@ -123,7 +123,7 @@ class Simulated:
 
 
 def theory_hz(served_s: float, limit_s: float, share: float = 0.99) -> float:
-    """The rate at which this percentile of an M/D/1 queue's latency meets the limit, by Lindley's recursion."""
+    """Return the rate at which this percentile of an M/D/1 queue's latency meets the limit, by Lindley's recursion."""
     rng = np.random.default_rng(0)
     between = rng.exponential(1.0, 100_000)
     low, high = 0.0, 1 / served_s

@@ -40,7 +40,7 @@ def drawn(sweep: Sweep) -> ElementTree.Element:
 
 
 def dots(root: ElementTree.Element, name: str) -> list[tuple[float, float]]:
-    """Where a series has its dots; the first group of a name is its curve or, of the legend, a single dot."""
+    """Return the places of a series' dots. The first group of a name is its curve or, in the legend, a single dot."""
     groups = [group for group in root.iter(f"{SVG}g") if group.get("class") == name]
     return [(float(dot.get("cx", "")), float(dot.get("cy", ""))) for dot in groups[0].iter(f"{SVG}circle")]
 

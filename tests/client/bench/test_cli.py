@@ -53,7 +53,7 @@ def figures(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def load() -> Load:
-    """What `pem bench` asks with OPTIONS."""
+    """Return the load that `pem bench` makes with OPTIONS."""
     return prepare(MIX)
 
 
@@ -110,7 +110,7 @@ def test_a_server_of_its_own_is_started_loaded_judged_and_stopped(tmp_path):
 
 
 def replying(load: Load, right_until: int) -> Any:
-    """Right answers up to a number, then poses that are 2 cm off."""
+    """Return a reply function: right answers up to a number, then poses that are 2 cm off."""
     known = {question.body: question.truths for question in load.questions}
 
     def reply(number: int, body: bytes) -> Reply:

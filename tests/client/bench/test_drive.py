@@ -1,4 +1,4 @@
-"""Closed and open loops against a server that answers as a test wants."""
+"""Closed and open loops against a server that answers as a test says."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_arrivals_of_an_open_loop_are_a_poisson_process():
 
 
 def serial(seconds: float) -> Callable[[int, bytes], Reply]:
-    """A server that works on one request at a time."""
+    """Return the reply function of a server that works on one request at a time."""
     one_at_a_time = threading.Lock()
 
     def reply(number: int, body: bytes) -> Reply:

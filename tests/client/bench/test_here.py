@@ -1,4 +1,4 @@
-"""What an installed pem-server lends to the load generator."""
+"""What an installed pem-server gives to the load generator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workers.state import StateWriter
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As where pem-server is not installed."""
+    """Hide pem-server, as if it were not installed."""
     here._lent.cache_clear()
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [])
     yield

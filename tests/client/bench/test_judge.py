@@ -24,7 +24,7 @@ def encoded(tree: dict[str, Any]) -> bytes:
 
 
 def verdict(asked: Question, alone: dict[str, Any], now: dict[str, Any], **how: Any) -> Verdict:
-    """What an answer under load is worth after that answer alone."""
+    """Return the verdict on an answer under load, after that answer alone."""
     judge = Judge([asked], **how)
     judge.learn(0, encoded(alone), JSON)
     return judge.verdict(0, judge.hear(0, encoded(now), JSON))

@@ -1,4 +1,4 @@
-"""The questions of a mix, as a server would read them."""
+"""The questions of a mix, read as a server reads them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SMALL = (240, 180)
 
 @pytest.fixture(scope="module")
 def load() -> Load:
-    """Every combination of two numbers of masks and three formats, twice, in small pictures of few objects."""
+    """Make every combination of two numbers of masks and three formats, twice, in small pictures of few objects."""
     return prepare(Mix(masks=(1, 9), sizes=(SMALL,), formats=("msgpack", "json", "multipart"), scenes=2, objects=3))
 
 
 def tree(question: Question) -> dict[str, Any]:
-    """The request as MessagePack would have it."""
+    """Return the request as MessagePack would hold it."""
     if question.content_type == "application/msgpack":
         return dict(msgspec.msgpack.decode(question.body))
     if question.content_type == "application/json":

@@ -1,4 +1,4 @@
-"""What the load generator reads of processes and of /metrics."""
+"""The load generator's measurements of processes and of /metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BURN!r
 
 @pytest.fixture
 def burning() -> Iterator[subprocess.Popen[bytes]]:
-    """A process whose child burns half a second of CPU, holds 50 MB, says so and waits for a line."""
+    """Run a process whose child burns half a second of CPU, holds 50 MB, says so and waits for a line."""
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     yield parent
     parent.communicate(b"\n", timeout=60)
@@ -132,7 +132,7 @@ def watched(seconds: float) -> observe.Observed:
 
 
 def nvidia_smi(folder: Path, script: str) -> str:
-    """A PATH on which nvidia-smi is this script."""
+    """Return a PATH on which nvidia-smi is this script."""
     program = folder / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)

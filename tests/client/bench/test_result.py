@@ -1,4 +1,4 @@
-"""The figures of runs whose samples are made up, so that every one of them is known."""
+"""The figures of runs with made-up samples, so that every figure is known."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(
 
 
 def even(per_second: int, latency_s: float = 0.1, seconds: int = 30) -> list[Sample]:
-    """Answers at regular intervals."""
+    """Make answers at regular intervals."""
     return [sample(100 + step / per_second - latency_s / 2, latency_s) for step in range(1, per_second * seconds)]
 
 

@@ -1,4 +1,4 @@
-"""The sweep: where the knee of made-up queues is found, and what a run of an open loop comes to."""
+"""The sweep: the knee of made-up queues, and the figures of a run of an open loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOAD = Load(
 
 
 def point(offered_hz: float, p99_ms: float | None = 100.0, answered_hz: float | None = None) -> Point:
-    """A step at which every percentile is the same."""
+    """Make a step at which every percentile is the same."""
     return Point(
         offered_hz=offered_hz,
         answered_hz=offered_hz if answered_hz is None else answered_hz,
@@ -37,7 +37,7 @@ def point(offered_hz: float, p99_ms: float | None = 100.0, answered_hz: float | 
 
 
 def curve(kind: str, noise: float, seed: int, steps: tuple[float, ...] = STEPS) -> list[Point]:
-    """Steps of a server with one worker and Poisson arrivals: M/M/1 or M/D/1, with noise in every latency."""
+    """Make the steps of a server with one worker and Poisson arrivals: M/M/1 or M/D/1, with noise in every latency."""
     rng = random.Random(seed)
     found = []
     for rho in steps:
@@ -93,7 +93,7 @@ def test_steps_without_a_p99_are_compared_by_p90() -> None:
 
 
 def run_of(served_s: float, rate_hz: float, seconds: float, most_waiting: int = 10**9) -> Run:
-    """What requests at even distances see of a worker that takes so long for each; more than wait may, are refused."""
+    """Make a run of evenly spaced requests to a worker with a fixed time each; it refuses more than may wait."""
     samples, free = [], 0.0
     for number in range(round(rate_hz * seconds)):
         due = number / rate_hz

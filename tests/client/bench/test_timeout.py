@@ -1,4 +1,4 @@
-"""A time-out that Python 3.10 has, too."""
+"""A timeout that works on Python 3.10, too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load generator's HTTP client against a tiny real server that does what a test wants with each connection."""
+"""The load generator's HTTP client against a tiny real server whose connections a test controls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:
-    """(first line, body) of a request."""
+    """Read a request: (first line, body)."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     (length,) = [line.split(":")[1] for line in head.split("\r\n") if line.lower().startswith("content-length")]
     return head.split("\r\n")[0], await reader.readexactly(int(length))
@@ -24,7 +24,7 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:
 
 @asynccontextmanager
 async def serving(talk: Talk) -> AsyncIterator[Address]:
-    """A server that hands each connection to `talk` and closes it after that."""
+    """Run a server that hands each connection to `talk` and closes it after that."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -52,7 +52,7 @@ def saying(*answers: bytes) -> Talk:
 
 
 def ask(*answers: bytes, times: int = 1, timeout_s: float = 5.0) -> tuple[list[Answer], Connection]:
-    """The answers to so many requests over one connection, and the connection."""
+    """Send `times` requests over one connection; return the answers and the connection."""
 
     async def run() -> tuple[list[Answer], Connection]:
         async with serving(saying(*answers)) as address:

@@ -1,4 +1,4 @@
-"""The contract's structs by themselves: what they need, what they say of each field, what both dialects share."""
+"""The contract's structs alone: required fields, descriptions of fields, parts that both dialects share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server as a child of another program: it does not outlive that one's orderly end."""
+"""A server as a child of another program: it ends when that program ends in an orderly way."""
 
 from __future__ import annotations
 

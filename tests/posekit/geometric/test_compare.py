@@ -1,4 +1,4 @@
-"""Render-and-compare: what poses cost, and how sure that makes the answer."""
+"""Render-and-compare: the cost of poses, and the certainty of the answer."""
 
 from __future__ import annotations
 

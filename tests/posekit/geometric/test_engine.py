@@ -1,4 +1,4 @@
-"""The whole engine: poses of objects in pictures, and what it says where it cannot know."""
+"""The whole engine: poses of objects in pictures, and its answers where the pose is uncertain."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_the_seven_millimetres_of_an_angle_are_told_from_its_other_side() -> Non
 
 
 def company() -> tuple[list[Instance], dict[str, ObjectModel]]:
-    """Nine instances of seven objects with crops of different sizes: what a pass on a GPU may be made of."""
+    """Return nine instances of seven objects with crops of different sizes, as a pass on a GPU may hold."""
     plain = dataclasses.replace(SHAPES["wedge"]().mesh, vertex_colors=None)
     truth = demo_scene().instances
     instances = [
@@ -209,7 +209,7 @@ def test_an_answer_has_the_same_bits_alone_and_in_company() -> None:
 
 
 def bits(outcome: Outcome) -> object:
-    """All that an outcome says, comparable bit by bit."""
+    """Return everything in an outcome, comparable bit by bit."""
     if isinstance(outcome, Rejection):
         return outcome
     runners_up = [(other.T_cam_obj.tobytes(), other.confidence) for other in outcome.hypotheses]
@@ -313,7 +313,7 @@ Views = Callable[[tuple[float, float, float]], Scene]
 
 @pytest.fixture(scope="module")
 def marked() -> tuple[Views, dict[str, ObjectModel]]:
-    """A box whose half turn about x only a knob on its +x side tells: views of it, and its model."""
+    """Return a box whose half turn about x shows only by a knob on its +x side: views of it, and its model."""
     grey = (170, 170, 175)
     shape = assembled("marked", [box((60, 80, 110), grey), box((16, 20, 20), grey, (36, 0, 30))])
 
@@ -369,7 +369,7 @@ def test_colours_that_a_camera_does_not_see_decide_nothing() -> None:
 
 
 def seen_from(towards: tuple[float, float, float], roll_deg: float) -> Float64:
-    """R_cam_obj of a camera that looks at the object from a direction of the object's."""
+    """Return R_cam_obj of a camera that looks at the object from a direction in the object's frame."""
     direction = torch.tensor(towards, dtype=torch.float64)
     R = rotation_looking_from(direction / direction.norm()).numpy()
     return np.asarray(rotation((0, 0, 1), roll_deg) @ R)
@@ -377,7 +377,7 @@ def seen_from(towards: tuple[float, float, float], roll_deg: float) -> Float64:
 
 @pytest.fixture(scope="module")
 def plate() -> tuple[Scene, dict[str, ObjectModel]]:
-    """An angular plate 3 mm thick in a noisy scene, and its model."""
+    """Return an angular plate 3 mm thick in a noisy scene, and its model."""
     outline = np.array([[0.0, 0], [100, 0], [100, 30], [35, 30], [35, 70], [0, 70]])
     shape = assembled("plate", [extrude(outline, 3, (160, 160, 165), [circle(8, (80, 15))])])
     return make_scene(1, shapes=[shape], count=1), {"plate": onboarded(shape.mesh, "plate")}

@@ -1,4 +1,4 @@
-"""The engine's compiled loops: known answers, their references, batches, odd input, and what answers without them."""
+"""The engine's compiled loops: known answers, their references, batches, odd input, and fallbacks without them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def model(name: str) -> Prepared:
-    """Thin walls and massive ones; of the carton's normals nothing is believed but their line."""
+    """Return a prepared object, thin-walled or massive; of the carton's normals only the line is trusted."""
     stored = GeometricEngine().onboard(name, SHAPES[name]().mesh, None, lambda share: None)
     return replace(prepare(stored, torch.device("cpu")), oriented=name != "carton")
 
@@ -55,7 +55,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def observed(on: Shelf, exact: bool = False) -> tuple[Poses, Tensor, Tensor]:
-    """Poses from right to absurd, and points and normals (B, N, 3) of the first: noisy ones, some of them wrong."""
+    """Return poses from right to absurd, and noisy points and normals (B, N, 3) of the first, some of them wrong."""
     B = len(on.diameter_m)
     turn = random(B, POSES, 3, seed=0) * torch.linspace(0, 2, POSES)[:, None]
     shift = random(B, POSES, 3, seed=1) * torch.linspace(0, 0.1, POSES)[:, None]
@@ -83,7 +83,7 @@ def picture(on: Shelf, run=kernels.front, **changes) -> tuple[Tensor, Tensor]:
 
 
 def almost_all_close(ours: Tensor, theirs: Tensor, scale: Tensor | float) -> None:
-    """Equal to float32's rounding, but for a point here and there that falls to the other side of a cell's edge."""
+    """Assert equality up to float32's rounding, except for rare points that fall to the other side of a cell's edge."""
     off = ((ours - theirs).abs() / scale).flatten(2 if ours.dim() > 2 else 1)
     assert torch.isfinite(off).all()
     assert off.max() < 0.05
@@ -129,7 +129,7 @@ def points_as_shelf(points: list[list[float]]) -> Shelf:
 
 
 def drawn_by_hand(points: list[list[float]]) -> tuple[list[list[float]], list[list[int]]]:
-    """Points (metres) in a picture of 3 x 3 cells, each a metre wide at a depth of one, the middle one on the axis."""
+    """Draw points (metres) into a picture of 3 x 3 cells, each 1 m wide at 1 m of depth, the middle one on the axis."""
     camera = torch.tensor([[[1.0, 0, 1], [0, 1, 1], [0, 0, 1]]])
     poses = Poses(torch.eye(3)[None, None], torch.zeros(1, 1, 3))
     depth_m, sample = kernels.front(
@@ -234,7 +234,7 @@ MODEL_POINTS = 70
 
 
 def crops(on: Shelf) -> Observations:
-    """Each object at its first pose before a wall 0.4 m behind it, with cells for pixels; some have no reading."""
+    """Return each object at its first pose before a wall 0.4 m behind it, one pixel per cell; some lack a reading."""
     drawn_m = picture(on)[0][:, 0]  # (B, rows, columns)
     mask = torch.isfinite(drawn_m)
     depth_m = torch.where(mask, drawn_m, 1.0) + 0.001 * random(*drawn_m.shape, seed=5)
@@ -261,7 +261,7 @@ def crops(on: Shelf) -> Observations:
 
 
 def surface_of(on: Shelf) -> Tensor:
-    """Points of the surface with their normals for every pose, (B, H, M, 6), object frame."""
+    """Return surface points with their normals for every pose, (B, H, M, 6), object frame."""
     sample = on.first_sample[:, None] + torch.arange(MODEL_POINTS) * (on.samples // MODEL_POINTS)
     return on.surface[sample][..., :6][:, None].expand(-1, POSES, -1, -1)
 
@@ -362,7 +362,7 @@ def test_maps_that_end_before_their_crop_are_refused():
 
 
 def equations(B: int) -> tuple[Tensor, Tensor]:
-    """Normal equations of a few dozen points, with steps of a few degrees and of tenths of the radius."""
+    """Return normal equations of a few dozen points, with steps of a few degrees and of tenths of the radius."""
     jacobian, residual = random(B, POSES, 30, 6, seed=10), 0.03 * random(B, POSES, 30, 1, seed=11)
     return jacobian.mT @ jacobian, jacobian.mT @ residual
 
@@ -430,7 +430,7 @@ def test_no_step_is_larger_than_allowed():
 
 
 def crowd(B: int) -> tuple[Poses, Tensor]:
-    """Poses in a few dozen heaps, the first ones the loosest, and what they are ranked by; some are no numbers."""
+    """Return poses in a few dozen heaps, the first ones the loosest, and numbers to rank them; some poses are NaN."""
     heap = torch.arange(300) % 40
     turn = random(B, 40, 3, seed=20)[:, heap] + 0.05 * random(B, 300, 3, seed=21)
     t = 0.1 * random(B, 40, 3, seed=22)[:, heap] + 0.005 * random(B, 300, 3, seed=23)
@@ -487,7 +487,7 @@ def test_a_slanted_surface_is_read_less_well_than_one_that_faces_the_camera():
 
 
 def painted(*names: str) -> Shelf:
-    """Objects in colours that change from place to place, some of them black."""
+    """Return objects in colours that change from place to place, some of them black."""
     on = shelf(*names)
     bright = (128 + 90 * torch.sin(80 * on.dense[:, :3])).round()
     bright[::17] = 0

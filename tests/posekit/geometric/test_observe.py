@@ -1,4 +1,4 @@
-"""Crops become clean points: which parts a mask has, what is thinned, and which way surfaces face."""
+"""Crops become clean points: the parts of a mask, thinning, and the direction of surfaces."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_what_model_points_meet_is_told_apart() -> None:
     on = seen.points[:, None, :50]
 
     def kinds(points: torch.Tensor) -> list[float]:
-        """Shares on the object, beside it, seen through, hidden."""
+        """Return the shares on the object, beside it, seen through, hidden."""
         return [kind.float().mean().item() for kind in seen.classify(points, torch.tensor([0.004]))]
 
     assert kinds(on) == [1, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""What is computed from the CAD alone: arrays, which way is out, and how thick walls are."""
+"""What onboarding computes from the CAD alone: arrays, outward directions, and thickness of walls."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_model_turned_inside_out_is_stored_with_normals_that_point_outwards() 
 
 
 def measured(extents_m: tuple[float, float, float], most_m: float) -> tuple[Float64, Float64, float]:
-    """Thicknesses below the samples of a box (S,), their normals (S, 3) and their spacing."""
+    """Return thicknesses below the samples of a box (S,), their normals (S, 3) and their spacing."""
     points, normals, _, spacing = onboard.sample_surface(mesh_of(cuboid(extents_m)), onboard.SAMPLES)
     tree = cKDTree(points)
 

@@ -1,4 +1,4 @@
-"""Poses drawn into the crop, against the same poses met by rays."""
+"""Poses drawn into the crop, compared with ray casting of the same poses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Poses moved onto the observation."""
+"""Poses refined against the observation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRUTH = demo_scene().instances[0].T_cam_obj
 
 
 def errors(poses: Poses) -> list[tuple[float, float]]:
-    """Degrees and millimetres to the truth."""
+    """Return degrees and millimetres to the truth."""
     model = prepared("housing")
     off = [pose_difference(pose_of(poses, index, model), TRUTH, NO_SYMMETRY) for index in range(poses.count)]
     return [(angle_deg, 1000 * distance_m) for angle_deg, distance_m in off]

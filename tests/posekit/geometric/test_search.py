@@ -1,4 +1,4 @@
-"""Poses from nothing: what a search returns, and which of many poses are kept."""
+"""Poses without a start: the results of a search, and the choice among many poses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Colour and depth images: what is read, and that whatever is broken, huge or lossy is refused in words."""
+"""Colour and depth images: the formats that are read; broken, huge or lossy ones are refused in words."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def png(
     extra=b"",
     stream: bytes | None = None,
 ) -> bytes:
-    """A PNG written by hand: `raw` is what the pixel data inflates to, `extra` stands before it.
+    """Write a PNG by hand: `raw` is what the pixel data inflates to, `extra` stands before it.
 
     `stream` is the pixel data itself, where it is not simply `raw` compressed.
     """
@@ -53,7 +53,7 @@ def png(
 
 
 def rows_of(array: np.ndarray) -> bytes:
-    """What an 8-bit PNG inflates to, each row unfiltered."""
+    """Return what an 8-bit PNG inflates to, each row unfiltered."""
     return b"".join(b"\0" + row.tobytes() for row in array)
 
 

@@ -1,4 +1,4 @@
-"""Masks in every form, against pycocotools where it has an opinion, and fed with nonsense."""
+"""Masks in every form, compared with pycocotools where it supports them, and nonsense in their place."""
 
 from __future__ import annotations
 

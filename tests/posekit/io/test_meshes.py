@@ -1,4 +1,4 @@
-"""CAD files of every format, whole and broken; what is claimed is checked before it is believed."""
+"""CAD files of every format, whole and broken; the claims of a file are checked before they are trusted."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_mixed_polygons_and_unknown_elements_of_a_ply_are_read(kind, order):
 
 
 def textured_obj() -> dict[str, bytes]:
-    """A square whose left half is red and right half green, by a texture."""
+    """Return a square whose left half is red and right half green, by a texture."""
     texture = np.zeros((4, 8, 3), np.uint8)
     texture[:, :4, 0] = 255
     texture[:, 4:, 1] = 255
@@ -487,7 +487,7 @@ def test_a_mesh_without_faces_is_refused(data, cad_format):
 
 
 def glb_with(**changes) -> bytes:
-    """A box whose JSON was changed by hand."""
+    """Return a box whose JSON was changed by hand."""
     data = box("glb")
     (length,) = struct.unpack_from("<I", data, 12)
     tree = json.loads(data[20 : 20 + length]) | changes

@@ -1,4 +1,4 @@
-"""What the network is shown of a detection and of a template view, rule by rule."""
+"""The network's input for a detection and for a template view, rule by rule."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mask_of(height: int, width: int, *parts: tuple[slice, slice]) -> np.ndarray:
 
 
 def seen(mask: np.ndarray, **changes: Any) -> Instance:
-    """A detection in a picture of noise, on a slope that is half a metre away."""
+    """Return a detection in a picture of noise, on a slope half a metre away."""
     rng = np.random.default_rng(5)
     depth_m = (0.5 + 0.001 * np.arange(mask.shape[1]) + np.zeros(mask.shape)).astype(np.float32)
     rgb = rng.integers(1, 256, (*mask.shape, 3), dtype=np.uint8)
@@ -47,7 +47,7 @@ def rejection(instance: Instance, radius_m: float = FAR_M) -> Rejection:
 
 
 def pixels_of(points_m: np.ndarray, K: np.ndarray = K) -> np.ndarray:
-    """(n, 2): the column and row that each point was seen at."""
+    """Return the column and row at which each point was seen, (n, 2)."""
     uv = points_m.astype(np.float64) @ K.T
     return uv[:, :2] / uv[:, 2:]
 
@@ -219,7 +219,7 @@ def test_the_picture_is_blue_first_and_masked_before_it_is_resized() -> None:
 
 
 def random_mask(rng: np.random.Generator) -> tuple[np.ndarray, tuple[slice, slice]]:
-    """A mask with pixels, often long and thin or at the border, in an image; and a window that holds all of it."""
+    """Return a mask in an image, often long and thin or at the border, and a window that holds all of it."""
     shape = rng.integers(24, 120, 2)
     size = np.maximum(2, (shape * rng.random(2) ** rng.choice([0.1, 1, 4])).astype(int))
     start = np.clip(rng.integers(-20, shape - size + 21), 0, shape - size)

@@ -1,4 +1,4 @@
-"""The network as an engine: models that can be stored, and answers that depend on nothing but their own question."""
+"""The network as an engine: models can be stored, and each answer depends only on its question."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def mesh(name: str) -> Mesh:
 
 @functools.cache
 def instance(index: int) -> Instance:
-    """One of many detections, of the three objects in turns: an object before a wall."""
+    """Return one of many detections, of the three objects in turns: an object before a wall."""
     name = NAMES[index % 3]
     T_cam_obj = np.eye(4)
     T_cam_obj[:3, :3] = rotation((1, 2, 0.5), 47 * index + 20)
@@ -60,7 +60,7 @@ def eight() -> list[Instance]:
 
 
 class World(NamedTuple):
-    """An engine of two threads and three objects, and what it said of eight instances in one pass."""
+    """An engine of two threads, three objects, and its outcomes for eight instances in one pass."""
 
     engine: Sam6dEngine
     single: Sam6dEngine  # the same on one thread: cores that others use as well make the second one a burden
@@ -89,7 +89,7 @@ def world(generated_weights: Path) -> World:
 
 
 def apart(one: Outcome, other: Outcome) -> tuple[float, float]:
-    """Degrees and millimetres."""
+    """Return degrees and millimetres between poses."""
     assert isinstance(one, Estimate), one
     assert isinstance(other, Estimate), other
     R_one, R_other = (torch.from_numpy(each.T_cam_obj[:3, :3]) for each in (one, other))
@@ -98,7 +98,7 @@ def apart(one: Outcome, other: Outcome) -> tuple[float, float]:
 
 
 def assert_same(some: Sequence[Outcome], others: Sequence[Outcome], within: float = 0.01) -> None:
-    """`within`: of degrees and of millimetres."""
+    """Assert equal outcomes; `within`: the limit in degrees and in millimetres."""
     for one, other in zip(some, others, strict=True):
         assert max(apart(one, other)) < within
         assert isinstance(one, Estimate)

@@ -1,4 +1,4 @@
-"""What speaks for a pose: everything does for the true one, little for others, and nothing breaks for absurd ones."""
+"""Evidence for a pose: full for the true one, little for others, and finite numbers for absurd ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRUE[:3, 3] = 0.01, -0.02, 0.6
 
 @functools.cache
 def seen() -> tuple[Instance, Float32, float, Float32]:
-    """A rendered mug before a wall, points of its surface, its radius, and the readings of its pixels."""
+    """Return a rendered mug before a wall, points of its surface, its radius, and the readings of its pixels."""
     mesh = SHAPES["mug"]().mesh
     rendered = render([mesh], [TRUE], K, 300, 300)
     mask = rendered.instance >= 0

@@ -1,4 +1,4 @@
-"""The network's compiled loops: sizes around a block, batches, threads, bad input, and what answers without them."""
+"""The network's compiled loops: sizes around a block, batches, threads, bad input, and fallbacks without them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ compiled = pytest.mark.skipif(kernels.kernel_for("cpu") == "reference", reason="
 
 
 def drawn(batch: int, triples: int, scene: int, model: int, seed: int = 0) -> Tensor:
-    """Pairs as `propose` takes them, (batch, 3 triples)."""
+    """Return pairs as `propose` takes them, (batch, 3 triples)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(scene * model, (batch, 3 * triples), generator=generator)
 
 
 def spreads(pairs: Tensor, scene: Tensor, model: Tensor) -> Tensor:
-    """How far the triples are from a line: the second singular value of what turns them, over the first; (B, H)."""
+    """Return how far triples are from a line, (B, H): second over first singular value of what turns them."""
     of_scene, of_model = (
         points.double().gather(1, index[..., None].expand(-1, -1, 3)).unflatten(1, (-1, 3))
         for points, index in ((scene, pairs // model.shape[1]), (model, pairs % model.shape[1]))
@@ -121,7 +121,7 @@ def test_a_pose_nowhere_is_far_from_everything() -> None:
 
 
 def logits_of(batch: int, scene: int, model: int, seed: int = 0) -> Tensor:
-    """Cosines over the temperature: up to 10 in size; some rows and columns rather belong to the background."""
+    """Return cosines over the temperature, up to 10 in size; some rows and columns favour the background."""
     made = (3 * random(batch, 1 + scene, 1 + model, seed=seed)).clamp(-10, 10)
     made[:, ::3, 0] += 6
     made[:, 0, ::4] += 6
@@ -243,7 +243,7 @@ def test_the_surroundings_are_the_most_of_each_neighbour_whatever_is_left_over(s
 
 
 def many(batch: int) -> dict[str, tuple[Callable[..., Any], Arguments]]:
-    """Every op with enough to do for several threads; the arguments of a batch come first, then `shared` ones."""
+    """Return every op with enough work for several threads; a batch's arguments come first, then `shared` ones."""
     n, points = 60, sphere(batch, 196)
     structure = torch.randint(-999, 999, (batch, n, n, 256), generator=torch.Generator().manual_seed(1))
     angle = 6 * uniform(batch, n, n, 3, seed=2)

@@ -1,4 +1,4 @@
-"""Template views: what the cameras see, and folders of views that others rendered."""
+"""Template views: the cameras' views, and folders of views from other renderers."""
 
 from __future__ import annotations
 
@@ -158,12 +158,12 @@ def test_an_object_that_no_camera_sees_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def views() -> list[View]:
-    """Four small views of a mug."""
+    """Return four small views of a mug."""
     return [View(*(array[::8, ::8].copy() for array in view)) for view in render_views(MUG, silent, count=4)]
 
 
 def write(folder: Path, views: list[View], scale: float = 1000.0, dtype: str = "float16") -> Path:
-    """As the original's renderer leaves them: float16 of millimetres, -1 in the background."""
+    """Write views as the original's renderer does: float16 millimetres, -1 in the background."""
     for index, view in enumerate(views):
         (folder / f"rgb_{index}.png").write_bytes(encode_png(view.rgb))
         (folder / f"mask_{index}.png").write_bytes(encode_png(view.mask))
@@ -226,7 +226,7 @@ def cut_short(path: Path) -> None:
 
 
 def claiming(shape: str) -> Callable[[Path], None]:
-    """An array file of any shape that its header claims."""
+    """Return a function that writes an array file whose header claims this shape."""
     header = f"{{'descr': '<f2', 'fortran_order': False, 'shape': {shape}, }}".encode()
     start = b"\x93NUMPY\x02\x00" + len(header).to_bytes(4, "little")
     return lambda path: path.write_bytes(start + header + bytes(200))  # type: ignore[func-returns-value]

@@ -159,7 +159,7 @@ def test_noisy_masks_overlap_the_true_ones_to_four_fifths_whatever_their_size(cl
 
 
 def blocks() -> tuple[Bool, Bool, Bool]:
-    """Three masks in a row: 20 x 20 pixels, 20 x 17 close to it, 20 x 10 far from both."""
+    """Return three masks in a row: 20 x 20 pixels, 20 x 17 close to it, 20 x 10 far from both."""
     left, right, far = np.zeros((3, 60, 100), np.bool_)
     left[20:40, 10:30] = True
     right[20:40, 33:50] = True

@@ -1,4 +1,4 @@
-"""The procedural objects: sound meshes, and symmetries that are what they claim."""
+"""The procedural objects: sound meshes, and true symmetries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ trimesh = pytest.importorskip("trimesh")
 
 
 def surface_gap_mm(mesh: Mesh, T: np.ndarray) -> float:
-    """How far the moved mesh lies from itself at the worst of its vertices."""
+    """Return the largest distance of a moved mesh's vertices to the mesh."""
     import open3d as o3d
 
     moved = (mesh.vertices_m @ T[:3, :3].T + T[:3, 3]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What happens when processes die: each is killed with SIGKILL under load, in the really running server.
+"""Processes that die: each is killed with SIGKILL under load, in a running server.
 
 What must hold each time: no client sees a wrong answer, nothing hangs past its deadline, the service is ready again by
 itself (for the gateway: after its restart), and no process is left behind.
@@ -90,7 +90,7 @@ class Load:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory, question: Question) -> Iterator[RunningServer]:
-    """A server that these tests may hurt."""
+    """Start a server that these tests may harm."""
     with RunningServer(tmp_path_factory.mktemp("faults") / "data", {"drain_s": 8}) as one:
         register(one.url, question.scene.instances[0].shape)
         yield one
@@ -98,7 +98,7 @@ def target(tmp_path_factory: pytest.TempPathFactory, question: Question) -> Iter
 
 @pytest.fixture
 def load(target: RunningServer, question: Question) -> Iterator[Load]:
-    """Clients on the target, with the right answer known from before."""
+    """Run clients on the target; the right answer is known before."""
     target.wait_ready()
     tree = question.body(indices=[0], deadline_ms=int(DEADLINE_S * 1000))
     answer = post(target.url, tree)
@@ -122,7 +122,7 @@ def answered_again(load: Load, seconds: float = 240.0, more: int = 3) -> None:
 
 
 def semaphores(server: RunningServer) -> set[Path]:
-    """The files in shared memory that the server's processes coordinate through."""
+    """Return the files in shared memory through which the server's processes coordinate."""
     found: set[Path] = set()
     for pid in server.descendants():
         with contextlib.suppress(OSError):  # it has just ended
@@ -224,7 +224,7 @@ def test_a_request_that_kills_its_worker_every_time_is_given_up_and_others_are_n
     victims: set[int] = set()
 
     def executioner() -> None:
-        """Kills whichever pose worker holds the poisoned request, as a crash over its content would."""
+        """Kill whichever pose worker holds the poisoned request, as a crash over its content would."""
         while not stop.is_set():
             for worker in server.workers("pose"):
                 if any(part.startswith("poison") for part in worker.holding):

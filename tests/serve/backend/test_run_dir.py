@@ -1,4 +1,4 @@
-"""The run folder's spooled requests, and what is left of them."""
+"""The run folder's spooled requests, and their removal."""
 
 from __future__ import annotations
 

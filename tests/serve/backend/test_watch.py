@@ -1,4 +1,4 @@
-"""The watch over the workers: what clients see when all pose workers are gone, or the server has no files left."""
+"""The watch over the workers: clients' answers when all pose workers are gone, or the server has no files left."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from workers.state import WorkerState
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server that these tests may hurt."""
+    """Start a server that these tests may harm."""
     with RunningServer(tmp_path_factory.mktemp("watch") / "data", {"pose_workers": 1}) as server:
         register(server.url, tiny_scene().instances[1].shape)
         yield server
 
 
 def ask_in_background(server: RunningServer, count: int) -> tuple[list[threading.Thread], list[httpx.Response]]:
-    """Requests on their way, and where their answers will be."""
+    """Send requests in the background; return where their answers will be."""
     answers: list[httpx.Response] = []
     threads = [
         threading.Thread(target=lambda: answers.append(post(server.url, one(deadline_ms=60_000))), daemon=True)
@@ -46,7 +46,7 @@ def ask_in_background(server: RunningServer, count: int) -> tuple[list[threading
 
 
 def all_answered(threads: list[threading.Thread], answers: list[httpx.Response]) -> None:
-    """Wait for them; each must be right."""
+    """Wait for the answers; each must be right."""
     for thread in threads:
         thread.join(90)
     assert [answer.status_code for answer in answers] == [200] * len(threads), [answer.text for answer in answers]
@@ -82,7 +82,7 @@ def test_a_server_that_ran_out_of_files_recovers_when_they_come_back(target: Run
     idle: list[socket.socket] = []
 
     def take_all_files() -> bool:
-        """Open idle connections as long as the server has files for them; says whether the watch has none."""
+        """Open idle connections as long as the server has files for them; return True if the watch has none."""
         while len(idle) < 2 * limit and len(os.listdir(f"/proc/{target.pid}/fd")) < limit:
             idle.append(socket.create_connection(("127.0.0.1", target.port), timeout=ANSWER_S))
             time.sleep(0.001)
@@ -135,7 +135,7 @@ input()
 
 
 def worker(run_dir: Path, stage: str, stack: ExitStack) -> subprocess.Popen[bytes]:
-    """A process that says it is a worker, and does nothing; ended with `stack`."""
+    """Start a process that claims to be a worker and does nothing; `stack` ends it."""
     process = subprocess.Popen(
         [sys.executable, "-c", WORKER, str(run_dir), stage], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -147,14 +147,14 @@ def worker(run_dir: Path, stage: str, stack: ExitStack) -> subprocess.Popen[byte
 
 
 async def found(backend: Backend, count: int) -> None:
-    """Until so many workers are watched."""
+    """Wait until this many workers are watched."""
     async with asyncio.timeout(60):
         while len(backend.workers) != count:
             await asyncio.sleep(0.01)
 
 
 def end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """SIGKILL, with no chance for the watch to see it meanwhile."""
+    """SIGKILL processes, with no chance for the watch to see it meanwhile."""
     for process in processes:
         process.kill()
         process.wait()

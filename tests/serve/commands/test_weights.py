@@ -1,4 +1,4 @@
-"""`pem weights` as a user types it. What is refused, and why: tests/posekit/sam6d/checkpoint/test_weights.py."""
+"""`pem weights` as a user types it. tests/posekit/sam6d/checkpoint/test_weights.py tests the refusals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an empty folder, without settings in the environment."""
+    """Enter an empty folder, without settings in the environment."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("PEM_")]:
         monkeypatch.delenv(name)
@@ -26,7 +26,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint of a network that has only the small tensors of the real one."""
+    """Write a checkpoint with only the small tensors of the real network."""
     expected = {name: wanted for name, wanted in weights._expected().items() if wanted.numel() <= 768}
     monkeypatch.setattr(weights, "_expected", lambda: expected)
     return save(
@@ -40,7 +40,7 @@ def save(path: Path, model: dict[str, Tensor]) -> Path:
 
 
 def pem(*arguments: object) -> int:
-    """Run `pem weights` in this process; its exit code."""
+    """Run `pem weights` in this process; return its exit code."""
     with pytest.raises(SystemExit) as left:
         cli.main(["weights", *map(str, arguments)])
     return int(left.value.code or 0)

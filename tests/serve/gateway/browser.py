@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests, told what to do by its DevTools protocol over a pipe."""
+"""A headless Chromium for the tests, controlled by its DevTools protocol over a pipe."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _ANSWER_S: Final = 60.0  # of the browser, on a busy machine
 
 
 def chromium() -> str | None:
-    """Where Chromium is; None where it is not installed."""
+    """Return the path of Chromium; None if it is not installed."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Browser:
-    """One page of a Chromium with a profile of its own in `folder`."""
+    """One page of a Chromium with its profile in `folder`."""
 
     def __init__(self, program: str, folder: Path) -> None:
         to_browser, self._to = os.pipe()
@@ -57,18 +57,18 @@ class Browser:
         os.close(self._from)
 
     def open(self, address: str) -> None:
-        """Load a page anew."""
+        """Load a page, even if it is loaded already."""
         self._call("Page.navigate", url="about:blank")
         self._call("Page.navigate", url=address)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Return the value of a JavaScript expression in the page."""
         done = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
     def wait_for(self, expression: str) -> Any:
-        """Its value, once that is true."""
+        """Wait until an expression is true; return its value."""
         end = time.monotonic() + _ANSWER_S
         while not (value := self.evaluate(expression)):
             assert time.monotonic() < end, (
@@ -83,7 +83,7 @@ class Browser:
         self._call("DOM.setFileInputFiles", files=[str(path) for path in files], objectId=found["result"]["objectId"])
 
     def resize(self, width: int, height: int) -> None:
-        """The size of the window, pixels."""
+        """Set the size of the window, in pixels."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What goes wrong on the client's side, through the real port: every row of the contract's failure table and more.
+"""Mistakes of clients, through the real port: every row of the contract's failure table and more.
 
 Each refusal is checked for its status, code and field, and by `Asker` for what no answer may ever tell.
 """
@@ -60,7 +60,7 @@ K = [170.0, 0, 79.5, 0, 170.0, 59.5, 0, 0, 1]
 
 @pytest.fixture(autouse=True, scope="module")
 def the_server_is_unharmed(ask: Asker) -> Iterator[None]:
-    """After everything here the same workers still answer."""
+    """Check that after all tests here the same workers still answer."""
     before = ask.send("GET", "/api/v1/status").json()["tracks"]["production"]
     yield
     assert ask.poses(one())[0]["status"] == "ok"
@@ -73,7 +73,7 @@ def camera(**changes: Any) -> dict[str, Any]:
 
 
 def png(width: int, height: int, pixels: bytes, *, bits: int = 8, kind: int = 2) -> bytes:
-    """A PNG written by hand, so that its header may say anything."""
+    """Write a PNG by hand, whose header may say anything."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -249,7 +249,7 @@ def test_a_mesh_that_is_none_is_422_inline_and_uploaded(ask: Asker, server: Runn
 
 @pytest.fixture
 def locked(special: Special) -> Iterator[dict[str, str]]:
-    """The special server with two keys while it lasts: one unlimited, one of two requests a second."""
+    """Give the special server two keys during the test: one unlimited, one of two requests a second."""
     path = special.server.data / "keys.json"
     yield {"robot": keys.add(path, "robot"), "slow": keys.add(path, "slow", rate=2.0)}
     path.unlink()
@@ -350,7 +350,7 @@ def test_an_unsupported_media_type_or_encoding_is_415(ask: Asker) -> None:
 
 
 def half_sent(server: RunningServer, length: int, body: bytes, more: str = "") -> socket.socket:
-    """A connection on which a body of `length` bytes was announced and `body` sent; `more`: other lines of the head."""
+    """Open a connection, announce `length` bytes and send `body`; `more`: other lines of the head."""
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
     head = (
         f"POST {POSE} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{more}Content-Length: {length}\r\n\r\n"
@@ -360,7 +360,7 @@ def half_sent(server: RunningServer, length: int, body: bytes, more: str = "") -
 
 
 def answered(connection: socket.socket) -> tuple[int, dict[str, Any]]:
-    """Status and body of the answer, once the server has closed the connection."""
+    """Return status and body of the answer, once the server has closed the connection."""
     parts = []
     with contextlib.suppress(ConnectionResetError):
         while part := connection.recv(65536):
@@ -398,7 +398,7 @@ def test_a_client_that_hangs_up_in_the_middle_harms_nobody(special: Special) -> 
 
 
 def is_full_with(count: int, length: int, special: Special, more: str = "") -> bool:
-    """Whether `count` half-sent requests are so many that another is refused though nothing of its body is sent."""
+    """Return True if another request is refused beside `count` half-sent ones, before any of its body is sent."""
     with contextlib.ExitStack() as held:
         for _ in range(count):
             held.enter_context(half_sent(special.server, length, b"" if more else b"{", more))

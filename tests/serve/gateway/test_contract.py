@@ -1,4 +1,4 @@
-"""What the contract promises to those who ask well: every route, every form of a request, through the real port."""
+"""The contract's promises for valid requests: every route, every form of a request, through the real port."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def tiny() -> Question:
 
 @pytest.fixture(scope="module")
 def wedge(ask: Asker) -> dict[str, Any]:
-    """The row that every spelling of the same request gets."""
+    """Return the row that every form of the same request gets."""
     row = ask.poses(one())[0]
     assert row["status"] == "ok", row
     return row
@@ -80,7 +80,7 @@ def wedge(ask: Asker) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cad_root(server: RunningServer) -> Path:
-    """The default CAD root, with the wedge in it."""
+    """Return the default CAD root, with the wedge in it."""
     folder = server.data / "cad"
     (folder / "line 2").mkdir(parents=True, exist_ok=True)
     (folder / "line 2" / "wedge.ply").write_bytes(ply())
@@ -121,7 +121,7 @@ def test_a_search_finds_the_pose_and_the_answer_has_every_promised_field(ask: As
 
 
 def as_form(tree: dict[str, Any], **files: bytes) -> dict[str, Any]:
-    """A tree as multipart: pictures and CAD as files, the rest as the part `request`."""
+    """Encode a tree as multipart: pictures and CAD as files, the rest as the part `request`."""
     rest = {key: value for key, value in tree.items() if key not in ("rgb_image", "depth_image", "cad")}
     parts = {
         "rgb": ("rgb.png", tree["rgb_image"]),
@@ -623,7 +623,7 @@ def coco(index: int = 1, score: float = 0.9, **more: Any) -> dict[str, Any]:
 
 
 def seg(*items: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A request in the second dialect, for the wedge."""
+    """Return a request in the second dialect, for the wedge."""
     tree = one(detections=..., init_poses=..., objects=..., seg_data=list(items), object_id="wedge")
     tree.update(changes)
     return {key: value for key, value in tree.items() if value is not ...}

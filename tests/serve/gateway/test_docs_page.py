@@ -58,7 +58,7 @@ class Trial:
         return tree
 
     def send(self) -> str:
-        """What the page shows of the answer."""
+        """Send the form; return the answer that the page shows."""
         self.browser.evaluate(f"document.querySelector('{self.at} .answer').replaceChildren()")
         self.browser.evaluate(f"document.querySelector('{self.at} .send').click()")
         self.browser.wait_for(f"document.querySelector('{self.at} .answer .status') !== null")

@@ -1,4 +1,4 @@
-"""API keys: shown once, stored hashed, seen at once by a running server, closed where the file is broken."""
+"""API keys: shown once, stored hashed, seen at once by a running server; a broken file refuses everybody."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document: sound in itself, and true to what the server really accepts."""
+"""The OpenAPI document: sound in itself, and in agreement with what the server accepts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def resolve(reference: str) -> Any:
 
 
 def accepted(schema: Json, value: Any) -> bool:
-    """Whether a value fits a schema of this document."""
+    """Return True if a value fits a schema of this document."""
     return bool(Draft202012Validator({**schema, "components": DOCUMENT["components"]}).is_valid(value))
 
 

@@ -1,4 +1,4 @@
-"""The table of routes: what each path is called, how loud it is, and who reads it."""
+"""The table of routes: the label of each path, its log level, and its readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CAD that is odd in ways of its own, and uploads whose senders do not stay."""
+"""Unusual CAD files, and uploads whose senders leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A full data disk and a full /dev/shm: what can still be answered is, the rest is 503, and nothing crashes.
+"""A full data disk and a full /dev/shm: requests that can be answered are, the rest are 503, and nothing crashes.
 
 The disks are small tmpfs mounts, so these tests need root; they are skipped where mounting is not permitted.
 """
@@ -25,7 +25,7 @@ MB = 2**20
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A disk of its own at `folder`; the test is skipped where that is not allowed."""
+    """Mount a small disk at `folder`; skip the test if that is not allowed."""
     folder.mkdir(parents=True)
     mount = shutil.which("mount")
     if os.geteuid() != 0 or mount is None:
@@ -43,7 +43,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def filled(disk: Path, keep: int = 0) -> Iterator[None]:
-    """The disk without room, but for `keep` bytes, while it lasts."""
+    """Fill the disk during the block, except for `keep` bytes."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -61,7 +61,7 @@ def filled(disk: Path, keep: int = 0) -> Iterator[None]:
 
 @dataclass
 class OnSmallDisks:
-    """A server whose data and whose shared memory each have a few megabytes."""
+    """A server whose data and shared memory each have a few megabytes."""
 
     server: RunningServer
     ask: Asker
@@ -86,7 +86,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnSmallDisks]:
 
 
 def large(**changes: object) -> dict[str, object]:
-    """A request that is large enough for shared memory."""
+    """Return a request that is large enough for shared memory."""
     tree = one(**changes)
     mask = tiny_scene().instances[1].mask.astype(int).tolist()
     copies = 3

@@ -1,4 +1,4 @@
-"""The names of objects: several of one, moved from one to another, and what a kill at any moment leaves of them.
+"""The names of objects: several for one, moves from one to another, and the state after a kill at any moment.
 
 The stages behind the store are played: any bytes are a mesh, and onboarding goes on when a test lets it.
 """
@@ -28,7 +28,7 @@ A, B, C = b"the old mug", b"the new mug", b"the newest mug"
 
 
 class Depot:
-    """The store of a server that may be started again and again on the same folder."""
+    """The store of a server that can be restarted on the same folder."""
 
     def __init__(self, folder: Path) -> None:
         self.run_dir = folder
@@ -38,13 +38,13 @@ class Depot:
         self.start()
 
     def start(self) -> None:
-        """A new process; what the one before had in its memory is gone."""
+        """Start a new process: the memory of the last one is gone."""
         self.go = asyncio.Event()
         self.objects = Objects(self.settings, self, {"geometric": "1"})  # type: ignore[arg-type]
         self.objects.load()
 
     async def call_with_retries(self, route: str, task_id: str, data: bytes, retries: int) -> bytes:
-        """What the stages answer."""
+        """Answer as the stages do."""
         if route == "/inspect":
             asked = msgspec.msgpack.decode(data, type=InspectTask)
             files = {path.name: path.read_bytes() for path in Path(asked.folder, "source").iterdir()}
@@ -63,7 +63,7 @@ class Depot:
         )
 
     def ready(self, object_id: str) -> None:
-        """The model of an object is on disk."""
+        """Put the model of an object on disk."""
         made = ObjectModel(
             object_id=object_id,
             engine="geometric",
@@ -80,7 +80,7 @@ class Depot:
         return (await self.objects.register(staged, "part.ply", ObjectRequest(name=name, **more)))[0]
 
     async def onboarded(self, added: ObjectAnswer) -> ObjectAnswer:
-        """An object once its onboarding has ended."""
+        """Let onboarding go on; return the object once its onboarding has ended."""
         self.go.set()
         await self.objects.onboarding.wait(added.object_id, 10)
         self.go.clear()
@@ -90,11 +90,11 @@ class Depot:
         return await self.onboarded(await self.add(mesh, name))
 
     def named(self) -> dict[str, list[str]]:
-        """The names of each object, as listed."""
+        """Return the names of each object, as listed."""
         return {one.object_id: one.names for one in self.objects.listing()}
 
     def files(self) -> dict[str, tuple[int, bytes]]:
-        """Every object's description: when it was written, and what."""
+        """Return every object's description: its inode, which changes with each write, and its content."""
         paths = self.store.root.glob("*/object.json")
         return {path.parent.name: (path.stat().st_ino, path.read_bytes()) for path in paths}
 

@@ -68,13 +68,13 @@ class Depot:
         return found
 
     def leftovers(self) -> list[str]:
-        """What lies in the store beside the objects."""
+        """Return the entries of the store that are not objects."""
         return [path.name for path in (self.server.data / "objects").iterdir() if path.name.startswith(".")]
 
 
 @pytest.fixture(scope="module")
 def depot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Depot]:
-    """One for this module; its tests run in order, and those that restart it come last."""
+    """Start one server for this module; its tests run in order, and those that restart it come last."""
     one_server = RunningServer(tmp_path_factory.mktemp("depot") / "data", {"pose_pass_detections": 1}).start()
     try:
         with Asker(one_server.url) as client:
@@ -239,7 +239,7 @@ def test_one_onboarding_serves_all_who_ask(depot: Depot) -> None:
 
 
 def ready_lines(depot: Depot, object_id: str) -> list[str]:
-    """What the log tells of an object's onboardings."""
+    """Return the log's lines about an object's onboardings."""
     return [line for line in depot.server.lines('"object_ready"') if object_id in line]
 
 

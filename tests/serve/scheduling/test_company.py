@@ -1,4 +1,4 @@
-"""Many clients at once: everybody gets their own right answer, passes are shared, and turns are taken."""
+"""Many clients at once: each gets its own right answer, passes are shared, and clients take turns."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def ask_patiently(
 
 
 def metric(server: RunningServer, name: str) -> float:
-    """The sum of a metric's samples of exactly this name, whatever their labels."""
+    """Return the sum of a metric's samples of exactly this name, whatever their labels."""
     page = httpx.get(f"{server.url}/metrics").text
     return sum(float(v) for v in re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", page, re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
 def sharing(tmp_path_factory: pytest.TempPathFactory, question: Question) -> Iterator[RunningServer]:
-    """A server with one pose worker that gathers requests into passes, as on a GPU."""
+    """Start a server with one pose worker that gathers requests into passes, as on a GPU."""
     settings = {"pose_workers": 1, "pose_threads": 2, "pose_batch_requests": 16, "pose_pass_detections": 8}
     with RunningServer(tmp_path_factory.mktemp("sharing") / "data", settings) as another:
         question.register(another.url)

@@ -1,4 +1,4 @@
-"""The queue before the pose stage, alone: whose turn it is, who is let in, and what becomes of parts that get lost.
+"""The queue before the pose stage, alone: the order of turns, admission, and parts that get lost.
 
 Behind it stands a pose stage that does nothing but wait for the test to say how each part ends, so the order of
 everything is the queue's own.
@@ -36,7 +36,7 @@ K = (600.0, 0.0, 320.0, 0.0, 600.0, 240.0, 0.0, 0.0, 1.0)
 
 
 def alone(scenario: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Run an asynchronous test in a loop of its own."""
+    """Make an asynchronous test run in a separate event loop."""
 
     @functools.wraps(scenario)
     def run(**fixtures: Any) -> None:
@@ -50,7 +50,7 @@ def alone(scenario: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
 
 class Clock:
-    """The queue's `time`, which a test may put forward."""
+    """The queue's `time`, which a test may advance."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -67,7 +67,7 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """No pauses, and time goes as the test says."""
+    """Replace time: no pauses, and the test moves the clock."""
     one = Clock()
     monkeypatch.setattr("serve.scheduling.queue.time", one)
     monkeypatch.setattr("serve.tasks.pose.parts.time", one)
@@ -76,7 +76,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Stage:
-    """A pose stage that answers when, and what, it is told to."""
+    """A pose stage that gives the answers that a test chooses, when it chooses."""
 
     def __init__(self, devices: int = 1, max_seconds: float = 120.0, gather_ms: int = 0) -> None:
         self.stages = Stages(devices=("cpu",) * devices, pose=Pose(max_seconds=max_seconds, batch_wait_ms=gather_ms))
@@ -90,15 +90,15 @@ class Stage:
         self.finished: list[FinishPart] = []
 
     def worker_counts(self) -> dict[str, int]:
-        """Of all stages; those that died are not there."""
+        """Return the workers of all stages, without those that died."""
         return {"decode": 1, "pose": self.ready_workers, "respond": 1}
 
     def pose_info(self) -> dict[str, Any]:
-        """What the pose worker says about itself."""
+        """Return the pose worker's report about itself."""
         return self.info
 
     async def call(self, route: str, call_id: str, payload: bytes) -> bytes:
-        """One part comes in; its job must be there."""
+        """Take in one part, whose job must be there."""
         part = msgspec.msgpack.decode(payload, type=Part)
         assert (route, call_id) == ("/pose", part.part_id)
         job = msgspec.msgpack.decode(Path(part.path).read_bytes() if part.path else part.job, type=Job)
@@ -114,14 +114,14 @@ class Stage:
             del self.inside[call_id]
 
     async def call_with_retries(self, route: str, call_id: str, payload: bytes, *, retries: int) -> bytes:
-        """The overlay of a request that was split."""
+        """Answer with the overlay of a split request."""
         assert route == "/finish"
         message = msgspec.msgpack.decode(payload, type=FinishPart)
         self.finished.append(message)
         return msgspec.msgpack.encode(PartAnswer(part_id=call_id, visualization=b"png", output_written=True))
 
     async def answer(self, part_id: str, seconds: float = 0.0, **changes: Any) -> None:
-        """The part comes back, its rows numbered by detection."""
+        """Answer a part, its rows numbered by detection."""
         part, future = self.inside[part_id]
         rows = [_row(index) for index in range(part.start, part.stop)]
         engine = msgspec.msgpack.decode(Path(part.path).read_bytes() if part.path else part.job, type=Job).engine
@@ -131,7 +131,7 @@ class Stage:
         await settled()
 
     async def fail(self, part_id: str, error: Exception | Failure) -> None:
-        """The part ends otherwise."""
+        """End a part with an error."""
         future = self.inside[part_id][1]
         if isinstance(error, Failure):
             future.set_result(msgspec.msgpack.encode(error))
@@ -152,7 +152,7 @@ def _row(index: int) -> Row:
 
 
 async def settled() -> None:
-    """Let everything run that can."""
+    """Let everything run that can run."""
     for _ in range(12):
         await asyncio.sleep(0)
 
@@ -178,7 +178,7 @@ class Bench:
     async def ask(
         self, client: str, name: str, count: int = PASS, *, deadline_s: float = 1000.0, large: bool = False, **job: Any
     ) -> asyncio.Task[Solution]:
-        """A request of `count` detections; its parts are `name/0`, `name/1`, ..."""
+        """Make a request of `count` detections; its parts are `name/0`, `name/1`, ..."""
         request = Job(
             request_id=name,
             rgb=bytes(INLINE_BYTES if large else 8),
@@ -196,13 +196,13 @@ class Bench:
         return task
 
     def spooled(self) -> list[str]:
-        """Requests that lie in shared memory."""
+        """Return the requests that lie in shared memory."""
         return sorted(path.name for path in self.run_dir.jobs.iterdir())
 
 
 @contextlib.asynccontextmanager
 async def bench(folder: Path, stage: Stage | None = None, **settings: Any) -> AsyncIterator[Bench]:
-    """A queue whose counts must be back at nothing, and its files gone, when the test is through."""
+    """Make a queue; at the test's end its counts must be zero and its files gone."""
     one = Bench(folder, stage or Stage(), **settings)
     yield one
     await one.stage.work_off()
@@ -216,12 +216,12 @@ async def bench(folder: Path, stage: Stage | None = None, **settings: Any) -> As
 
 
 def order(stage: Stage) -> str:
-    """The clients or requests by the first letter, in the order that their parts were sent."""
+    """Return the clients or requests by their first letters, in the order in which their parts were sent."""
     return "".join(part_id[0] for part_id in stage.sent)
 
 
 async def code(task: asyncio.Task[Solution]) -> str:
-    """How a request was refused."""
+    """Return the code of a request's refusal."""
     with pytest.raises(ApiError) as raised:
         await task
     return raised.value.code
@@ -490,7 +490,7 @@ async def test_a_stage_that_stays_away_is_given_up(tmp_path: Path) -> None:
 
 
 def refused(one: Bench, client: str, count: int, deadline_s: float) -> ApiError:
-    """Why a request would not be let in."""
+    """Return why a request would not be admitted."""
     with pytest.raises(ApiError) as raised:
         one.queue.admit(client, count, deadline_s, "geometric", UNIT)
     return raised.value
@@ -916,7 +916,7 @@ async def test_whatever_happens_in_whatever_order_nothing_is_lost_and_nothing_st
 
 
 async def _something(one: Bench, chance: random.Random) -> None:
-    """One part ends in some way, or one client goes away."""
+    """End one part in some way, or let one client leave."""
     if chance.random() < 0.05:
         chance.choice(one.tasks).cancel()
         await settled()

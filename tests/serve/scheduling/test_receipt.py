@@ -1,4 +1,4 @@
-"""Where a request's time went."""
+"""The receipt: where a request's time went."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ARRIVED = 1_000.0  # seconds since the epoch
 
 
 def part(**spans: tuple[float, float]) -> PartAnswer:
-    """What a part tells: for a stage when it began, in ms since the request came, and how long it took."""
+    """Make a part's answer: for each stage its start, in ms since the request came, and its duration."""
     fields: dict[str, Any] = {}
     for stage, (begun_ms, length_ms) in spans.items():
         fields |= {f"{stage}_unix": ARRIVED + begun_ms / 1e3, f"{stage}_ms": length_ms}

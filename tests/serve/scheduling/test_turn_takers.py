@@ -1,4 +1,4 @@
-"""Who a request counts for: the key that was sent with it, or else the address that it really came from."""
+"""The client that a request counts for: its key or, without one, the address that it came from."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.serve.tiny import POSE, one
 
 @pytest.fixture
 def locked(special: Special) -> Iterator[str]:
-    """The special server with one key while it lasts."""
+    """Give the special server one key during the test."""
     path = special.server.data / "keys.json"
     yield keys.add(path, "camera")
     path.unlink()
 
 
 def plain(server: RunningServer, **headers: str) -> tuple[int, str | None]:
-    """A pose request with headers exactly as given, trailing blanks and all: status, and the code of a refusal."""
+    """Send a pose request with headers exactly as given, trailing blanks included; return status and refusal code."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         headers = {"Content-Type": "application/msgpack", **headers}
@@ -38,7 +38,7 @@ def plain(server: RunningServer, **headers: str) -> tuple[int, str | None]:
 
 
 def counted_for(server: RunningServer, **headers: str) -> str:
-    """Whose turn a pose request took, as the log has it."""
+    """Return the client that a pose request counted for, from the log."""
     request_id = secrets.token_hex(8)
     assert plain(server, **{"X-Request-Id": request_id, **headers}) == (200, None)
     (line,) = server.logged(request_id)

@@ -1,4 +1,4 @@
-"""The log: what a line looks like, what never gets into it, and what happens when it cannot be written."""
+"""The log: the form of a line, the secrets that never get into it, and a log that cannot be written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stream() -> io.StringIO:
 
 @pytest.fixture
 def lines(tmp_path: Path, stream: io.StringIO) -> Iterator[Lines]:
-    """Logging at level debug, and what is in the file so far."""
+    """Log at level debug; give a function that returns the lines in the file so far."""
     logs.configure(Log(level="debug"), tmp_path, stream=stream)
 
     def read() -> list[dict[str, Any]]:

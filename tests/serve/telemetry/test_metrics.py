@@ -1,4 +1,4 @@
-"""The page that Prometheus reads: ours, and a real Mosec server's made clean."""
+"""The page that Prometheus reads: our families, and a real Mosec server's, cleaned."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def promtool_says(page: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def mosec_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Mosec's own page after a handful of requests, one of them refused, over three connections of its workers."""
+    """Return Mosec's page after a handful of requests, one of them refused, over three connections of its workers."""
     folder = tmp_path_factory.mktemp("two_stages")
     script = folder / "two_stages.py"
     script.write_text(TWO_STAGES)

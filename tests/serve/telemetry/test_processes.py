@@ -1,4 +1,4 @@
-"""What each stage's processes take: whose is whose, and sums that only grow."""
+"""Time and memory of each stage's processes: their assignment to stages, and sums that only grow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TICKS_S = 0.03  # the kernel counts in hundredths
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """What a test starts, ended after it; other tests' servers, which are this process's children too, are hidden."""
+    """Give a list for a test's processes, ended after it; hide other tests' servers, also children of this process."""
     started: list[subprocess.Popen[bytes]] = []
     really = processes._children
 
@@ -44,7 +44,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[
 
 
 def spinning(children: list[subprocess.Popen[bytes]], seconds: float = 0.1, **variables: str) -> int:
-    """A child that has used so much processor time, and waits; its pid."""
+    """Start a child that has used this much processor time, and waits; return its pid."""
     child = subprocess.Popen(
         [sys.executable, "-S", "-c", SPIN.format(seconds=seconds)],
         stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Traces: the headers' rules, and what a collector that really listens gets from a server that really runs."""
+"""Traces: the headers' rules, and the spans that a listening collector gets from a running server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PARENT = f"00-{TRACE}-{SPAN}-01"
 
 
 def called_with(*headers: tuple[str, str]) -> Trace:
-    """The trace of a request with these headers."""
+    """Return the trace of a request with these headers."""
     return Trace.of([(name.encode(), value.encode("latin-1")) for name, value in headers])
 
 
@@ -156,7 +156,7 @@ def test_without_export_other_servers_become_children_of_the_caller() -> None:
 
 
 class Kept:
-    """An exporter that keeps what it is given of requests whose caller is sampled, and of those without one."""
+    """An exporter that keeps the spans of requests whose caller is sampled, and of those without a caller."""
 
     def __init__(self, processor: SpanProcessor | None = None) -> None:
         self._memory = InMemorySpanExporter()
@@ -325,7 +325,7 @@ def test_spans_that_find_the_queue_full_are_told_once_and_counted(
 
 
 def run(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints."""
+    """Run code in a fresh interpreter; return what it prints."""
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
@@ -409,7 +409,7 @@ def plain(attributes: Any) -> dict[str, Any]:
 
 
 class Collector:
-    """An OTLP/HTTP collector on a port of loopback; `stop` takes it away, `start` brings it back to the same port."""
+    """An OTLP/HTTP collector on a port of loopback; `stop` removes it, `start` brings it back on the same port."""
 
     def __init__(self) -> None:
         self.spans: list[Seen] = []
@@ -437,7 +437,7 @@ class Collector:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Quiet."""
+                """Log nothing."""
 
         self._http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.port = self._http.server_address[1]
@@ -450,7 +450,7 @@ class Collector:
             self._http = None
 
     def request(self, trace_id: str) -> tuple[Seen, list[Seen]]:
-        """The server's span of a trace, and its children in order of time; waits for them."""
+        """Return the server's span of a trace, and its children in order of time; wait for them."""
 
         def roots() -> list[Seen]:
             return [span for span in self.spans if span.trace_id == trace_id and span.sent.kind == SERVER]
@@ -461,7 +461,7 @@ class Collector:
         return root, sorted(children, key=lambda span: span.begun)
 
     def passes(self, links: list[str]) -> list[Seen]:
-        """The spans that links lead to."""
+        """Return the spans that links lead to."""
 
         def found() -> list[Seen]:
             return [span for span in self.spans if span.trace_id + span.span_id in links]
@@ -491,14 +491,14 @@ class Traced:
         return root, children
 
     def lines(self, event: str) -> list[dict[str, Any]]:
-        """What the server's log says of an event."""
+        """Return the server's log lines of an event."""
         lines = [json.loads(line) for line in self.server.lines(event) if line.startswith("{")]
         return [line for line in lines if line["event"] == event]
 
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
-    """One for the tests below. One pose worker that gathers at the pose stage: those who wait for it share a pass."""
+    """Start one for the tests below. Its one pose worker gathers at the pose stage: waiting requests share a pass."""
     settings = {
         "pose_workers": 1,
         "pose_threads": 1,
@@ -525,7 +525,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
 
 
 def assert_nested(root: Seen, children: list[Seen]) -> None:
-    """Each child belongs to the request and lies within it; each part's stages follow each other."""
+    """Check that each child belongs to the request and lies within it, and each part's stages follow each other."""
     for child in children:
         assert child.parent_id == root.span_id
         assert root.begun <= child.begun <= child.ended <= root.ended

@@ -33,7 +33,7 @@ Cutter = Callable[..., Cut]
 
 @pytest.fixture
 def cut(decode: DecodeStage, asker: Asker) -> Cutter:
-    """A part of a job about one detection (or several), decoded and sent through the wire."""
+    """Return a function: a part of a job about one detection (or several), decoded and sent through the wire."""
 
     def make(which: Sequence[int] = (0,), request_id: str = "r1", **changes: Any) -> Cut:
         masks = [asker.scene.instances[i].mask for i in which]

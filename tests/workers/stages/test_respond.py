@@ -23,7 +23,7 @@ from workers.stages.respond import RespondStage
 
 @pytest.fixture(scope="session")
 def rows_and_job(asker: Asker, decode: DecodeStage, pose: PoseStage) -> tuple[Solved, Job]:
-    """Three detections, the second of which is an empty mask."""
+    """Return the solved rows and the job of three detections, the second an empty mask."""
     masks = [instance.mask for instance in asker.scene.instances]
     job = asker.job([masks[0], np.zeros_like(masks[1]), masks[2]])
     cut = decode.forward(asker.part(job))

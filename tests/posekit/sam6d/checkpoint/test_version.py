@@ -1,4 +1,4 @@
-"""The version of stored models: another one for other weights and for another number of views."""
+"""The version of stored models: different for other weights and for another number of views."""
 
 from __future__ import annotations
 

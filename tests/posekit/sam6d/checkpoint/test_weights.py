@@ -1,4 +1,4 @@
-"""Checkpoints as torch.save and safetensors write them: what fits is kept, everything else is refused in words."""
+"""Checkpoints as torch.save and safetensors write them: fitting ones are kept, all others refused in words."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Tensors = dict[str, Tensor]
 
 
 def numbers(names: dict[str, Tensor]) -> Tensors:
-    """Tensors of these shapes and types, no two alike; their numbers are exact in every floating-point type."""
+    """Return tensors of these shapes and types, all different; their numbers are exact in every float type."""
     return {
         name: torch.full(wanted.shape, index % 256, dtype=wanted.dtype)
         for index, (name, wanted) in enumerate(names.items())
@@ -37,7 +37,7 @@ def numbers(names: dict[str, Tensor]) -> Tensors:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Tensors:
-    """Weights of a network that has only the small tensors of the real one, so that its files are small."""
+    """Return weights with only the small tensors of the real network, so that its files are small."""
     expected = {name: wanted for name, wanted in weights._expected().items() if wanted.numel() <= 768}
     monkeypatch.setattr(weights, "_expected", lambda: expected)
     return numbers(expected)
@@ -69,7 +69,7 @@ def refusal(file: Path, folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder after a checkpoint of full size was imported: in float16, with `module.`, as its trainer nests it."""
+    """Import a checkpoint of full size, in float16, with `module.`, nested as by its trainer; return the folder."""
     place = tmp_path_factory.mktemp("real")
     model = {f"module.{name}": value for name, value in numbers(dict(weights._expected())).items()}
     half = {name: value.half() for name, value in model.items() if not name.endswith("num_batches_tracked")}
@@ -347,7 +347,7 @@ def test_a_file_that_is_far_too_large_is_not_read(tmp_path: Path, folder: Path) 
 
 
 class Hostile:
-    """Unpickled, it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

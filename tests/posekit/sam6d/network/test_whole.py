@@ -1,4 +1,4 @@
-"""The plain network: the released checkpoint's names, and the parts that later stages are built on."""
+"""The plain network: the released checkpoint's names, and the parts that later stages build on."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_the_score_is_the_share_of_points_that_the_pose_explains() -> None:
 
 
 def tournament(points: Tensor, count: int) -> list[int]:
-    """The original's kernel, thread by thread: T threads with every T-th point, then halves against halves."""
+    """Imitate the original's kernel, thread by thread: T threads with every T-th point, then halves against halves."""
     threads = 1
     while threads * 2 <= min(len(points), 512):
         threads *= 2

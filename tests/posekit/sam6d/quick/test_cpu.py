@@ -1,4 +1,4 @@
-"""The rewritten parts beside the plain ones: the same numbers, on the awkward inputs too, with and without kernels."""
+"""The rewritten parts against the plain ones: the same numbers, also on awkward inputs, with and without kernels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def inference() -> Iterator[None]:
 
 @functools.cache
 def both() -> tuple[Network, FastNetwork]:
-    """A small network with the same numbers twice."""
+    """Return a small network with the same numbers twice."""
     plain = Network(SMALL)
     filled(plain)
     return plain, FastNetwork.of(plain)
@@ -61,7 +61,7 @@ def both() -> tuple[Network, FastNetwork]:
 
 
 def pixels(batch: int, count: int) -> Tensor:
-    """Flat pixels: the picture's corners, edges and repeated ones among them."""
+    """Return flat pixel indices, including the picture's corners, edges and repeated ones."""
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(224 * 224, (batch, count), generator=generator)
     chosen[:, :8] = torch.tensor([0, 223, 223 * 224, 224 * 224 - 1, 1, 224, 222 * 224 + 223, 112])
@@ -103,7 +103,7 @@ def structures() -> tuple[GeometricStructureEmbedding, TabledStructure]:
 
 
 def clouds() -> dict[str, Tensor]:
-    """By what is awkward about them, (B, N, 3)."""
+    """Return clouds (B, N, 3) by their awkward property."""
     return {
         "usual": sphere(2, 39) + torch.tensor([1.0, -2, 13]),
         "repeated points": sphere(1, 8).repeat(1, 5, 1)[:, :39],
@@ -179,7 +179,7 @@ def test_focusing_in_one_pass_is_the_plain_one(kernel: str) -> None:
 
 
 def neighbourhoods() -> dict[str, Tensor]:
-    """By how many neighbours there are within the radii 0.1 and 0.2."""
+    """Return clouds by the number of neighbours within the radii 0.1 and 0.2."""
     return {
         "as of an object": sphere(2, 300),
         "none but the point": 20 * sphere(1, 35),
@@ -282,7 +282,7 @@ def test_where_everything_is_background_the_pose_is_still_of_numbers(kernel: str
 
 @functools.cache
 def asked() -> tuple[Scene, Tensor, Tensor, Tensor]:
-    """Two scenes, and points, features and surfaces of their objects."""
+    """Return two scenes, and points, features and surfaces of their objects."""
     points_m = 0.1 * sphere(2, 300, seed=1) * torch.tensor([1.0, 0.7, 0.5])
     R = rotations(2, seed=2)
     scene = Scene(
@@ -295,7 +295,7 @@ def asked() -> tuple[Scene, Tensor, Tensor, Tensor]:
 
 
 def walked(network: Network) -> dict[str, Tensor]:
-    """Every stage of the way, each from what the stages before it came to; the voting has logits of a known pose."""
+    """Run every stage on the output of the one before; the voting gets logits of a known pose."""
     scene, points_m, features, surface_m = asked()
     model: Model = network.model(network.describe(points_m, features, surface_m))
     cloud = network.look(scene, model.description.radius_m)

@@ -1,4 +1,4 @@
-"""The network for a GPU: its answers are the plain network's, its geometry is float32, and it never asks the host."""
+"""The network for a GPU: answers equal the plain network's, geometry stays float32, and it never waits for the host."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_distances_to_the_surface_are_the_plain_ones() -> None:
 
 
 def stages(network: Network, scene: Scene, models: list[Model]) -> dict[str, Tensor]:
-    """What each stage makes of the same input, the scene's coarse pose set aside."""
+    """Return each stage's output for the same input, ignoring the scene's coarse pose."""
     model = together(models)
     cloud = network.look(scene, model.description.radius_m)
     start = Pose(torch.eye(3).expand(len(models), 3, 3), cloud.points.mean(dim=1))
@@ -201,7 +201,7 @@ def test_the_network_it_is_made_of_keeps_its_weights(small: Small) -> None:
 
 
 class Asked(TorchDispatchMode):
-    """Notes each operator: its name, the types of its tensors, and whether products may take TF32."""
+    """Records each operator: its name, the types of its tensors, and whether products may take TF32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class Asked(TorchDispatchMode):
 
 
 def asked(network: Network, small: Small) -> Asked:
-    """What a pass of two asks for; outside of inference mode, in which compound operators show no parts."""
+    """Record the operators of a pass of two, outside of inference mode, which hides the parts of compound operators."""
     scene, model = small.scene(2), together(small.models(network, 2))
     with torch.inference_mode(False), torch.no_grad(), Asked() as mode:
         network(scene, model)
@@ -263,7 +263,7 @@ def test_tf32_is_put_back_after_a_layer_and_after_an_error() -> None:
 
 
 def difference(a: Poses, b: Poses) -> tuple[float, float]:
-    """Degrees and millimetres."""
+    """Return degrees and millimetres between poses."""
     turned = rotation_angle_deg(a.R_cam_obj.double(), b.R_cam_obj.double()).max()
     return turned.item(), 1000 * (a.t_cam_obj_m - b.t_cam_obj_m).abs().max().item()
 

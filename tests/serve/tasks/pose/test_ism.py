@@ -1,4 +1,4 @@
-"""The client side of the ISM call, against a server that really runs and really segments."""
+"""The client side of the ISM call, against a running server that really segments."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_an_answer_without_masks_is_refused(answer: bytes) -> None:
 
 
 def from_text(answer: bytes) -> Found:
-    """What the client makes of a 200 with this body."""
+    """Return what the client makes of a 200 with this body."""
 
     class Fixed(IsmServer):
         def answer(self, question: dict[str, Any]) -> tuple[int, bytes]:

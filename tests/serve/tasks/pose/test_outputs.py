@@ -1,4 +1,4 @@
-"""What the server wrote leaves after a time; what others put there stays."""
+"""Retention: files that the server wrote are removed after a time, others stay."""
 
 from __future__ import annotations
 

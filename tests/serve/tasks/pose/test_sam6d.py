@@ -1,4 +1,4 @@
-"""The network behind the port, on made-up weights: it computes as with the released ones, and finds nothing."""
+"""The network behind the port, with made-up weights: it computes as with the released ones, and finds nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Networked:
 
 @pytest.fixture(scope="module")
 def networked(tmp_path_factory: pytest.TempPathFactory, generated_weights: Path) -> Iterator[Networked]:
-    """One for this module; few views, since onboarding takes its time. Its two objects are still being onboarded."""
+    """Start a server for this module; few views, since onboarding is slow. Its two objects are still onboarding."""
     own = tmp_path_factory.mktemp("weights") / generated_weights.name
     own.hardlink_to(generated_weights)  # so that what is recorded of it is nobody else's
     settings = {"engine": "sam6d", "sam6d_weights": str(own), "sam6d_views": 4}
