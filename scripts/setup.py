@@ -74,8 +74,17 @@ class Pip:
         self._coming = ""
         self._installing: list[str] = []
         self.returncode: int | None = None
+        self._pip: subprocess.Popen[str] | None = None
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def stop(self) -> None:
+        """End it if it still runs: nothing goes on installing after a failure."""
+        self._stopped = True
+        if self._pip is not None:
+            self._pip.terminate()
+        self.wait()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait for pip to end, at most `seconds`; return True if it has ended."""
@@ -111,12 +120,13 @@ class Pip:
                     command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
                 ) as pip,
             ):
+                self._pip = pip
                 assert pip.stdout is not None
                 for line in pip.stdout:
                     log.write(line)
                     log.flush()
                     self._read(line)
-            if pip.returncode == 0:
+            if pip.returncode == 0 or self._stopped:
                 break
             self._found, self._coming, self._installing = 0, " (once more, since that failed)", []
         self.returncode = pip.returncode
@@ -182,11 +192,19 @@ class Environment:
         """Install packages and show the progress; also wait for `beside`, a build that runs at the same time."""
         say(what)
         pip = Pip(self.path, packages, self.log)
-        while not (pip.wait(0.3) and (beside is None or beside.wait(0.3))):
-            compiling = "" if beside is None or beside.returncode is not None else "the kernels compile"
-            coming = "" if pip.returncode is not None else pip.state()
-            self._progress.show("; ".join(text for text in (coming, compiling) if text))
-        pip.check()
+        try:
+            while not (pip.wait(0.3) and (beside is None or beside.wait(0.3))):
+                compiling = "" if beside is None or beside.returncode is not None else "the kernels compile"
+                coming = "" if pip.returncode is not None else pip.state()
+                self._progress.show("; ".join(text for text in (coming, compiling) if text))
+                if pip.returncode is not None:
+                    pip.check()
+            pip.check()
+        except BaseException:
+            for one in (pip, beside):
+                if one is not None:
+                    one.stop()
+            raise
 
 
 def digest(*inputs: str) -> str:

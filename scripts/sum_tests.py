@@ -10,19 +10,21 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-_SUMMARY = re.compile(r"^=* ?(\d+ \w+(?:, \d+ \w+)*) in ([\d.]+)s(?: \([\d:, days]+\))? ?=*$")
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+_SUMMARY = re.compile(r"^=* ?(\d+ [a-z ]+(?:, \d+ [a-z ]+)*) in ([\d.]+)s(?: \([\d:, days]+\))? ?=*$")
 _ORDER = ("failed", "passed", "skipped", "deselected", "xfailed", "xpassed", "warnings", "errors")
 _SINGULAR = {"warning": "warnings", "error": "errors"}
 
 
 def read(text: str) -> tuple[Counter[str], float] | None:
     """Return the counts and the seconds of the last summary in a run's output; None if there is no summary."""
-    found = [match for line in text.splitlines() if (match := _SUMMARY.match(line.strip()))]
+    lines = [_COLOUR.sub("", line).strip() for line in text.splitlines()]
+    found = [match for line in lines if (match := _SUMMARY.match(line))]
     if not found:
         return None
     counts: Counter[str] = Counter()
     for part in found[-1][1].split(", "):
-        number, word = part.split()
+        number, word = part.split(maxsplit=1)
         counts[_SINGULAR.get(word, word)] += int(number)
     return counts, float(found[-1][2])
 

@@ -484,7 +484,7 @@ def test_ci_ends_with_one_line_that_sums_its_runs(tmp_path):
 @pytest.mark.parametrize(
     "output, counted",
     [
-        ("== 1 failed, 9 passed in 5.00s ==", "1 failed, 19 passed in 10.00s"),
+        ("\x1b[31m== 1 failed, 9 passed, 2 subtests passed in 5.00s ==\x1b[0m", "1 failed, 19 passed in 10.00s"),
         ("== 9 passed, 1 error in 5.00s ==", "19 passed, 1 errors in 10.00s"),
         ("Killed", "10 passed, 1 errors in 5.00s"),
     ],

@@ -52,6 +52,7 @@ def pose_request(
             raise ValueError("give masks or detections, not both")
         body["detections"] = [dict(item) for item in given["detections"]]
     elif masks is not None:
+        masks = list(masks)  # it may be a generator
         _check_sizes(masks, _size(rgb, body["rgb_image"]) or _size(depth, body["depth_image"]))
         body["detections"] = _columns(masks, given)
     if "init_poses" in given:

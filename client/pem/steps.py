@@ -48,6 +48,7 @@ KEY_VARIABLE: Final = "PEM_API_KEY"  # the API key of a client that gets none as
 T = TypeVar("T")
 
 _GRACE_S: Final = 2.0  # beyond a deadline, for the server's 504 to arrive
+_COME_BACK: Final = (429, 503)  # with Retry-After: the same request may succeed later
 _BACKOFF_S: Final = 0.2  # after a broken connection; doubles
 _NOT_YET: Final = (429, 502, 503, 504)  # of /readyz: the server's own 503, or a proxy that cannot reach it yet
 
@@ -194,7 +195,7 @@ class Verbs:
                 if response.is_success:
                     return response
                 failure = refusal = refused(response)
-                if refusal.retry_after_s is None:
+                if refusal.retry_after_s is None or response.status_code not in _COME_BACK:
                     raise refusal
                 pause_s = refusal.retry_after_s
             pause_s += random.uniform(0.0, 0.1 * pause_s + 0.05)  # keeps clients from coming back all at once

@@ -236,7 +236,10 @@ class Backend:
                 continue
             if not line:
                 return
-            self.on_line(line)
+            try:
+                self.on_line(line)
+            except Exception:  # a line that cannot be told must not stop those that follow: the pipe would fill up
+                log.exception("backend_line_not_told", track=self.name)
 
     async def _become_ready(self) -> None:
         begun = time.monotonic()

@@ -22,6 +22,8 @@ from workers.jobs import BESIDE, write_large
 log = structlog.get_logger()
 
 _PREFIX = "pem-server-"
+_LONGEST_SOCKET = 107  # bytes of a Unix socket's path
+_MOSEC_SOCKET = "mosec/ipc_InspectStage_99.socket"  # the longest name that Mosec gives one, below the run directory
 
 
 def _bases(first: Path) -> list[Path]:
@@ -43,15 +45,20 @@ class RunDir:
             path = None
             try:
                 path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+                if len(os.fsencode(path / _MOSEC_SOCKET)) > _LONGEST_SOCKET:
+                    raise OSError(errno.ENAMETOOLONG, "its path is too long for a Unix socket")
                 for folder in ("jobs", "workers", "progress"):
                     (path / folder).mkdir()
                 _reserve_probe(path)
                 return path
             except OSError as error:
-                log.warning("no_room_for_run_directory", base=str(base), error=error.strerror)
+                log.warning("no_run_directory", base=str(base), error=error.strerror)
                 if path is not None:
                     shutil.rmtree(path, ignore_errors=True)
-        raise OSError(errno.ENOSPC, "neither /dev/shm nor the temporary folder has room for the server's run directory")
+        tried = " nor in ".join(map(str, _bases(first)))
+        raise OSError(
+            errno.ENOSPC, f"the server's run directory can be made neither in {tried}; name another spool_dir"
+        )
 
     def put(self, name: str, data: bytes) -> str | None:
         """Spool a request; return its path, or None if it should go inline (small, or no room)."""

@@ -62,7 +62,8 @@ def _document() -> bytes:
 
 async def _docs(service: Service, call: Call) -> Answer:
     """`GET /docs`"""
-    return Answer(200, openapi.page(), "text/html; charset=utf-8")
+    unframed = {"Content-Security-Policy": "frame-ancestors 'none'"}  # no page of another host clicks on this one
+    return Answer(200, openapi.page(), "text/html; charset=utf-8", unframed)
 
 
 _TAKES: Final = (

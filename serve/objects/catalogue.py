@@ -332,6 +332,7 @@ class Objects:
         object_id = known.stored.object_id
         left = [name for name in known.stored.names if name != id_or_name]
         try:
+            self._names.settle_claims(known)
             if left and id_or_name in known.stored.names:
                 self._names.change(known, known.stored.named(left))
                 log.info("object_changed", object_id=object_id, names=left)
@@ -375,6 +376,8 @@ class Objects:
             if name is not None and not awaited:
                 self._names.reserve(name, object_id)  # before it is stored, so that no other request takes the name
             await self._make_room()
+            if name is not None and replace:
+                self._names.wait_no_more(name, object_id)
             health = inspected.health
             stored = StoredObject(
                 object_id=object_id,
@@ -397,8 +400,6 @@ class Objects:
                 self._learn(stored)
             if not created:  # another request was faster with the same files
                 self._update(self._known[object_id], name, declared, replace=replace)
-            elif name is not None and replace:
-                self._names.wait_no_more(name, object_id)
             self._names.tidy()
             log.info(
                 "object_added",
@@ -449,7 +450,10 @@ class Objects:
         self, known: Known, name: str | None, declared: dict[str, Any] | None, *, replace: bool = False
     ) -> None:
         """Update a known object that is registered again, perhaps with another name or other symmetries."""
-        stored, object_id = known.stored, known.stored.object_id
+        object_id = known.stored.object_id
+        if name is not None and replace:
+            self._names.wait_no_more(name, object_id)
+        stored = known.stored
         if name is not None and self._names.holder(name) in (None, object_id):
             if name != stored.name:  # earlier names stay: clients may be using them
                 stored = stored.named([*(one for one in stored.names if one != name), name])
@@ -459,14 +463,11 @@ class Objects:
         anew = declared is not None and declared != stored.declared_symmetries
         if anew:
             stored = msgspec.structs.replace(stored, declared_symmetries=declared)
+            self._store.remove_models(object_id)  # first: without them a failure now costs an onboarding and no more
+            known.models = {engine: Model(error=model.error) for engine, model in known.models.items()}
         if stored != known.stored:
             self._names.change(known, stored)
             log.info("object_changed", object_id=object_id, names=stored.names)
-        if name is not None and replace:
-            self._names.wait_no_more(name, object_id)
-        if anew:
-            self._store.remove_models(object_id)
-            known.models = {engine: Model(error=model.error) for engine, model in known.models.items()}
 
     async def _make_room(self) -> None:
         """Remove unnamed objects, least recently used first, until the store is below its limit, or raise ApiError."""

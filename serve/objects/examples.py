@@ -28,7 +28,8 @@ _OBJECT: Final[dict[str, Any]] = {
 #: schema -> name -> an example that its struct accepts
 EXAMPLES: Final[dict[str, dict[str, dict[str, Any]]]] = {
     "ObjectRequest": {
-        "named": {"name": "mug", "model_unit": "m"},
+        "named": {"name": "mug"},
+        "in metres": {"name": "mug", "model_unit": "m"},
         "replacing": {"name": "mug", "replace": True},
     },
     "ObjectAnswer": {"ready": _OBJECT},

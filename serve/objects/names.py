@@ -26,7 +26,7 @@ class Names:
         self._known = known
         self._holders: dict[str, str] = {}  # name -> the object that holds it
         self._waiting: dict[str, str] = {}  # name -> the object that takes it once it is ready
-        self._outdated: set[str] = set()  # objects whose files still claim names that they have lost
+        self._outdated: dict[str, set[str]] = {}  # objects whose files still claim names that they have lost -> those
         self._revision = 0
 
     def holder(self, name: str) -> str | None:
@@ -66,6 +66,17 @@ class Names:
                 if other is not known:
                     self._lose(other, name)
 
+    def settle_claims(self, known: Known) -> None:
+        """Write the objects that lost a name to this one: without its file, theirs would claim the name again.
+
+        Raises PoseError if that cannot be done now.
+        """
+        names = {*known.stored.names, *known.stored.awaited}
+        for object_id, lost in tuple(self._outdated.items()):
+            if not names.isdisjoint(lost):
+                self._store.replace(self._known[object_id].stored)
+                self._outdated.pop(object_id, None)
+
     def tidy(self) -> None:
         """Write the objects that lost a name. A failed write is logged and tried again by the next call."""
         for object_id in tuple(self._outdated):
@@ -74,7 +85,7 @@ class Names:
             except PoseError as error:
                 log.error("object_names_not_written", object_id=object_id, error=error.detail)
             else:
-                self._outdated.discard(object_id)
+                self._outdated.pop(object_id, None)
 
     def change(self, known: Known, stored: StoredObject) -> None:
         """Write an object and its names, and take the names from other objects. PoseError: nothing has changed."""
@@ -86,12 +97,14 @@ class Names:
         self.tidy()
 
     def wait_no_more(self, name: str, object_id: str) -> None:
-        """Stop any object but `object_id` from waiting for a name."""
+        """Stop any object but `object_id` from waiting for a name, before that one takes it.
+
+        Raises PoseError if the other object cannot be written: it waits on.
+        """
         other = self._known.get(self._waiting.get(name, object_id))
         if other is not None and other.stored.object_id != object_id:
-            del self._waiting[name]
-            self._lose(other, name)
-            self.tidy()
+            awaited = [one for one in other.stored.awaited if one != name]
+            self.change(other, msgspec.structs.replace(other.stored, awaited=awaited))
 
     def settle(self, known: Known, *, ready: bool) -> None:
         """Give an object the names that it waits for, in one step; if it is not `ready`, end the waiting instead."""
@@ -110,7 +123,7 @@ class Names:
     def forget(self, known: Known) -> None:
         """Free the names of an object that is gone."""
         object_id = known.stored.object_id
-        self._outdated.discard(object_id)
+        self._outdated.pop(object_id, None)
         for claims, names in ((self._holders, known.stored.names), (self._waiting, known.stored.awaited)):
             for name in names:
                 if claims.get(name) == object_id:
@@ -119,4 +132,4 @@ class Names:
     def _lose(self, known: Known, name: str) -> None:
         stored = known.stored.named([one for one in known.stored.names if one != name])
         known.stored = msgspec.structs.replace(stored, awaited=[one for one in stored.awaited if one != name])
-        self._outdated.add(stored.object_id)
+        self._outdated.setdefault(stored.object_id, set()).add(name)

@@ -154,7 +154,7 @@ class Onboarding:
             ended = model.ready or model.error is not None
             done += effort * (1.0 if ended else self.progress_of(known.stored.object_id, engine) or 0.0)
             total += effort
-        return min(done / total, 0.99)
+        return min(done / total, 0.99) if total else 0.0
 
     def progress_of(self, object_id: str, engine: str) -> float | None:
         """Return the progress of one engine's onboarding, 0 to 0.99; None if it has not begun."""

@@ -184,7 +184,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-_OURS: Final = frozenset({"source", "timestamp", "level", "event", "self"})
+_OURS: Final = frozenset({"source", "timestamp", "level", "event", "self", "method_name"})
 
 
 def _forward(source: str, level: str, event: str, fields: Mapping[str, Any], unix: object = None) -> None:
@@ -339,7 +339,10 @@ class _Writer:
         self._say(event, line)
 
     def _say(self, event: EventDict, line: bytes | None = None) -> None:
-        text = self._console.render(event) if self._console is not None else (line or encode(event)).decode()
+        text = (line or encode(event)).decode()
+        if self._console is not None:
+            with contextlib.suppress(Exception):  # a field that the console cannot show: the JSON line instead
+                text = self._console.render(event)
         with contextlib.suppress(OSError, ValueError):
             self._stream.write(text)
             self._stream.flush()
@@ -480,7 +483,8 @@ class _Stdlib(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):  # a library's broken message is not our failure
-            get().log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info)
+            level = max((one for one in LEVELS.values() if one <= record.levelno), default=logging.DEBUG)
+            get().log(level, record.getMessage(), logger=record.name, exc_info=record.exc_info)
 
 
 _writer: _Writer | None = None

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from pem import client
+from pem import client, imagefiles
 from pem.errors import kind_of
 from posekit.synthetic.scenes import Scene, demo_scene, pose_errors
 from posekit.synthetic.shapes import SHAPES, mesh_to_ply
@@ -129,6 +129,17 @@ def test_a_503_that_waiting_does_not_mend_is_not_tried_again(script: tuple[str, 
     played.answers = [failure(503, "no_ism")]
     with client.Client(url) as pem, pytest.raises(client.ServerFailed, match="words"):
         pem.full_pipeline(RGB, DEPTH, K, template_dir="t", object_id="x")
+    assert len(played.seen) == 1
+
+
+@pytest.mark.parametrize("status", [403, 413, 500, 502])
+def test_what_waiting_does_not_mend_is_not_tried_again_whatever_a_proxy_adds(
+    script: tuple[str, Script], status: int
+) -> None:
+    url, played = script
+    played.answers = [failure(status, "unknown", Retry_After="0")]
+    with client.Client(url) as pem, pytest.raises(client.PemError):
+        pem.estimate(RGB, DEPTH, K, [], object_id="x")
     assert len(played.seen) == 1
 
 
@@ -447,8 +458,9 @@ def test_a_real_server_refuses_in_words(server: RunningServer, scene: Scene) -> 
     with client.Client(server.url) as pem:
         with pytest.raises(client.NotFound, match="no-such"):
             pem.estimate(scene.rgb, scene.depth_raw, scene.K, [scene.instances[0].mask], object_id="no-such")
+        small = [imagefiles.write_png(MASK)]  # a file: only the server looks into it
         with pytest.raises(client.BadInput) as caught:
-            pem.estimate(scene.rgb, scene.depth_raw, scene.K, [MASK], object_id="housing")
+            pem.estimate(scene.rgb, scene.depth_raw, scene.K, small, object_id="housing")
         assert caught.value.status == 422
         assert caught.value.field == "detections.masks[0]"
 

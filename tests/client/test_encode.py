@@ -52,6 +52,11 @@ def test_encoded_pictures_and_the_other_mask_forms_pass_untouched() -> None:
     assert body["detections"]["masks"] == [rle, polygons]
 
 
+def test_masks_may_come_from_a_generator() -> None:
+    body = pose_request(RGB, DEPTH, K, (mask for mask in [MASK, MASK]), {"object_id": "x"})  # type: ignore[arg-type]
+    assert len(body["detections"]["masks"]) == 2
+
+
 def test_a_cad_file_brings_its_format(tmp_path: Path) -> None:
     path = tmp_path / "Mug.PLY"
     path.write_bytes(b"ply")

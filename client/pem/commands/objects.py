@@ -59,6 +59,9 @@ def add(
     if ALREADY_KNOWN in told and json != "-":
         common.note(f"{file.name} was already known to the server")
     _show(added, json)
+    if wait and added.pending_names:
+        names = ", ".join(added.pending_names)
+        common.fail(f"the object is ready, but {names} could not be moved to it; the server's log says why", 1)
 
 
 @app.command("list")
@@ -156,7 +159,7 @@ def _show(item: ObjectAnswer, json: str | None) -> None:
         rows.add_row(escape(f"engine {engine}"), escape(model_words(model)))
     for text in health.warnings:
         rows.add_row("[yellow]warning[/]", escape(text))
-    if item.error and not item.engines:
+    if item.error:
         rows.add_row("[red]error[/]", escape(item.error))
     common.stdout().print(rows)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from serve.backend import run_dir as run_dir_module
 from serve.backend.run_dir import RunDir
 from workers.jobs import BESIDE, INLINE_BYTES
 
@@ -26,3 +29,17 @@ def test_a_request_may_be_dropped_when_the_folder_is_gone(tmp_path: Path) -> Non
     run_dir.remove()
     run_dir.drop(path)
     run_dir.drop(None)
+
+
+def test_a_folder_whose_path_is_too_long_for_sockets_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    run_dir = RunDir(deep)
+    assert run_dir.path.parent == Path(run_dir_module.tempfile.gettempdir())
+    assert list(deep.iterdir()) == []
+    run_dir.remove()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with pytest.raises(OSError, match="name another spool_dir"):
+        RunDir(deep)

@@ -27,6 +27,10 @@ def test_the_page_asks_no_other_host() -> None:
     assert re.findall(r"https?://[^\s\"'`)]+", page) == []
 
 
+def test_the_page_is_not_shown_inside_another(ask: Asker) -> None:
+    assert ask.send("GET", "/docs").headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     program = chromium()
@@ -134,6 +138,17 @@ def test_files_of_masks_and_cad_go_into_the_request(
     assert list(trial.request["detections"]) == ["masks"]
     assert "object_id" not in trial.request
     assert trial.request["cad_format"] == "ply"
+
+
+def test_an_object_is_called_as_its_file_and_its_unit_is_left_to_the_server(
+    browser: Browser, server: RunningServer, tmp_path: Path
+) -> None:
+    trial = Trial(browser, server, "post_v1_objects")
+    part = tmp_path / "my part.v2.ply"
+    part.write_bytes(b"ply")
+    trial.choose("file", part)
+    browser.wait_for(f"document.querySelector('{trial.at} textarea').value.includes('my part')")
+    assert trial.request == {"name": "my part.v2"}
 
 
 def test_json_is_sent_as_it_was_typed_and_the_key_is_kept_in_memory_alone(

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,13 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
+    """Make a folder whose path leaves room for the names of Unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="pem-") as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
 def filled(disk: Path, keep: int = 0) -> Iterator[None]:
     """Fill the disk during the block, except for `keep` bytes."""
     filler = disk / "filler"
@@ -72,7 +80,7 @@ class OnSmallDisks:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnSmallDisks]:
     root = tmp_path_factory.mktemp("disks")
-    with small_disk(root / "data", 12) as data, small_disk(root / "spool", 6) as spool:
+    with short_folder() as short, small_disk(root / "data", 12) as data, small_disk(short / "spool", 6) as spool:
         server = RunningServer(data, {"spool_dir": spool, "pose_pass_detections": 1}).start()
         try:
             register(server.url, tiny_scene().instances[1].shape)
@@ -169,8 +177,9 @@ def test_once_there_is_room_again_everything_works_and_the_log_goes_on(small: On
 
 def test_a_server_starts_with_both_disks_full(tmp_path: Path) -> None:
     with (
+        short_folder() as short,
         small_disk(tmp_path / "data", 1) as data,
-        small_disk(tmp_path / "spool", 1) as spool,
+        small_disk(short / "spool", 1) as spool,
         filled(data),
         filled(spool),
     ):

@@ -266,6 +266,73 @@ def test_a_kill_in_the_middle_of_a_move_leaves_one_owner(depot: Depot, monkeypat
     asyncio.run(play())
 
 
+def test_a_name_is_removed_for_good_or_not_at_all(depot: Depot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loser of a name could not be written: its file would claim the name again once the winner is gone."""
+    real = ObjectStore.replace
+
+    def only_the_first(store: ObjectStore, stored: StoredObject) -> None:
+        if "mug" not in stored.names:
+            raise StoreFull("the object cannot be written: the disk is full")
+        real(store, stored)
+
+    async def play() -> None:
+        old = await depot.ready_one(A, "mug")
+        with monkeypatch.context() as patch:
+            patch.setattr(ObjectStore, "replace", only_the_first)
+            new = await depot.onboarded(await depot.add(B, "mug", replace=True))
+            with refused("the disk is full"):
+                depot.objects.remove("mug")
+            assert depot.objects.get("mug").object_id == new.object_id
+        depot.objects.remove("mug")
+        depot.start()
+        assert depot.named() == {old.object_id: []}
+
+    asyncio.run(play())
+
+
+def test_whoever_waits_is_told_to_stop_before_another_takes_the_name(
+    depot: Depot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(store: ObjectStore, stored: StoredObject) -> None:
+        raise StoreFull("the object cannot be written: the disk is full")
+
+    async def play() -> None:
+        await depot.ready_one(A, "mug")
+        waiting = await depot.add(B, "mug", replace=True)
+        depot.objects.remove("mug")
+        with monkeypatch.context() as patch:
+            patch.setattr(ObjectStore, "replace", full)
+            with refused("the disk is full"):
+                await depot.add(C, "mug", replace=True)
+        taken = await depot.add(C, "mug", replace=True)
+        depot.start()
+        await depot.onboarded(waiting)
+        assert depot.objects.get("mug").object_id == taken.object_id
+
+    asyncio.run(play())
+
+
+def test_new_symmetries_that_could_not_be_applied_are_applied_by_the_next_request(
+    depot: Depot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(store: ObjectStore, object_id: str) -> None:
+        raise StoreFull("the model cannot be removed")
+
+    half_turn = [[1.0, 0, 0, 0, 0, -1.0, 0, 0, 0, 0, -1.0, 0, 0, 0, 0, 1.0]]
+
+    async def play() -> None:
+        await depot.ready_one(A, "mug")
+        with monkeypatch.context() as patch:
+            patch.setattr(ObjectStore, "remove_models", broken)
+            with refused("cannot be removed"):
+                await depot.add(A, "mug", symmetries_discrete=half_turn)
+        again = await depot.add(A, "mug", symmetries_discrete=half_turn)
+        assert again.status == "onboarding", "the model with the old symmetries is gone"
+        assert (await depot.onboarded(again)).status == "ready"
+
+    asyncio.run(play())
+
+
 def test_a_name_that_cannot_be_written_stays_until_it_can(depot: Depot, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(store: ObjectStore, stored: StoredObject) -> None:
         raise StoreFull("the object cannot be written: the disk is full")

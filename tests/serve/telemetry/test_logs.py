@@ -200,8 +200,25 @@ def test_what_json_cannot_hold_is_written_all_the_same(lines: Lines) -> None:
 
 def test_libraries_speak_in_our_form(lines: Lines) -> None:
     logging.getLogger("aiohttp.client").warning("unclosed %s", "session")
-    (line,) = lines()
+    logging.getLogger("aiohttp.client").log(35, "a level of its own")
+    line, other = lines()
     assert (line["event"], line["logger"], line["level"]) == ("unclosed session", "aiohttp.client", "warning")
+    assert (other["event"], other["level"]) == ("a level of its own", "warning")
+
+
+def test_a_backends_line_may_have_any_fields(lines: Lines) -> None:
+    logs.forward_line(b'{"event": "odd", "level": "warning", "method_name": "x", "self": 1, "stage": "pose"}')
+    (line,) = lines()
+    assert (line["event"], line["stage"]) == ("odd", "pose")
+
+
+def test_an_event_that_the_console_cannot_show_is_told_as_json(tmp_path: Path) -> None:
+    terminal = Terminal()
+    logs.configure(Log(file=False), tmp_path, stream=terminal)
+    logs.get().warning("request", status=200, timing=None)
+    assert logs.flush()
+    logs.shutdown()
+    assert json.loads(terminal.getvalue())["status"] == 200
 
 
 def test_logging_again_with_other_settings_loses_nothing(tmp_path: Path, stream: io.StringIO) -> None:
