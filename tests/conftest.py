@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import Question, RunningServer, register
+from tests.running import SMALL, Question, RunningServer, register
 from tests.serve.ism_server import IsmServer
 from tests.serve.special import BODY_IDLE_S, Special
 from tests.serve.tiny import Asker, tiny_scene
@@ -56,7 +56,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
     started: list[RunningServer] = []
 
     def start(data: Path | None = None, wait: bool = True, **settings: Any) -> RunningServer:
-        one = RunningServer(data or tmp_path / f"data{len(started)}", settings)
+        one = RunningServer(data or tmp_path / f"data{len(started)}", {**SMALL, **settings})
         started.append(one)
         return one.start(wait=wait)
 
@@ -76,7 +76,7 @@ def ask(server: RunningServer) -> Iterator[Asker]:
 @pytest.fixture(scope="session")
 def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Special]:
     """One special server for all tests that the shared server does not suit; the tiny scene's objects are known."""
-    settings = {
+    settings: dict[str, Any] = {
         "limits_body_idle_s": BODY_IDLE_S,
         "limits_in_flight_requests": 6,
         "limits_in_flight_mb": 60,
@@ -85,7 +85,8 @@ def special(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Special]:
         "metrics_open": "false",
     }
     with IsmServer() as ism:
-        one = RunningServer(tmp_path_factory.mktemp("special") / "data", {**settings, "ism_url": ism.url}).start()
+        settings |= {**SMALL, "ism_url": ism.url}
+        one = RunningServer(tmp_path_factory.mktemp("special") / "data", settings).start()
         try:
             for instance in tiny_scene().instances:
                 register(one.url, instance.shape)

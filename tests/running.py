@@ -26,6 +26,10 @@ from workers.state import WorkerState, read_states
 
 ROOT = Path(__file__).parents[1]
 START_LIMIT_S = 240.0
+SMALL = {
+    "pose_workers": 1,
+    "decode_workers": 1,
+}  # settings of a server that starts in less CPU: most tests need no more
 ANSWER_S = 30.0  # time that a busy machine may take for an answer that costs nothing
 
 

@@ -219,6 +219,7 @@ def entry_points(wheel: Path) -> str:
     return files.read(name).decode()
 
 
+@pytest.mark.slow
 def test_a_build_without_torch_goes_on_and_says_so(plain_build):
     wheel, said = plain_build
     assert "pointnet2_ext, posekit.geometric, posekit.sam6d: compiled kernels are NOT built" in said
@@ -243,6 +244,7 @@ def test_the_clients_wheel_has_one_top_level_name_the_command_and_the_licence(cl
     assert any(name.endswith("/LICENSE") for name in zipfile.ZipFile(client_wheel).namelist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", ["REQUIRE_KERNELS", "FORCE_CUDA"])
 def test_required_kernels_that_cannot_be_built_are_an_error(tmp_path, variable):
     shutil.copy(ROOT / "setup.py", tmp_path)
@@ -253,6 +255,7 @@ def test_required_kernels_that_cannot_be_built_are_an_error(tmp_path, variable):
     assert "compiled kernels are required and cannot be built: torch cannot be imported" in answer.stderr
 
 
+@pytest.mark.slow
 def test_kernels_that_do_not_compile_are_named_and_leave_the_others_alone(tmp_path):
     shutil.copy(ROOT / "setup.py", tmp_path)
     for package, text in (("pointnet2_ext", "int one() { return 1; }"), ("posekit/geometric", "not C++")):
@@ -282,6 +285,7 @@ def libraries(cuda: str | None, home: Path, *, gpu: bool, forced: bool) -> subpr
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu, forced", [(True, False), (False, True), (False, False)])
 def test_cuda_is_compiled_where_there_is_a_gpu_or_it_is_forced(tmp_path, gpu, forced):
     (tmp_path / "bin").mkdir()
@@ -291,6 +295,7 @@ def test_cuda_is_compiled_where_there_is_a_gpu_or_it_is_forced(tmp_path, gpu, fo
     assert ("pointnet2_ext._kernels_cuda" in names) == (gpu or forced)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cuda, missing",
     [

@@ -80,7 +80,17 @@ def _prints(example: Example) -> bool:
     return example.shown is None and ("curl" in example.text or example.language == "python")
 
 
-EXAMPLES = [example for page in ("README.md", "docs/api.md") for example in examples(page)]
+def _is_slow(example: Example) -> bool:
+    """Return True for an example that starts a server of its own, or makes up weights."""
+    words = f" {example.text.replace('/', ' ')} "
+    return example.language == "sh" and any(command in words for command in (" pem serve ", " pem bench ", " weights "))
+
+
+EXAMPLES = [
+    pytest.param(example, marks=pytest.mark.slow if _is_slow(example) else (), id=str(example))
+    for page in ("README.md", "docs/api.md")
+    for example in examples(page)
+]
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_every_example_does_what_the_page_says(
     example: Example,
     folder: Path,

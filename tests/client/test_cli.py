@@ -499,6 +499,7 @@ def test_status_is_a_table_or_json(server: RunningServer, pem: Pem) -> None:
     assert pem("openapi", "--url", server.url).json()["openapi"].startswith("3.1")
 
 
+@pytest.mark.slow
 def test_a_running_server_asks_for_the_key_that_was_just_made(
     start_server: Callable[..., RunningServer], pem: Pem
 ) -> None:
@@ -516,6 +517,7 @@ def test_a_running_server_asks_for_the_key_that_was_just_made(
     assert server.stop() == 0
 
 
+@pytest.mark.slow
 def test_the_demo_is_right(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pem", "demo", "--out", str(tmp_path / "demo"), "--json", "-"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

@@ -76,6 +76,7 @@ def busy(watched: Watched) -> Watched:
     return watched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("panel, target", TARGETS, ids=[f"{panel}: {one['legendFormat']}" for panel, one in TARGETS])
 def test_a_query_is_answered_with_data(busy: Watched, panel: str, target: dict[str, str]) -> None:
     end = time.time()
@@ -88,6 +89,7 @@ def test_a_query_is_answered_with_data(busy: Watched, panel: str, target: dict[s
         assert not any("{{" in name for name in names)
 
 
+@pytest.mark.slow
 def test_the_choices_of_the_variables_come_from_prometheus(busy: Watched) -> None:
     for variable in DASHBOARD["templating"]["list"][1:]:
         match = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
@@ -99,6 +101,7 @@ def test_the_choices_of_the_variables_come_from_prometheus(busy: Watched) -> Non
         )
 
 
+@pytest.mark.slow
 def test_choosing_one_object_leaves_the_others_out(busy: Watched) -> None:
     (target,) = [target for panel, target in TARGETS if panel == "Confidence by object"]
     found = busy.prometheus.ask(dashboard.filled(target, 120, object_="stepped"))
@@ -106,6 +109,7 @@ def test_choosing_one_object_leaves_the_others_out(busy: Watched) -> None:
     assert 0 < found[0][1] <= 1
 
 
+@pytest.mark.slow
 def test_the_picture_has_every_curve_that_has_data_and_loads_nothing(busy: Watched) -> None:
     end = time.time()
     html, height_px = dashboard.page(busy.prometheus, end - 120, end, "a test")

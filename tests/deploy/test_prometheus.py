@@ -113,6 +113,7 @@ def test_rules_and_page_ask_only_for_families_that_are_documented() -> None:
 # ------------------------------------------------------------------------------------------- Prometheus and the server
 
 
+@pytest.mark.slow
 def test_every_documented_family_is_read_with_its_type_and_its_labels(watched: Watched) -> None:
     every_kind_of_request(watched)
     watched.prometheus.wait_for_scrape()
@@ -132,12 +133,14 @@ def test_every_documented_family_is_read_with_its_type_and_its_labels(watched: W
             assert labels[name] == family.labels - EMPTY | ({"le"} if family.type == "histogram" else set()), name
 
 
+@pytest.mark.slow
 def test_the_page_of_a_server_in_use_pleases_promtool(watched: Watched) -> None:
     every_kind_of_request(watched)
     page = httpx.get(f"{watched.server.url}/metrics")
     assert promtool("check", "metrics", given=page.content) == ""
 
 
+@pytest.mark.slow
 def test_prometheus_counts_what_the_clients_saw(watched: Watched) -> None:
     prometheus = watched.prometheus
 
@@ -178,6 +181,7 @@ def test_prometheus_counts_what_the_clients_saw(watched: Watched) -> None:
     assert total("pose_device_busy_seconds_total") > 0
 
 
+@pytest.mark.slow
 def test_processor_time_and_memory_are_those_of_the_processes(watched: Watched) -> None:
     watched.prometheus.wait_for_scrape()
     cpu_s = {labels["stage"]: value for labels, value in watched.prometheus.ask("pose_process_cpu_seconds_total")}
@@ -197,6 +201,7 @@ def resident_bytes(pid: int) -> int:
     return int(line) * 1024
 
 
+@pytest.mark.slow
 def test_our_rules_are_evaluated_and_the_target_is_healthy(watched: Watched) -> None:
     watched.prometheus.wait_for_scrape()
     (target,) = watched.prometheus.get("targets", state="active")["activeTargets"]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pointnet2_ext import reference
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "pointnet2_ext/csrc"
 SOURCES = sorted([*ROOT.glob("*/csrc/*.cu"), *ROOT.glob("posekit/*/csrc/*.cu")])

@@ -16,6 +16,8 @@ from tests import running
 from tests.running import ANSWER_S, ROOT, RunningServer, post, register
 from tests.serve.tiny import one, tiny_scene
 
+pytestmark = pytest.mark.slow
+
 PACKAGES = ("serve", "workers", "pointnet2_ext")
 
 SPEC = '''

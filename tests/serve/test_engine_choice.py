@@ -87,6 +87,7 @@ def test_without_a_fallback_missing_weights_refuse_the_start_in_words(tmp_path: 
     assert "pem weights import" in said
 
 
+@pytest.mark.slow
 def test_without_a_fallback_weights_of_another_network_end_the_start_in_words(tmp_path: Path) -> None:
     wrong_network(tmp_path)  # which only the workers find
     said = refused_start(tmp_path / "data", engine="sam6d", sam6d_fallback="false", checkpoints_dir=str(tmp_path))
@@ -121,11 +122,13 @@ def check_stand_in(server: RunningServer, reason: str) -> None:
     assert "pem weights import" in server.log()
 
 
+@pytest.mark.slow
 def test_missing_weights_leave_the_geometric_engine_which_says_so(tmp_path: Path) -> None:
     with RunningServer(tmp_path / "data", {"engine": "sam6d"}) as server:
         check_stand_in(server, "the network's weights are missing")
 
 
+@pytest.mark.slow
 def test_weights_that_only_the_workers_find_wrong_leave_it_too(tmp_path: Path) -> None:
     wrong_network(tmp_path)
     with RunningServer(tmp_path / "data", {"checkpoints_dir": str(tmp_path)}) as server:

@@ -106,6 +106,7 @@ def test_more_objects_begin_with_the_same_ones() -> None:
         assert np.array_equal(few.mesh.vertices_m, many.mesh.vertices_m)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_meshes_are_closed_small_and_of_the_size_of_things_on_a_desk(seed: int) -> None:
     for shape in objects(seed, EVERY_VARIANT):
@@ -137,6 +138,7 @@ def test_symmetries_map_shape_and_colours_onto_themselves(shape: Shape) -> None:
         assert color_mm < 6
 
 
+@pytest.mark.slow
 @each_shape
 def test_no_symmetry_is_missing(shape: Shape) -> None:
     skin = Skin(shape)

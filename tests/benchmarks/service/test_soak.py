@@ -203,7 +203,7 @@ def soaked(server: RunningServer, load: Load, **how: float) -> tuple[soak.Seen, 
 def test_a_short_soak_of_a_running_server_leaves_nothing_behind(
     start_server: Callable[..., RunningServer], load: Load
 ) -> None:
-    one, found, rows = soaked(start_server(), load, seconds=9.0, kill_every_s=4.0)
+    one, found, rows = soaked(start_server(pose_workers=0, decode_workers=0), load, seconds=9.0, kill_every_s=4.0)
     told = [*checks.table(found).as_dicts(), *soak.details(one, [])]
     steady = [check for check in found if not check.what.startswith(("memory", "series"))]  # these want longer runs
     assert checks.all_hold(steady), told
@@ -218,5 +218,5 @@ def test_a_short_soak_of_a_running_server_leaves_nothing_behind(
 def test_an_hour_of_kills_and_bad_requests_leaves_nothing_behind_and_no_memory_grows(
     start_server: Callable[..., RunningServer], load: Load
 ) -> None:
-    one, found, _ = soaked(start_server(), load, seconds=3600.0, kill_every_s=60.0)
+    one, found, _ = soaked(start_server(pose_workers=0, decode_workers=0), load, seconds=3600.0, kill_every_s=60.0)
     assert checks.all_hold(found), [*checks.table(found).as_dicts(), *soak.details(one, [])]

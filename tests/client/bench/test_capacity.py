@@ -232,6 +232,7 @@ def test_the_table_shows_each_trial_with_its_verdict(monkeypatch: pytest.MonkeyP
 # ---------------------------------------------------------------------------------------------------- a real connection
 
 
+@pytest.mark.slow
 def test_a_really_running_queue_carries_about_what_the_theory_allows() -> None:
     slo = Slo.parse("p90=60ms")
     allowed = theory_hz(0.015, 0.06, 0.9) / 10.0

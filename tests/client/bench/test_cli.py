@@ -64,6 +64,7 @@ def request_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_server_of_its_own_is_started_loaded_judged_and_stopped(tmp_path):
     ran = bench(
         *(*OPTIONS, "--format", "msgpack,json,multipart", "--clients", "2", "--rate", "4", "--duration", "4"),
@@ -123,6 +124,7 @@ def replying(load: Load, right_until: int) -> Any:
     return reply
 
 
+@pytest.mark.slow
 def test_a_server_elsewhere_has_the_objects_in_the_end_that_it_had_before(server, load, tmp_path):
     names = sorted(load.objects)
     with Client(server.url) as client:
@@ -137,6 +139,7 @@ def test_a_server_elsewhere_has_the_objects_in_the_end_that_it_had_before(server
     assert {object_id for object_id, _ in after} == {object_id for object_id, _ in before}
 
 
+@pytest.mark.slow
 def test_poses_that_go_wrong_under_load_are_no_success(load, tmp_path):
     with PoseFake(replying(load, right_until=len(load.questions))) as fake:
         options = ("--clients", "2", "--duration", "1", "--warmup", "0", "--json", str(tmp_path / "load.json"))
@@ -154,6 +157,7 @@ def test_poses_that_go_wrong_under_load_are_no_success(load, tmp_path):
     assert run["usage"] == []
 
 
+@pytest.mark.slow
 def test_a_server_that_is_always_wrong_is_no_success_either(load):
     with PoseFake(replying(load, right_until=0)) as fake:
         options = ("--url", fake.target.url, *OPTIONS, "--clients", "2", "--duration", "0.5", "--warmup", "0")
@@ -166,6 +170,7 @@ def test_a_server_that_is_always_wrong_is_no_success_either(load):
     assert "20.0 mm and 0.0 degrees off" in accepted.stdout
 
 
+@pytest.mark.slow
 def test_refusals_are_counted_and_errors_are_no_success(load, tmp_path):
     right = replying(load, right_until=10**9)
     refused = (429, {"Retry-After": "1"}, {"error": {"code": "over_capacity", "detail": "later"}})
@@ -184,6 +189,7 @@ def test_refusals_are_counted_and_errors_are_no_success(load, tmp_path):
         assert f"{run['errors'].popitem()[1]} x {third[0]}" in ran.stdout
 
 
+@pytest.mark.slow
 def test_latency_against_load_is_drawn(load, tmp_path):
     picture, figures_file = tmp_path / "load.svg", tmp_path / "load.json"
     with PoseFake(replying(load, right_until=10**9)) as fake:
@@ -201,6 +207,7 @@ def test_latency_against_load_is_drawn(load, tmp_path):
     assert "offered/s" in ran.stdout
 
 
+@pytest.mark.slow
 def test_rows_that_load_makes_others_are_no_success_of_a_picture(load, tmp_path):
     right = replying(load, right_until=10**9)
 
@@ -217,6 +224,7 @@ def test_rows_that_load_makes_others_are_no_success_of_a_picture(load, tmp_path)
     assert re.search(r"requests/s: \d+ rows are others than when asked alone", ran.stderr)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_without_load_counts_for_a_picture_too(load, tmp_path):
     with PoseFake(replying(load, right_until=0)) as fake:
         options = ("--rate", "100", "--duration", "1", "--warmup", "0", "--picture", str(tmp_path / "load.svg"))
@@ -226,6 +234,7 @@ def test_what_is_wrong_without_load_counts_for_a_picture_too(load, tmp_path):
     assert "20.0 mm and 0.0 degrees off" in ran.stdout
 
 
+@pytest.mark.slow
 def test_poses_that_load_loses_are_no_success_where_nothing_is_compared_with_alone(load):
     def reply(number: int, body: bytes) -> Reply:
         known = {question.body: question.truths for question in load.questions}[body]
@@ -240,6 +249,7 @@ def test_poses_that_load_loses_are_no_success_where_nothing_is_compared_with_alo
     assert "poses are lost that their question has when asked alone" in ran.stdout
 
 
+@pytest.mark.slow
 def test_a_time_out_holds_for_a_picture_and_for_robots_too(load, tmp_path):
     right = replying(load, right_until=10**9)
 
@@ -259,6 +269,7 @@ def test_a_time_out_holds_for_a_picture_and_for_robots_too(load, tmp_path):
     assert "with 0 timeout" in ran.stdout
 
 
+@pytest.mark.slow
 def test_progress_within_a_step_is_told_also_where_there_is_no_terminal(load, tmp_path):
     with PoseFake(replying(load, right_until=10**9)) as fake:
         options = ("--rate", "100", "--duration", "2", "--warmup", "0", "--picture", str(tmp_path / "load.svg"))
@@ -281,6 +292,7 @@ def test_progress_on_a_terminal_is_a_line_that_is_rewritten(monkeypatch):
     assert screen.getvalue().endswith("\x1b[2K"), "the line that is rewritten is gone in the end"
 
 
+@pytest.mark.slow
 def test_a_server_that_carries_no_robot_is_no_success(load, tmp_path):
     def slow(number: int, body: bytes) -> Reply:
         time.sleep(0.05)
@@ -377,12 +389,14 @@ def test_a_setting_is_called_as_in_files_or_in_the_environment():
     assert servers.variable("PEM_DEVICE") == servers.variable("device") == "PEM_DEVICE"
 
 
+@pytest.mark.slow
 def test_a_server_of_its_own_that_cannot_start_says_why(tmp_path):
     settings = {"checkpoints_dir": str(tmp_path), "engine": "sam6d", "sam6d.fallback": "false"}
     with pytest.raises(ServerTrouble, match="the server ended with code"), servers.own_server(settings):
         pass
 
 
+@pytest.mark.slow
 def test_a_bench_that_is_ended_leaves_no_server_behind():
     bench_process = subprocess.Popen(
         [sys.executable, "-m", "pem", "bench", *OPTIONS, "--clients", "1", "--duration", "100"],

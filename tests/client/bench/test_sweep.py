@@ -212,6 +212,7 @@ def test_rates_that_are_not_positive_are_refused(rates: list[float]) -> None:
         sweep(Target(url="http://127.0.0.1:1"), LOAD, rates=rates, seconds=1.0, tell=print)
 
 
+@pytest.mark.slow
 def test_a_really_running_queue_keeps_up_below_its_rate_and_not_above(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeping, "LONGEST_S", 2.0)
     told: list[str] = []

@@ -20,6 +20,7 @@ with own_server({"pose.workers": "1"}) as target:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_program_that_is_told_to_end_stops_its_server(number: signal.Signals) -> None:
     program = subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, stdout=subprocess.PIPE, text=True)

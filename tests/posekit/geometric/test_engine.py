@@ -71,6 +71,7 @@ def test_right_answers_carry_evidence_within_its_ranges() -> None:
         assert 0 <= answer.evidence.free_space_violation < 0.1
 
 
+@pytest.mark.slow
 def test_objects_of_cluttered_noisy_scenes_are_found() -> None:
     for seed in (7, 8):
         scene = make_scene(seed)

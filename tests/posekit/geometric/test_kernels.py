@@ -726,6 +726,7 @@ def test_without_a_library_the_references_answer(monkeypatch):
             assert torch.equal(mine, other)
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_package_without_its_library_says_so_and_works(tmp_path):
     package = Path(kernels.__file__).parents[1]
     shutil.copytree(package, tmp_path / "posekit", ignore=shutil.ignore_patterns("*.so", "__pycache__"))

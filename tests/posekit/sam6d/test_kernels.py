@@ -399,6 +399,7 @@ def test_every_op_of_the_library_is_listed() -> None:
     assert set(many(batch=1)) == set(kernels.OPS)
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_package_without_its_library_says_so_and_works(tmp_path: Path) -> None:
     package = Path(kernels.__file__).parents[1]
     shutil.copytree(package, tmp_path / "posekit", ignore=shutil.ignore_patterns("*.so", "__pycache__"))

@@ -24,6 +24,8 @@ from tests.serve.tiny import NAMES, ascii_ply, one, tetrahedron, tiny_scene, upl
 from workers.settings import Stages
 from workers.state import WorkerState
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import RunningServer, register, wait_until
+from tests.running import SMALL, RunningServer, register, wait_until
 from tests.serve.tiny import OBJECTS, Asker, ascii_ply, one, refusal, tetrahedron, tiny_question, tiny_scene
 from workers.jobs import INLINE_BYTES
 
@@ -81,7 +81,7 @@ class OnSmallDisks:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnSmallDisks]:
     root = tmp_path_factory.mktemp("disks")
     with short_folder() as short, small_disk(root / "data", 12) as data, small_disk(short / "spool", 6) as spool:
-        server = RunningServer(data, {"spool_dir": spool, "pose_pass_detections": 1}).start()
+        server = RunningServer(data, {**SMALL, "spool_dir": spool, "pose_pass_detections": 1}).start()
         try:
             register(server.url, tiny_scene().instances[1].shape)
             with Asker(server.url) as client:
@@ -183,7 +183,7 @@ def test_a_server_starts_with_both_disks_full(tmp_path: Path) -> None:
         filled(data),
         filled(spool),
     ):
-        server = RunningServer(data, {"spool_dir": spool, "pose_pass_detections": 1}).start()
+        server = RunningServer(data, {**SMALL, "spool_dir": spool, "pose_pass_detections": 1}).start()
         try:
             assert server.run_dir.parent != spool
             assert [path.name for path in spool.iterdir()] == ["filler"]

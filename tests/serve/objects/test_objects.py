@@ -35,7 +35,7 @@ from serve.gateway.object_routes import _registered
 from serve.gateway.service import Service
 from serve.objects import catalogue as serve_objects
 from serve.objects.catalogue import Objects
-from tests.running import ANSWER_S, START_LIMIT_S, RunningServer, paused, running, wait_until
+from tests.running import ANSWER_S, SMALL, START_LIMIT_S, RunningServer, paused, running, wait_until
 from tests.serve.tiny import (
     FACES,
     OBJECTS,
@@ -75,7 +75,7 @@ class Depot:
 @pytest.fixture(scope="module")
 def depot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Depot]:
     """Start one server for this module; its tests run in order, and those that restart it come last."""
-    one_server = RunningServer(tmp_path_factory.mktemp("depot") / "data", {"pose_pass_detections": 1}).start()
+    one_server = RunningServer(tmp_path_factory.mktemp("depot") / "data", {**SMALL, "pose_pass_detections": 1}).start()
     try:
         with Asker(one_server.url) as client:
             yield Depot(one_server, client)
@@ -419,6 +419,7 @@ def test_an_upload_that_is_cut_off_leaves_nothing_behind(depot: Depot) -> None:
 # -------------------------------------------------------------------------------------------------- restarts and kills
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_everything_loses_and_leaves_nothing(depot: Depot) -> None:
     before = {entry["object_id"] for entry in depot.all()}
     (onboarder,) = depot.server.workers("onboard")

@@ -127,6 +127,7 @@ def test_one_mask_behind_six_large_requests_waits_only_for_the_passes_already_in
     assert all(len(a.json()["poses"]) == 20 for a in answers)
 
 
+@pytest.mark.slow
 def test_clients_take_turns(start_server: Callable[..., RunningServer], tmp_path: Path) -> None:
     keys_file = tmp_path / "keys.json"
     greedy, modest = (keys.add(keys_file, name) for name in ("greedy", "modest"))

@@ -34,7 +34,7 @@ from opentelemetry.trace import INVALID_SPAN_CONTEXT, NoOpTracer, SpanContext, T
 from pem.client import Client
 from serve.telemetry import otlp, tracing
 from serve.telemetry.tracing import Trace, Tracing, Value
-from tests.running import ROOT, RunningServer, post, register, wait_until
+from tests.running import ROOT, SMALL, RunningServer, post, register, wait_until
 from tests.serve.ism_server import IsmServer
 from tests.serve.tiny import FULL, NAMES, POSE, Asker, ascii_ply, masks_of, one, tetrahedron, tiny_question, tiny_scene
 from workers.messages import PartAnswer, PassRecord
@@ -514,7 +514,9 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traced]:
         environment.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3")  # seconds: for one more attempt
         environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")  # milliseconds
         environment.setenv("OTEL_SERVICE_NAME", "poses-of-line-3")
-        one_server = RunningServer(tmp_path_factory.mktemp("traced") / "data", {**settings, "ism_url": ism.url})
+        one_server = RunningServer(
+            tmp_path_factory.mktemp("traced") / "data", {**SMALL, **settings, "ism_url": ism.url}
+        )
         try:
             with one_server, Asker(one_server.url) as client:
                 for instance in tiny_scene().instances:
@@ -726,6 +728,7 @@ def test_a_collector_that_is_away_harms_nobody_and_is_told_once(traced: Traced) 
     traced.request(traced.ask.send("GET", "/api/v1/status"))
 
 
+@pytest.mark.slow
 def test_a_collector_that_does_not_answer_holds_up_no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{deaf.getsockname()[1]}")

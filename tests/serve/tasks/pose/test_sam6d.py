@@ -22,6 +22,8 @@ from tests.running import ROOT, RunningServer, wait_until
 from tests.serve.tiny import NAMES, OBJECTS, Asker, ascii_ply, masks_of, one, ply, refusal, tetrahedron, tiny_question
 from tests.serve.tiny import tiny_scene as scene
 
+pytestmark = pytest.mark.slow
+
 PATIENT = {"deadline_ms": 300_000}
 
 
