@@ -24,6 +24,7 @@ COPY_BYTES = 64 * 1024
 _FIRST_COPY = 64  # the byte that says which copy is current has the first cache line to itself
 _FILE_BYTES = _FIRST_COPY + 2 * COPY_BYTES
 _HEADER = struct.Struct("<II")  # length and crc32 of the content
+_SPARES = 4  # files kept for workers that start while the disk is full
 _READ_TRIES = 20
 _READ_PAUSE_S = 0.0005
 
@@ -63,8 +64,6 @@ class StateWriter:
             self._map = _allocate(path)
         except OSError as error:
             self.failure = error
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
         self._write()
 
     @property
@@ -139,11 +138,24 @@ def read_states(run_dir: Path) -> list[WorkerState]:
     return [state for state in states if state is not None]
 
 
+def keep_spares(run_dir: Path) -> None:
+    """Reserve the spare files, as far as there is room."""
+    for spare in _spares(states_dir(run_dir)):
+        with contextlib.suppress(OSError):
+            _reserve(spare)
+
+
 def remove_state(run_dir: Path, pid: int) -> None:
-    """Remove the state of worker `pid`."""
+    """Remove the state of worker `pid`; its file becomes a spare if one was taken."""
     for path in states_dir(run_dir).glob(f"*-{pid}.state"):
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+            missing = next((spare for spare in _spares(path.parent) if not spare.exists()), None)
+            if missing is None:
+                path.unlink(missing_ok=True)
+            else:
+                with path.open("r+b") as file:
+                    file.write(bytes(_FILE_BYTES))
+                path.rename(missing)
 
 
 def states_dir(run_dir: Path) -> Path:
@@ -163,14 +175,44 @@ def _shortened(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _allocate(path: Path) -> mmap.mmap:
-    """Map a zeroed file of full size. Its blocks are reserved, so that no later write to the map can fail."""
+    """Map a new, zeroed file of full size. Its blocks are reserved: a write to the map cannot fail later.
+
+    On a full disk it is one of the spares.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        os.posix_fallocate(descriptor, 0, _FILE_BYTES)
+        _reserve(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        if not any(_moved(spare, path) for spare in _spares(path.parent)):
+            raise
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
         return mmap.mmap(descriptor, _FILE_BYTES)
     finally:
         os.close(descriptor)
+
+
+def _reserve(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, _FILE_BYTES)
+    finally:
+        os.close(descriptor)
+
+
+def _spares(folder: Path) -> list[Path]:
+    return [folder / f"spare-{number}" for number in range(_SPARES)]
+
+
+def _moved(path: Path, to: Path) -> bool:
+    """Rename a file; return True if it was there."""
+    try:
+        path.rename(to)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _read(path: Path) -> WorkerState | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import structlog
 
 from workers.jobs import BESIDE, write_large
+from workers.state import keep_spares
 
 log = structlog.get_logger()
 
@@ -50,6 +51,7 @@ class RunDir:
                 for folder in ("jobs", "workers", "progress"):
                     (path / folder).mkdir()
                 _reserve_probe(path)
+                keep_spares(path)
                 return path
             except OSError as error:
                 log.warning("no_run_directory", base=str(base), error=error.strerror)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from workers import state
-from workers.state import StateWriter, WorkerState, read_states, remove_state
+from workers.state import StateWriter, WorkerState, keep_spares, read_states, remove_state
 
 
 def only_state(run_dir: Path) -> WorkerState:
@@ -120,6 +120,28 @@ for step in range(10**9):
     writer.hold(f"part-{step}")
     writer.release(f"part-{step}")
 """
+
+
+def test_on_a_full_disk_a_worker_takes_a_spare_and_leaves_its_file_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    StateWriter(tmp_path, "pose", 0).ready(device="cpu")
+    keep_spares(tmp_path)
+    folder = state.states_dir(tmp_path)
+    files = {path.name for path in folder.iterdir()}
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    writer = StateWriter(tmp_path, "decode", 0)
+    assert writer.failure is None
+    assert {one.stage for one in read_states(tmp_path)} == {"pose", "decode"}
+    remove_state(tmp_path, os.getpid())  # both are of this process
+    assert read_states(tmp_path) == []
+    assert {path.name for path in folder.iterdir()} == {name for name in files if name.startswith("spare")}
+    again = StateWriter(tmp_path, "respond", 0)
+    assert again.failure is None
+    assert [one.stage for one in read_states(tmp_path)] == ["respond"]
 
 
 def test_a_reader_sees_whole_states_also_of_a_worker_killed_while_writing(tmp_path: Path) -> None:
