@@ -5,7 +5,7 @@
 
 PYTHON ?= python3.11
 ARGS ?=
-PARALLEL ?= --numprocesses 2 --dist loadfile
+PARALLEL ?= --numprocesses 3 --dist loadgroup
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
