@@ -14,7 +14,6 @@ from tests.serve.ism_server import IsmServer
 from tests.serve.special import BODY_IDLE_S, Special
 from tests.serve.tiny import Asker, tiny_scene
 
-
 _OF_A_SERVER = frozenset({"server", "special", "start_server"})
 
 
