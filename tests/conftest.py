@@ -17,6 +17,7 @@ from tests.serve.tiny import Asker, tiny_scene
 _OF_A_SERVER = frozenset({"server", "special", "start_server"})
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out slow and long tests unless `-m` chooses, or a test was named (`file.py::test_name`).
 
@@ -27,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = {item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long")}
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
-    if config.getoption("dist", "no") == "loadgroup":
+    if config.getoption("loadgroup", False):  # xdist's, in the processes that run tests
         served = {item.path for item in items if _OF_A_SERVER & set(getattr(item, "fixturenames", ()))}
         for item in items:
             group = "server" if item.path in served else str(item.path.relative_to(config.rootpath))
