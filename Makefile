@@ -5,7 +5,7 @@
 
 PYTHON ?= python3.11
 ARGS ?=
-PARALLEL ?= --numprocesses 3 --dist loadgroup
+PARALLEL ?= --numprocesses 3 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -14,25 +14,14 @@ from tests.serve.ism_server import IsmServer
 from tests.serve.special import BODY_IDLE_S, Special
 from tests.serve.tiny import Asker, tiny_scene
 
-_OF_A_SERVER = frozenset({"server", "special", "start_server"})
 
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow and long tests unless `-m` chooses, or a test was named (`file.py::test_name`).
-
-    Tests that run side by side (pytest-xdist) do so by file; the files that use a server share one process, so that
-    the shared server is started once, and only one test at a time puts load on a server.
-    """
-    if not config.option.markexpr and not any("::" in argument for argument in config.args):
-        left_out = {item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long")}
-        config.hook.pytest_deselected(items=list(left_out))
-        items[:] = [item for item in items if item not in left_out]
-    if config.getoption("loadgroup", False):  # xdist's, in the processes that run tests
-        served = {item.path for item in items if _OF_A_SERVER & set(getattr(item, "fixturenames", ()))}
-        for item in items:
-            group = "server" if item.path in served else str(item.path.relative_to(config.rootpath))
-            item.add_marker(pytest.mark.xdist_group(group))
+    """Leave out slow and long tests unless `-m` chooses, or a test was named (`file.py::test_name`)."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    left_out = {item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("long")}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

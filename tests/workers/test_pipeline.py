@@ -27,6 +27,8 @@ from workers.messages import (
     PassRecord,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def answered(answer: PartAnswer | Failure) -> PartAnswer:
     assert isinstance(answer, PartAnswer), answer

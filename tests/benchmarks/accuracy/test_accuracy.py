@@ -23,6 +23,8 @@ from posekit.geometric.engine import GeometricEngine
 from posekit.synthetic.scenes import pose_errors
 from posekit.synthetic.shapes import SHAPES, Shape, rotation
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -290,7 +292,6 @@ def test_the_page_of_the_docs_has_a_place_for_figures() -> None:
     assert text.index(accuracy.OPENING) < text.index(accuracy.CLOSING)
 
 
-@pytest.mark.slow
 def test_the_command_measures_library_and_service_alike(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.accuracy.run", "--scenes", "1", "--objects", "3", "--masks", "exact"]
     command += ["--threads", "1", "--http", "--json", str(tmp_path / "figures.json"), "--verbose"]

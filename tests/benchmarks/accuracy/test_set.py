@@ -10,6 +10,8 @@ import pytest
 from benchmarks.accuracy import set as accuracy_set
 from benchmarks.accuracy.set import QUALITIES, AccuracySet, contact_sheet, load
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -27,6 +27,8 @@ from posekit.sam6d.templates import View
 from posekit.store import ObjectStore
 from posekit.synthetic.shapes import SHAPES, rotation
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("housing", "mug", "gear")
 K = np.array([[600.0, 0, 111.5], [0, 600.0, 111.5], [0, 0, 1]])
 VIEWS = 2
@@ -234,13 +236,11 @@ def test_instances_in_one_pass_have_the_poses_they_have_alone(world: World) -> N
     assert_same([world.ask_alone(one) for one in eight()], world.answers)
 
 
-@pytest.mark.slow
 def test_instances_in_one_batch_of_the_network_have_the_poses_they_have_alone(world: World) -> None:
     """The way of a GPU: all of a pass go through the network together."""
     assert_same(world.engine._estimate(eight(), world.models), world.answers)
 
 
-@pytest.mark.slow
 def test_the_order_of_a_pass_and_an_odd_number_of_instances_change_nothing(world: World) -> None:
     picked = [6, 0, 4]  # two on a thread each, then one on both
     assert_same(world.ask(*(instance(index) for index in picked)), [world.answers[index] for index in picked])
@@ -274,7 +274,6 @@ def test_a_pass_without_a_pose_and_one_without_instances_are_answered(world: Wor
     assert world.engine._estimate([], world.models) == []
 
 
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_answer_and_another_one_other_draws(world: World) -> None:
     first, again = world.ask(instance(3), instance(3))
     other = world.ask_alone(dataclasses.replace(instance(3), seed=99))
@@ -298,7 +297,6 @@ def test_each_instance_has_the_draws_of_its_own_seed(world: World) -> None:
     assert torch.equal(world.engine._scene(tasks[1:2]).uniforms[0], other)
 
 
-@pytest.mark.slow
 def test_the_exact_setting_comes_to_the_same_poses(world: World, generated_weights: Path) -> None:
     exact = Sam6dEngine(weights_file=generated_weights, threads=1, views=VIEWS, exact=True)
     assert exact.version == world.engine.version
