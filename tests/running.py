@@ -79,7 +79,11 @@ class RunningServer:
                 stderr=stderr,
             )
         if wait:
-            self.wait_ready()
+            try:
+                self.wait_ready()
+            except BaseException:
+                self.process.kill()  # or it would go on for the rest of the run
+                raise
         return self
 
     def wait_ready(self, seconds: float = START_LIMIT_S) -> float:
