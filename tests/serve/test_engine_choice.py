@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from posekit.sam6d.checkpoint import manifest
 from posekit.sam6d.settings import Sam6d
 from serve import settings
-from serve.engine_choice import CannotStart, choose
+from serve.engine_choice import CannotStart, Engines, choose
+from serve.errors import ApiError
 from tests.running import ROOT, RunningServer, register
 from tests.serve.tiny import Asker, one, tiny_scene
 
@@ -70,6 +71,50 @@ def test_missing_weights_are_lost_only_where_they_were_asked_for(tmp_path: Path)
     with pytest.raises(CannotStart, match=r"missing.*pem weights import"):
         offer(tmp_path, engine="sam6d", sam6d_fallback="false")
     assert offer(tmp_path, sam6d_fallback="false").engines == ("geometric",)
+
+
+class Lost:
+    """As much of the backend as the choice of an engine asks for: its stages, and engines that its workers lost."""
+
+    def __init__(self, folder: Path, engines: tuple[str, ...]) -> None:
+        self.stages = settings.load(environment={"PEM_DATA_DIR": str(folder)}).stages(
+            run_dir=folder, devices=("cpu",), engines=engines
+        )
+        self.gone: dict[str, str] = {}
+
+    def lost(self) -> dict[str, str]:
+        return self.gone
+
+
+def test_an_engine_that_the_workers_lose_is_answered_for_and_the_client_is_told(tmp_path: Path) -> None:
+    wrong_network(tmp_path)
+    given = settings.load(environment={"PEM_CHECKPOINTS_DIR": str(tmp_path)})
+    found = choose(given)
+    backend = Lost(tmp_path, found.engines)
+    engines = Engines(given, found, backend)  # type: ignore[arg-type]
+    sound = engines.pick("auto")
+    assert (sound.engine, sound.warning, engines.degraded) == ("sam6d", None, None)
+    backend.gone = {"sam6d": "the file is another network's"}
+    for asked in ("auto", "sam6d"):
+        pick = engines.pick(asked)
+        assert (pick.wanted, pick.engine) == ("sam6d", "geometric")
+        assert "the file is another network's" in (pick.warning or "")
+    assert engines.pick("geometric").warning is None
+    assert engines.degraded == "the file is another network's"
+    with pytest.raises(ApiError, match="the engine 'toy' is not configured here"):
+        engines.pick("toy")
+
+
+def test_a_cad_that_an_engine_cannot_onboard_goes_to_its_stand_in_where_one_is_allowed(tmp_path: Path) -> None:
+    wrong_network(tmp_path)
+    for fallback, engine in (("true", "geometric"), ("false", None)):
+        environment = {"PEM_CHECKPOINTS_DIR": str(tmp_path), "PEM_SAM6D_FALLBACK": fallback}
+        given = settings.load(environment=environment)
+        found = choose(given)
+        engines = Engines(given, found, Lost(tmp_path, found.engines))  # type: ignore[arg-type]
+        other = engines.instead(engines.pick("sam6d"), "no view shows it")
+        assert (other.engine if other else None) == engine
+        assert other is None or "no view shows it" in (other.warning or "")
 
 
 def refused_start(data: Path, **given: str) -> str:
