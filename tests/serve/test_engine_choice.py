@@ -76,10 +76,8 @@ def test_missing_weights_are_lost_only_where_they_were_asked_for(tmp_path: Path)
 class Lost:
     """As much of the backend as the choice of an engine asks for: its stages, and engines that its workers lost."""
 
-    def __init__(self, folder: Path, engines: tuple[str, ...]) -> None:
-        self.stages = settings.load(environment={"PEM_DATA_DIR": str(folder)}).stages(
-            run_dir=folder, devices=("cpu",), engines=engines
-        )
+    def __init__(self, folder: Path, given: settings.Settings, engines: tuple[str, ...]) -> None:
+        self.stages = given.stages(run_dir=folder, devices=("cpu",), engines=engines)
         self.gone: dict[str, str] = {}
 
     def lost(self) -> dict[str, str]:
@@ -90,7 +88,7 @@ def test_an_engine_that_the_workers_lose_is_answered_for_and_the_client_is_told(
     wrong_network(tmp_path)
     given = settings.load(environment={"PEM_CHECKPOINTS_DIR": str(tmp_path)})
     found = choose(given)
-    backend = Lost(tmp_path, found.engines)
+    backend = Lost(tmp_path, given, found.engines)
     engines = Engines(given, found, backend)  # type: ignore[arg-type]
     sound = engines.pick("auto")
     assert (sound.engine, sound.warning, engines.degraded) == ("sam6d", None, None)
@@ -111,7 +109,7 @@ def test_a_cad_that_an_engine_cannot_onboard_goes_to_its_stand_in_where_one_is_a
         environment = {"PEM_CHECKPOINTS_DIR": str(tmp_path), "PEM_SAM6D_FALLBACK": fallback}
         given = settings.load(environment=environment)
         found = choose(given)
-        engines = Engines(given, found, Lost(tmp_path, found.engines))  # type: ignore[arg-type]
+        engines = Engines(given, found, Lost(tmp_path, given, found.engines))  # type: ignore[arg-type]
         other = engines.instead(engines.pick("sam6d"), "no view shows it")
         assert (other.engine if other else None) == engine
         assert other is None or "no view shows it" in (other.warning or "")
