@@ -83,6 +83,15 @@ def test_a_worker_is_forgotten_by_its_pid(tmp_path: Path) -> None:
     assert read_states(tmp_path) == []
 
 
+def test_a_worker_that_ended_is_not_alive_though_nobody_asked_how(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+    assert not WorkerState(stage="pose", slot=0, pid=ended.pid, started_unix=0.0).alive
+    ended.wait()
+    assert not WorkerState(stage="pose", slot=0, pid=ended.pid, started_unix=0.0).alive
+    assert WorkerState(stage="pose", slot=0, pid=os.getpid(), started_unix=0.0).alive
+
+
 def test_nothing_to_read_is_no_error(tmp_path: Path) -> None:
     assert read_states(tmp_path / "absent") == []
 
