@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import gzip
 import http.client
@@ -9,6 +10,7 @@ import itertools
 import json
 import re
 import socket
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from serve.errors import ApiError
 from serve.gateway import keys
+from serve.reading import read_all
 from tests.running import RunningServer
 from tests.serve.special import Special
 from tests.serve.tiny import FULL, NAMES, OBJECTS, POSE, SEG, Asker, one, ply, refusal, tiny_question
@@ -57,6 +61,20 @@ def test_what_follows_a_gzip_stream_piece_by_piece_is_neither_read_nor_kept(ask:
     refusal(ask.send("POST", POSE, content=pieces, headers=GZIP), 400, "bad_body")
     assert most_memory_mb(server.pid) - before < 15
     assert ask.poses(one())[0]["status"] == "ok"
+
+
+def test_a_stream_that_unpacks_to_nothing_counts_as_what_was_sent() -> None:
+    """Empty blocks of gzip: bytes that come for ever and never become a body."""
+    packer = zlib.compressobj(wbits=31)
+    pieces = [packer.compress(b"{}") + packer.flush(zlib.Z_FULL_FLUSH)]
+    pieces += [b"\0\0\0\xff\xff" * 400] * 100  # a stored block of no bytes is these five
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    with pytest.raises(ApiError, match="larger after gunzip") as caught:
+        asyncio.run(read_all(receive, {"content-encoding": "gzip"}, limit=100_000, idle_s=5.0))  # type: ignore[arg-type]
+    assert caught.value.code == "too_large"
 
 
 def test_a_cut_off_gzip_stream_is_400(ask: Asker) -> None:
