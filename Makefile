@@ -31,7 +31,7 @@ demo: $(READY) ## Start a server, estimate a pose in a synthetic scene, compare 
 serve: $(READY) ## Run the server on http://127.0.0.1:8003 (Ctrl-C drains and stops it)
 	@$(BIN)/pem serve $(ARGS)
 
-test: $(DEV) $(VENV)/.test-programs ## Run the tests: everything that guards behaviour (seven minutes on two idle cores)
+test: $(DEV) $(VENV)/.test-programs ## Run the tests: everything that guards behaviour (five to seven minutes on two idle cores)
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-slow: $(DEV) $(VENV)/.test-programs $(PEERS)/.ready ## Run the slow ones: faults, soaks, parity, peers, builds (20 minutes at most)
