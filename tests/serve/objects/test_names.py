@@ -241,18 +241,21 @@ def test_a_kill_between_ready_and_moved_moves_the_name_at_the_start(depot: Depot
     asyncio.run(play())
 
 
+_REPLACE = ObjectStore.replace
+
+
+def only_the_winner(store: ObjectStore, stored: StoredObject) -> None:
+    """Write an object that is called mug; the disk is full for the one that lost this name."""
+    if "mug" not in stored.names:
+        raise StoreFull("the object cannot be written: the disk is full")
+    _REPLACE(store, stored)
+
+
 def test_a_kill_in_the_middle_of_a_move_leaves_one_owner(depot: Depot, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = ObjectStore.replace
-
-    def only_the_first(store: ObjectStore, stored: StoredObject) -> None:
-        if "mug" not in stored.names:
-            raise StoreFull("the object cannot be written: the disk is full")
-        real(store, stored)
-
     async def play() -> None:
         old = await depot.ready_one(A, "mug")
         with monkeypatch.context() as patch:
-            patch.setattr(ObjectStore, "replace", only_the_first)
+            patch.setattr(ObjectStore, "replace", only_the_winner)
             new = await depot.onboarded(await depot.add(B, "mug", replace=True))
             assert depot.named() == {old.object_id: [], new.object_id: ["mug"]}
         claims = {stored.object_id: stored.names for stored in depot.store.list()}
@@ -268,17 +271,11 @@ def test_a_kill_in_the_middle_of_a_move_leaves_one_owner(depot: Depot, monkeypat
 
 def test_a_name_is_removed_for_good_or_not_at_all(depot: Depot, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loser of a name could not be written: its file would claim the name again once the winner is gone."""
-    real = ObjectStore.replace
-
-    def only_the_first(store: ObjectStore, stored: StoredObject) -> None:
-        if "mug" not in stored.names:
-            raise StoreFull("the object cannot be written: the disk is full")
-        real(store, stored)
 
     async def play() -> None:
         old = await depot.ready_one(A, "mug")
         with monkeypatch.context() as patch:
-            patch.setattr(ObjectStore, "replace", only_the_first)
+            patch.setattr(ObjectStore, "replace", only_the_winner)
             new = await depot.onboarded(await depot.add(B, "mug", replace=True))
             with refused("the disk is full"):
                 depot.objects.remove("mug")
