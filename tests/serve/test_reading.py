@@ -20,7 +20,7 @@ import pytest
 
 from serve.errors import ApiError
 from serve.gateway import keys
-from serve.reading import read_all
+from serve.reading import decode_form, read_all
 from tests.running import RunningServer
 from tests.serve.special import Special
 from tests.serve.tiny import FULL, NAMES, OBJECTS, POSE, SEG, Asker, one, ply, refusal, tiny_question
@@ -75,6 +75,15 @@ def test_a_stream_that_unpacks_to_nothing_counts_as_what_was_sent() -> None:
     with pytest.raises(ApiError, match="larger after gunzip") as caught:
         asyncio.run(read_all(receive, {"content-encoding": "gzip"}, limit=100_000, idle_s=5.0))  # type: ignore[arg-type]
     assert caught.value.code == "too_large"
+
+
+def test_a_field_comes_as_a_file_or_in_the_request_and_not_as_both() -> None:
+    parts = {"request": b'{"cad_format": "ply", "rgb_image": ""}', "rgb": b"png"}
+    with pytest.raises(ApiError, match="rgb_image is there twice: as a file and in `request`") as caught:
+        decode_form(parts, {"rgb": "rgb_image"}, dict[str, Any])
+    assert caught.value.field == "rgb_image"
+    parts["request"] = b'{"cad_format": "ply"}'
+    assert decode_form(parts, {"rgb": "rgb_image"}, dict[str, Any]) == {"cad_format": "ply", "rgb_image": "cG5n"}
 
 
 def test_a_cut_off_gzip_stream_is_400(ask: Asker) -> None:
