@@ -101,7 +101,7 @@ class Pip:
     def state(self) -> str:
         """Return which package of how many is being installed, in words."""
         if not self._installing:
-            return f"{self._found} packages found{self._coming}"
+            return f"{self._found} packages found{self._coming}" if self._found else "looking for packages"
         there = {plain(path.name.split("-")[0]) for path in self._site.glob("*.dist-info")}
         missing = [name for name in self._installing if plain(name) not in there]
         done = len(self._installing) - len(missing)
