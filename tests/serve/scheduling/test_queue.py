@@ -118,7 +118,11 @@ class Stage:
         assert route == "/finish"
         message = msgspec.msgpack.decode(payload, type=FinishPart)
         self.finished.append(message)
-        return msgspec.msgpack.encode(PartAnswer(part_id=call_id, visualization=b"png", output_written=True))
+        drawn = PartAnswer(
+            part_id=call_id, visualization=b"png", output_written=True, respond_unix=time.time(), respond_ms=1000.0
+        )
+        await asyncio.sleep(0.002)
+        return msgspec.msgpack.encode(drawn)
 
     async def answer(self, part_id: str, seconds: float = 0.0, **changes: Any) -> None:
         """Answer a part, its rows numbered by detection."""
@@ -439,6 +443,7 @@ async def test_an_overlay_over_several_parts_is_made_once_from_all_rows(tmp_path
     (message,) = one.stage.finished
     assert [row.object_id for row in message.rows] == list(range(PASS + 1))
     assert (solution.visualization, solution.output_written) == (b"png", True)
+    assert solution.receipt.respond_ms > 0, "drawing it is on the receipt"
 
 
 @alone
