@@ -34,10 +34,10 @@ serve: $(READY) ## Run the server on http://127.0.0.1:8003 (Ctrl-C drains and st
 test: $(DEV) $(VENV)/.test-programs ## Run the tests: everything that guards behaviour (five to seven minutes on two idle cores)
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-test-slow: $(DEV) $(VENV)/.test-programs $(PEERS)/.ready ## Run the slow ones: faults, soaks, parity, peers, builds (20 minutes at most)
+test-slow: $(DEV) $(VENV)/.test-programs $(PEERS)/.serving ## Run the slow ones: faults, soaks, parity, peers, builds (20 minutes at most)
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
-test-long: $(DEV) $(VENV)/.test-programs $(PEERS)/.ready ## Run those that take hours, by hand: long soaks, long fuzzing
+test-long: $(DEV) $(VENV)/.test-programs ## Run those that take hours, by hand: long soaks, long fuzzing
 	@PEM_TEST_EXAMPLES=100 $(BIN)/python -m pytest -m "long or hypothesis" $(ARGS)
 
 lint: $(DEV) ## Check formatting, style and types

@@ -179,7 +179,8 @@ def _environment(setup: Setup) -> dict[str, str]:
 
     threads = slot_environment(slot=0, keeper=False, device=setup.device, threads=1)
     mine = {name: value for name, value in (os.environ | threads).items() if not name.startswith("PEM_")}
-    return mine | to_environment(setup)
+    ours = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "client")))}  # the peers' environment has neither
+    return mine | ours | to_environment(setup)
 
 
 def _wait_ready(entry: Entry, child: subprocess.Popen[bytes], target: Target, setup: Setup, log: Path) -> None:
