@@ -152,6 +152,7 @@ def test_a_peer_answers_as_the_server_does_and_leaves_nothing_behind(
     assert not [pid for pid in processes if running(pid)]
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_start_says_why(setup: Setup, tmp_path: Path) -> None:
     if not versions(["fastapi"]):
         pytest.skip("the serving peers have no environment: make peers-serving")
