@@ -5,7 +5,7 @@
     python3.11 scripts/setup.py .venv-peers --requirement FILE          what a file lists, without the server
 
 Shows which package of how many is being installed, and compiles the kernels while packages download. pip's own output
-goes to VENV/setup.log. Skips each step whose inputs have not changed. Uses only the standard library.
+goes to VENV/setup.log. Skips the server's steps whose inputs have not changed. Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from posekit.sam6d import kernels as sam6d
 print(*sorted({package.kernel_for("cpu") for package in (pointnet2_ext, geometric, sam6d)}))
 """
 ON_TERMINAL = sys.stdout.isatty()
+CLEAR = "\r\x1b[K" if ON_TERMINAL else ""
 _BETWEEN_LINES_S = 10.0  # if standard output is not a terminal
 
 
@@ -41,9 +42,6 @@ class Failed(Exception):
 def say(text: str) -> None:
     """Print a permanent line."""
     print(f"{CLEAR}setup: {text}", flush=True)
-
-
-CLEAR = "\r\x1b[K" if ON_TERMINAL else ""
 
 
 class Progress:
@@ -80,7 +78,7 @@ class Pip:
         self._thread.start()
 
     def stop(self) -> None:
-        """End it if it still runs: nothing goes on installing after a failure."""
+        """End pip if it still runs: nothing goes on installing after a failure."""
         self._stopped = True
         if self._pip is not None:
             self._pip.terminate()

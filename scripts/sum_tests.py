@@ -13,7 +13,8 @@ from pathlib import Path
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _SUMMARY = re.compile(r"^=* ?(\d+ [a-z ]+(?:, \d+ [a-z ]+)*) in ([\d.]+)s(?: \([\d:, days]+\))? ?=*$")
 _ORDER = ("failed", "passed", "skipped", "deselected", "xfailed", "xpassed", "warnings", "errors")
-_SINGULAR = {"warning": "warnings", "error": "errors"}
+_ONE = {"warnings": "warning", "errors": "error"}
+_MANY = {one: many for many, one in _ONE.items()}
 
 
 def read(text: str) -> tuple[Counter[str], float] | None:
@@ -25,7 +26,7 @@ def read(text: str) -> tuple[Counter[str], float] | None:
     counts: Counter[str] = Counter()
     for part in found[-1][1].split(", "):
         number, word = part.split(maxsplit=1)
-        counts[_SINGULAR.get(word, word)] += int(number)
+        counts[_MANY.get(word, word)] += int(number)
     return counts, float(found[-1][2])
 
 
@@ -43,8 +44,9 @@ def main(paths: list[str]) -> int:
         counts += run[0]
         seconds += run[1]
     counts.pop("deselected", None)  # tests left out of one run are in another
-    words = ", ".join(f"{counts[word]} {word}" for word in _ORDER if counts[word]) or "no tests ran"
-    print(f"==== {words} in {seconds:.2f}s ====")
+    named = ((counts[word], word) for word in _ORDER if counts[word])
+    words = ", ".join(f"{count} {_ONE.get(word, word) if count == 1 else word}" for count, word in named)
+    print(f"==== {words or 'no tests ran'} in {seconds:.2f}s ====")
     return int(broken or bool(counts["failed"] or counts["errors"]) or not counts["passed"])
 
 

@@ -482,7 +482,7 @@ def test_ci_ends_with_one_line_that_sums_its_runs(tmp_path):
     fast = "tests .....\n========= 3000 passed, 7 skipped, 90 deselected in 300.50s (0:05:00) =========\n"
     slow = "90 passed, 1 skipped, 3000 deselected, 1 warning in 600.25s (0:10:00)\nmake: done\n"
     answer = sum_tests(tmp_path, fast, slow)
-    assert answer.stdout == "==== 3090 passed, 8 skipped, 1 warnings in 900.75s ====\n"
+    assert answer.stdout == "==== 3090 passed, 8 skipped, 1 warning in 900.75s ====\n"
     assert answer.returncode == 0
 
 
@@ -490,8 +490,8 @@ def test_ci_ends_with_one_line_that_sums_its_runs(tmp_path):
     "output, counted",
     [
         ("\x1b[31m== 1 failed, 9 passed, 2 subtests passed in 5.00s ==\x1b[0m", "1 failed, 19 passed in 10.00s"),
-        ("== 9 passed, 1 error in 5.00s ==", "19 passed, 1 errors in 10.00s"),
-        ("Killed", "10 passed, 1 errors in 5.00s"),
+        ("== 9 passed, 1 error in 5.00s ==", "19 passed, 1 error in 10.00s"),
+        ("Killed", "10 passed, 1 error in 5.00s"),
     ],
     ids=["a failure", "an error", "broken off"],
 )

@@ -79,11 +79,11 @@ T = TypeVar("T")
 class Client(Verbs):
     """A connection to a PEM server; `with Client(url) as pem:` closes it. Safe to share between threads.
 
-    A call is retried if the server refuses with Retry-After (Overloaded, NotReady, a lost worker; the server names the
-    pause) or if the connection breaks (pauses of 0.2, 0.4, 0.8 s). Retries end after `retries` (3) of them, after
-    `retry_budget_s` (30 s) of pauses in total, or at `deadline_s`, whichever comes first. Then the last error is
-    raised. An answer that does not come within `timeout_s` (60 s) raises TimedOut and is not retried. Every other
-    refusal is raised at once.
+    A call is retried if the server refuses with 429 or 503 and Retry-After (Overloaded, NotReady, a lost worker; the
+    server names the pause) or if the connection breaks (pauses of 0.2, 0.4, 0.8 s). Retries end after `retries` (3) of
+    them, after `retry_budget_s` (30 s) of pauses in total, or at `deadline_s`, whichever comes first. Then the last
+    error is raised. An answer that does not come within `timeout_s` (60 s) raises TimedOut and is not retried. Every
+    other refusal is raised at once.
 
     A server that has just been started needs longer than these retries: `wait_ready` waits for it, by default 120 s.
     """
